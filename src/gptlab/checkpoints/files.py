@@ -1,0 +1,201 @@
+"""What all formats share: lazy tensors, complete states, and writing that never loses the old file."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gptlab.config import ModelConfig
+from gptlab.errors import GptlabError
+from gptlab.model.gpt import GPT
+from gptlab.text.tokenizers import Tokenizer
+
+Lazy = dict[str, Callable[[], Tensor]]
+"""Tensors by name, each read from disk when it is called for."""
+
+
+class Checkpoint(NamedTuple):
+    """What a reader returns: the configuration, every parameter by name, and the tokenizer if there is one."""
+
+    config: ModelConfig
+    state: dict[str, Tensor]
+    tokenizer: Tokenizer | None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        GptlabError: no such file, or not JSON.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise GptlabError(
+            f"{path.parent} is no model directory: it has no {path.name}; name a directory with config.json"
+            " and the weights, or a model such as 'pocket' or 'gpt2'"
+        ) from None
+    except OSError as error:
+        raise GptlabError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise GptlabError(f"{path} is damaged (no valid JSON: {error}); restore it") from None
+    if not isinstance(values, dict):
+        raise GptlabError(f"{path} is damaged (no JSON object); restore it")
+    return values
+
+
+def open_safetensors(path: Path) -> tuple[Lazy, dict[str, str]]:
+    """Open a safetensors file; return its tensors, still on disk, and its metadata.
+
+    A file in the hub's cache is named by the sha256 of what it should hold, and is checked against it.
+
+    Raises:
+        GptlabError: the file is empty, truncated or damaged.
+    """
+    target = path.resolve().name
+    if re.fullmatch(r"[0-9a-f]{64}", target) and sha256_of(path) != target:
+        raise GptlabError(f"{path} is damaged: its sha256 differs from the hub's; delete it and download it again")
+    try:
+        handle = safe_open(path, framework="pt")
+        metadata = handle.metadata() or {}
+        names = list(handle.keys())
+    except (SafetensorError, OSError) as error:
+        reason = "the file is empty" if path.exists() and path.stat().st_size == 0 else error
+        raise GptlabError(f"{path} is no intact safetensors file ({reason}); copy or download it again") from None
+
+    def reader(name: str) -> Callable[[], Tensor]:
+        def get() -> Tensor:
+            tensor: Tensor = handle.get_tensor(name)
+            return tensor
+
+        return get
+
+    return {name: reader(name) for name in names}, metadata
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file's contents, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Return the sha256 of a tensor's bytes as safetensors stores them, in hexadecimal."""
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Return the shape of every parameter that a model of this configuration has."""
+    with torch.device("meta"):
+        model = GPT(config)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def complete_state(
+    config: ModelConfig, found: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype, where: Path
+) -> dict[str, Tensor]:
+    """Read every parameter that the configuration asks for, one at a time, into memory of its own.
+
+    Args:
+        config: what the model should hold.
+        found: a reader for each tensor, by gptlab's names and in gptlab's layout.
+        dtype: of the result.
+        where: the directory, for messages.
+
+    Raises:
+        GptlabError: a tensor missing, left over, of a wrong shape, or with values that are no numbers.
+    """
+    shapes = expected_shapes(config)
+    if missing := [name for name in shapes if name not in found]:
+        raise GptlabError(f"the checkpoint {where} lacks {_list(missing)}; it is incomplete, copy or download it again")
+    if extra := [name for name in found if name not in shapes]:
+        raise GptlabError(
+            f"the checkpoint {where} holds {_list(extra)}, which a model of its config.json does not have;"
+            " config.json and weights do not belong together"
+        )
+    state: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        tensor = found[name]()
+        if tensor.shape != shape:
+            raise GptlabError(
+                f"the checkpoint {where} has {name} of shape {tuple(tensor.shape)} where its config.json asks for"
+                f" {tuple(shape)}; config.json and weights do not belong together"
+            )
+        # A copy, so that the model does not hang on a file that may change under it.
+        tensor = torch.empty(shape, dtype=dtype).copy_(tensor)
+        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+            raise GptlabError(
+                f"the checkpoint {where} is damaged: {name} holds values that are no numbers (nan or inf)"
+            )
+        state[name] = tensor
+    return state
+
+
+def _list(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    rest = f" and {len(names) - most} more tensors" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def write_files(directory: Path, files: Mapping[str, bytes | Callable[[Path], None]]) -> None:
+    """Write files into a directory so that a failure leaves the old ones as they were.
+
+    Everything is first written and synced under temporary names in the same directory; only when all of it
+    is on disk are the files moved into place, in the order given.
+
+    Args:
+        directory: made when it does not exist.
+        files: contents by name, or a function that writes the file at a path.
+
+    Raises:
+        GptlabError: the directory cannot be written, or the disk is full.
+    """
+    written: dict[Path, Path] = {}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{name}.", suffix=".partial")
+            os.close(handle)
+            path = Path(temporary)
+            written[path] = directory / name
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            else:
+                content(path)
+            os.chmod(path, 0o666 & ~_umask())
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        for temporary_path, final in written.items():
+            os.replace(temporary_path, final)
+    except (OSError, SafetensorError) as error:
+        full = (
+            getattr(error, "errno", None) == errno.ENOSPC
+            or "No space left" in str(error)
+            or "StorageFull" in str(error)
+        )
+        reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
+        raise GptlabError(
+            f"cannot write to {directory}: {reason}; what was there before is unchanged, choose another place"
+        ) from None
+    finally:
+        for path in written:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

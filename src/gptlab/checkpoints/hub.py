@@ -1,0 +1,89 @@
+"""From the name of a model to a directory: built-in, local, or on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from pathlib import Path
+
+from gptlab.errors import GptlabError, nearest
+
+ORIGINALS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+"""OpenAI's released models, by the names that everyone uses, and where they live."""
+
+_SAFE = [
+    "config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+]
+_PICKLED = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+
+
+def built_in() -> dict[str, Path]:
+    """The models that the package carries."""
+    assets = Path(str(importlib.resources.files("gptlab"))) / "assets"
+    return {path.parent.name: path.parent for path in sorted(assets.glob("*/model.safetensors"))}
+
+
+def locate(name: str) -> Path:
+    """Return the directory of a model, downloading it when it is a name on the hub.
+
+    Args:
+        name: a built-in model, a directory, ``gpt2`` ... ``gpt2-xl``, or ``owner/name``. A directory that is
+            here comes before a name on the hub; built-in names come first (write ``./pocket`` for a directory).
+
+    Raises:
+        GptlabError: nothing of that name, or the hub cannot be reached.
+    """
+    if name in built_in():
+        return built_in()[name]
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists():
+        raise GptlabError(f"{name} is a file; name the directory that holds config.json and the weights")
+    if name in ORIGINALS:
+        return download(name, ORIGINALS[name])
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        return download(name, name)
+    if "/" in name or name.startswith("."):
+        raise GptlabError(f"no directory {name}; check the path")
+    known = [*built_in(), *ORIGINALS]
+    raise GptlabError(
+        f"no model {name!r}{nearest(name, known)}; give a directory, one of {', '.join(known)}, or owner/name"
+    )
+
+
+def download(name: str, repository: str) -> Path:
+    """Fetch a model from the hub, or find it in the hub's cache; shows a progress bar.
+
+    Raises:
+        GptlabError: `huggingface_hub` is missing, the hub cannot be reached, or it has no such model.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    except ImportError:
+        raise GptlabError(
+            f"{name} is on the Hugging Face hub, which needs huggingface_hub: pip install 'gptlab[hub]'"
+        ) from None
+    folder = Path(name.split("/")[-1])
+    by_hand = (
+        f"to use it offline, put config.json, model.safetensors, vocab.json and merges.txt of {repository} into the"
+        f" folder {folder} and run the same command with ./{folder} for the model; the built-in model 'pocket' needs"
+        " no network"
+    )
+    try:
+        directory = Path(snapshot_download(repository, allow_patterns=_SAFE))
+        if not list(directory.glob("model*.safetensors")):
+            directory = Path(snapshot_download(repository, allow_patterns=[*_SAFE, *_PICKLED]))
+    except RepositoryNotFoundError:
+        raise GptlabError(f"there is no directory {name} here and no public model {repository} on the hub") from None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        here = "" if name in ORIGINALS else f"there is no directory {name} here, and "
+        raise GptlabError(
+            f"{here}the Hugging Face hub cannot be reached for {repository} ({type(error).__name__}); {by_hand}"
+        ) from None
+    return directory

@@ -1,0 +1,56 @@
+"""The command `gptlab`: parses, calls, prints. Nothing here imports torch before it must."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from gptlab.cli.generate import generate
+from gptlab.cli.inspect import inspect
+from gptlab.cli.train import train
+from gptlab.cli.verify import verify
+from gptlab.errors import GptlabError
+
+app = typer.Typer(
+    name="gptlab",
+    help="GPT-2 from scratch in PyTorch: generate, inspect, verify, train.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (generate, inspect, verify, train):
+    app.command()(command)
+
+
+def version(show: bool = False) -> None:
+    """Print the version and stop."""
+    if show:
+        from gptlab import __version__
+
+        typer.echo(f"gptlab {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=version, is_eager=True, help="Print the version."),
+) -> None:
+    """GPT-2 from scratch in PyTorch: generate, inspect, verify, train."""
+
+
+def main() -> None:
+    """Run the command line; a `GptlabError` becomes one sentence and exit code 2."""
+    try:
+        app()
+    except GptlabError as error:
+        print(f"gptlab: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ngptlab: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,95 @@
+"""`gptlab generate`."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from gptlab.generation.continuation import Continuation
+    from gptlab.language_model import LanguageModel
+
+ENDINGS = {
+    "end_of_text": "the model ended the text",
+    "stop": "a stop string was reached",
+    "length": "as many tokens as asked for",
+    "context": "the model's context is full",
+}
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue; none starts a new document.")] = None,
+    model: Annotated[
+        str, typer.Option(help="A built-in model, a directory, gpt2 ... gpt2-xl, or owner/name.")
+    ] = "pocket",
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 100,
+    num_samples: Annotated[int, typer.Option(help="How many continuations.")] = 1,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    temperature: Annotated[float, typer.Option(help="Below 1 is safer, above 1 wilder.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k best tokens only.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the best tokens with probability p in all.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="gpt2 or bytes, for weights without a tokenizer.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Continue a text."""
+    from gptlab.errors import GptlabError
+    from gptlab.generation.sampling import Sampling
+
+    seed = secrets.randbits(32) if seed is None else seed
+    sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, seed)
+    if num_samples < 1:
+        raise GptlabError(f"--num-samples must be at least 1, got {num_samples}")
+    if prompt == "":
+        raise GptlabError("the prompt is empty; give it some text, or leave it out to start a new document")
+    lm = _load(model, dtype, tokenizer)
+    continuations = lm.new_continuations(num_samples, stop or [])
+    started = time.perf_counter()
+    pieces = lm.continue_all([prompt] * num_samples, continuations, sampling, max_new_tokens)
+    live = num_samples == 1 and not as_json
+    if live:
+        print(prompt or "", end="", flush=True)
+    for _, piece in pieces:
+        if live:
+            print(piece, end="", flush=True)
+    seconds = time.perf_counter() - started
+    if as_json:
+        print(_json(model, prompt, seed, continuations, seconds))
+        return
+    if live:
+        print()
+    else:
+        for i, continuation in enumerate(continuations, 1):
+            print(f"--- {i} of {num_samples}\n{prompt or ''}{continuation.text}")
+    _close(continuations, seconds, None if greedy else seed)
+
+
+def _load(model: str, dtype: str, tokenizer: str | None) -> LanguageModel:
+    import torch
+
+    import gptlab
+    from gptlab.errors import GptlabError, nearest
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise GptlabError(f"--dtype must be one of {', '.join(dtypes)}, got {dtype!r}{nearest(dtype, dtypes)}")
+    return gptlab.load(model, dtype=dtypes[dtype], tokenizer=tokenizer)
+
+
+def _json(model: str, prompt: str | None, seed: int, continuations: list[Continuation], seconds: float) -> str:
+    rows = [{"text": c.text, "tokens": c.tokens, "finish": c.finish} for c in continuations]
+    return json.dumps({"model": model, "prompt": prompt, "seed": seed, "seconds": seconds, "continuations": rows})
+
+
+def _close(continuations: list[Continuation], seconds: float, seed: int | None) -> None:
+    n = sum(len(continuation.tokens) for continuation in continuations)
+    endings = {ENDINGS[continuation.finish] for continuation in continuations if continuation.finish}
+    again = "" if seed is None else f"; --seed {seed}"
+    print(f"[{n} tokens, {n / seconds:.1f} a second; {', '.join(sorted(endings))}{again}]", file=sys.stderr)

@@ -1,0 +1,221 @@
+"""`ModelConfig`: everything that defines a model's function, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from gptlab.errors import GptlabError, nearest
+
+Activation = Literal["gelu_tanh", "gelu"]
+Position = Literal["learned", "rope", "none", "blend"]
+Scaling = Literal["linear", "ntk", "yarn"]
+
+
+def divisors(n: int) -> list[int]:
+    """Return every positive divisor of ``n``, ascending."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (Su et al. 2021).
+
+    Attributes:
+        theta: base of the geometric series of wavelengths.
+        scaling: how to run longer than trained, or None.
+        factor: by how much longer, for ``scaling``.
+    """
+
+    theta: float = 10000.0
+    scaling: Scaling | None = None
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture of one model. The defaults are GPT-2 small (124M).
+
+    Frozen and validated: an object that exists is possible to build. `to_dict` and `from_dict` are
+    inverse and go through JSON.
+
+    Attributes:
+        vocab_size: number of token ids, V.
+        context_length: longest sequence trained on; with learned positions, the longest possible.
+        n_layer: number of blocks, L.
+        n_head: query heads, H; must divide ``n_embd``.
+        n_kv_head: key/value heads, a divisor of ``n_head``; None means ``n_head`` (multi-head attention).
+        n_embd: width of the residual stream, C.
+        n_inner: width of the feed-forward layer; None means ``4 * n_embd``.
+        activation: ``gelu_tanh`` (GPT-2's own) or ``gelu`` (the erf form).
+        position: how a model knows where a token stands.
+        rope: settings of rotary positions; only with ``position="rope"`` or ``"blend"``.
+        window: how many keys a query sees, itself included; None, one number, or one per layer.
+        sinks: first tokens that stay visible outside the window.
+        dilation: distance between the keys of a window; one number, or one per layer.
+        dropout: probability, applied to embeddings, attention weights and residual branches in training.
+        bias: whether projections and norms have a bias.
+        norm_eps: epsilon of the layer norms.
+        tie_embeddings: whether the output head is the token embedding.
+
+    Raises:
+        GptlabError: when a value, or a combination of values, is impossible; it names the valid ones.
+    """
+
+    vocab_size: int = 50257
+    context_length: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int | None = None
+    n_embd: int = 768
+    n_inner: int | None = None
+    activation: Activation = "gelu_tanh"
+    position: Position = "learned"
+    rope: RopeConfig | None = None
+    window: int | tuple[int | None, ...] | None = None
+    sinks: int = 0
+    dilation: int | tuple[int, ...] = 1
+    dropout: float = 0.0
+    bias: bool = True
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("window", "dilation"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.n_kv_head is None:
+            object.__setattr__(self, "n_kv_head", self.n_head)
+        if self.n_inner is None and _is_whole(self.n_embd):
+            object.__setattr__(self, "n_inner", 4 * self.n_embd)
+        self._check_numbers()
+        self._check_heads()
+        self._check_choices()
+        self._check_not_yet()
+
+    def _check_numbers(self) -> None:
+        for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner"):
+            value = getattr(self, name)
+            if not _is_whole(value) or not 1 <= value < 2**31:
+                raise GptlabError(f"{name} must be a whole number of at least 1, got {value!r}")
+        for name in ("dropout", "norm_eps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise GptlabError(f"{name} must be a finite number, got {value!r}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise GptlabError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
+        if self.norm_eps <= 0.0:
+            raise GptlabError(f"norm_eps must be above 0, got {self.norm_eps!r}")
+        for name in ("bias", "tie_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise GptlabError(f"{name} must be true or false, got {getattr(self, name)!r}")
+
+    def _check_heads(self) -> None:
+        if self.n_embd % self.n_head:
+            raise GptlabError(
+                f"n_embd={self.n_embd} cannot be split evenly over n_head={self.n_head};"
+                f" valid n_head: {', '.join(map(str, divisors(self.n_embd)))}"
+            )
+        if self.n_head % self.kv_heads:
+            raise GptlabError(
+                f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head};"
+                f" valid n_kv_head: {', '.join(map(str, divisors(self.n_head)))}"
+            )
+
+    def _check_choices(self) -> None:
+        for name, choices in (("activation", get_args(Activation)), ("position", get_args(Position))):
+            value = getattr(self, name)
+            if value not in choices:
+                hint = nearest(str(value), choices)
+                raise GptlabError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+
+    def _check_not_yet(self) -> None:
+        """Refuse in words what this version knows of but does not compute."""
+        unavailable = {
+            f"position={self.position!r}": self.position != "learned",
+            "rope": self.rope is not None,
+            f"n_kv_head={self.n_kv_head} below n_head={self.n_head}": self.n_kv_head != self.n_head,
+            f"window={self.window!r}": self.window is not None,
+            f"sinks={self.sinks!r}": self.sinks != 0,
+            f"dilation={self.dilation!r}": self.dilation != 1,
+        }
+        for what, asked in unavailable.items():
+            if asked:
+                raise GptlabError(
+                    f"{what} is not available in this version, which computes plain GPT-2"
+                    " (learned positions, multi-head, full causal attention); leave the setting out"
+                )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head, D."""
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """`n_kv_head` as a plain number (it is filled in when the object is made)."""
+        assert self.n_kv_head is not None
+        return self.n_kv_head
+
+    @property
+    def inner(self) -> int:
+        """`n_inner` as a plain number (it is filled in when the object is made)."""
+        assert self.n_inner is not None
+        return self.n_inner
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> ModelConfig:
+        """Return a named configuration with some fields replaced.
+
+        Args:
+            name: one of `PRESETS`.
+            **overrides: any field of `ModelConfig`.
+
+        Raises:
+            GptlabError: unknown name or field, or an impossible combination.
+        """
+        if name not in PRESETS:
+            raise GptlabError(f"unknown preset {name!r}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
+        return cls.from_dict({**PRESETS[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Build a configuration from plain values, as JSON or TOML give them.
+
+        Raises:
+            GptlabError: a key that is no field (with the nearest field's name), or an impossible value.
+        """
+        fields = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in fields:
+                raise GptlabError(f"unknown model setting {key!r}{nearest(key, fields)}")
+        values = dict(values)
+        if isinstance(values.get("rope"), Mapping):
+            try:
+                values["rope"] = RopeConfig(**values["rope"])
+            except TypeError as error:
+                raise GptlabError(f"unknown setting of rope: {error}") from None
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that JSON can hold; `from_dict` is the inverse."""
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+PRESETS: dict[str, dict[str, int]] = {
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+    "pocket": {"vocab_size": 4096, "context_length": 512, "n_layer": 4, "n_head": 6, "n_embd": 192},
+    "tiny": {"vocab_size": 256, "context_length": 64, "n_layer": 2, "n_head": 4, "n_embd": 32},
+}
+"""The four sizes of GPT-2 (Radford et al. 2019), the built-in model, and one for quick checks."""

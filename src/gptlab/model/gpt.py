@@ -1,0 +1,216 @@
+"""GPT-2 (Radford et al. 2019), top to bottom.
+
+    ids -> token embedding + position embedding -> n_layer blocks -> layer norm -> logits
+
+Each block adds to a float32 residual stream twice: what its attention gathers from earlier tokens, and what
+its feed-forward network computes at each token on its own. Shapes stand at the ends of lines: B sequences
+of T tokens, C = n_embd channels, H heads of width D, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gptlab.config import ModelConfig
+from gptlab.errors import GptlabError
+from gptlab.model.attention import CausalSelfAttention
+from gptlab.model.cache import Cache, Full
+from gptlab.model.kernels import attention_weights
+from gptlab.model.linear import Linear
+from gptlab.model.masks import Tokens
+
+Head = Callable[[Tensor, Linear], Any]
+
+
+def all_logits(hidden: Tensor, lm_head: Linear) -> Tensor:
+    """The default head: (B, T, C) -> (B, T, V) float32."""
+    return lm_head(hidden).float()
+
+
+class LayerNorm(nn.Module):
+    """Normalise each token's channels to mean 0 and variance 1, in float32, then scale and shift."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.n_embd))
+        self.bias = nn.Parameter(torch.empty(config.n_embd)) if config.bias else None
+        self.eps = config.norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C) float32
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), bias, self.eps)
+
+
+class MLP(nn.Module):
+    """The point-wise feed-forward network: C -> n_inner -> C at each token, with a GELU between."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, config.inner, bias=config.bias)
+        self.c_proj = Linear(config.inner, config.n_embd, bias=config.bias)
+        # GPT-2 was trained with the tanh approximation; the exact erf form differs by up to 5e-4 a neuron.
+        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate)))
+
+
+class Block(nn.Module):
+    """One layer: attention between tokens, then computation at each; norms come first ("pre-norm")."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, tokens: Tokens, cache: Full | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
+        x = x + self.attn(self.ln_1(x), tokens, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A GPT-2 of any size, randomly initialised.
+
+    Parameter names are GPT-2's own. Weights are (out, in), the transpose of the original files.
+
+    Args:
+        config: the architecture.
+        seed: start of the random initialisation (see `init_weights`).
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd, _weight=torch.empty(config.vocab_size, config.n_embd))
+        self.wpe = nn.Embedding(
+            config.context_length, config.n_embd, _weight=torch.empty(config.context_length, config.n_embd)
+        )
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = LayerNorm(config)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.tie()
+        if self.wte.weight.device.type != "meta":
+            self.init_weights(seed)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, from the embeddings up."""
+        return cast(list[Block], list(self.h))
+
+    def tie(self) -> None:
+        """Let the output head be the token embedding, where the configuration says so."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = cast(nn.Parameter, self.wte.weight)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw every parameter as GPT-2's authors describe: N(0, 0.02), biases 0, norms 1.
+
+        The two projections that write to the residual stream are scaled by 1 / sqrt(2 * n_layer), so that
+        its variance does not grow with depth. Each parameter has a generator of its own, seeded by a hash of
+        ``seed`` and its name: two models that share a shape share its start, whatever else differs.
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif ".ln_" in name or name.startswith("ln_"):
+                parameter.fill_(1.0)
+            else:
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+                digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+
+    def make_cache(self, batch: int, length: int, dtype: torch.dtype | None = None) -> Cache:
+        """Return an empty cache for ``batch`` sequences of at most ``length`` tokens, in the weights' dtype."""
+        return Cache(
+            [block.attn.visibility for block in self.blocks],
+            batch=batch,
+            length=length,
+            n_kv_head=self.config.kv_heads,
+            head_dim=self.config.head_dim,
+            dtype=dtype or self.wte.weight.dtype,
+            device=self.wte.weight.device,
+        )
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        head: Head | None = None,
+    ) -> Any:
+        """Compute the logits of the next token at every position.
+
+        Args:
+            ids: (B, T) int64 token ids.
+            positions: (B, T) int64, -1 for padding; by default rows count from 0, or go on from the cache.
+            documents: (B, T) int64; tokens attend only within their own document. None: one document a row.
+            cache: from `make_cache`; holds the tokens before ``ids`` and takes up ``ids``.
+            head: what to do with the hidden states: called as ``head(hidden, lm_head)`` with (B, T, C) float32
+                and the output projection. By default `all_logits`.
+
+        Returns:
+            (B, T, V) float32 logits, or whatever ``head`` returns.
+
+        Raises:
+            GptlabError: ids of the wrong shape or type, more tokens than ``context_length``, a full cache.
+        """
+        x, tokens = self._embed(ids, positions, documents, cache)
+        for i, block in enumerate(self.blocks):
+            x = block(x, tokens, None if cache is None else cache.layers[i])
+        return (head or all_logits)(self.ln_f(x), self.lm_head)
+
+    def _embed(
+        self, ids: Tensor, positions: Tensor | None, documents: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor, Tokens]:
+        """Return the first residual stream (B, T, C) float32, and where its tokens stand."""
+        if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
+            raise GptlabError(
+                f"ids must be (batch, tokens) of int64, got shape {tuple(ids.shape)} and {ids.dtype};"
+                " for one sequence use torch.tensor([ids])"
+            )
+        if ids.shape[1] > self.config.context_length:
+            raise GptlabError(
+                f"{ids.shape[1]} tokens exceed the context of {self.config.context_length}"
+                " learned positions; shorten the input"
+            )
+        if positions is not None:
+            tokens = Tokens(positions, documents)
+        elif cache is not None:
+            tokens = cache.describe(ids, documents)
+        else:
+            offsets = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+            tokens = Tokens(offsets, documents, plain=documents is None)
+        x = self.wte(ids).float() + self.wpe(tokens.positions.clamp(min=0)).float()
+        return self.drop(x), tokens
+
+    @torch.no_grad()
+    def attention_maps(self, ids: Tensor, layer: int) -> Tensor:
+        """Return what every head of one layer looks at: (B, H, T, T) float32, [b, h, query, key].
+
+        Args:
+            ids: (B, T) int64 token ids.
+            layer: index of the block, from 0.
+        """
+        if not 0 <= layer < self.config.n_layer:
+            raise GptlabError(f"layer must be 0 to {self.config.n_layer - 1}, got {layer}")
+        x, tokens = self._embed(ids, None, None, None)
+        for block in self.blocks[:layer]:
+            x = block(x, tokens)
+        block = self.blocks[layer]
+        q, k, _ = block.attn.project(block.ln_1(x))
+        return attention_weights(q, k, block.attn.visibility, tokens, tokens)

@@ -1,0 +1,51 @@
+"""Interchangeable ways to compute the same attention, and the one function that chooses.
+
+Every kernel has the signature of `reference` and is tested against it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+
+from torch import Tensor
+
+from gptlab.errors import GptlabError, nearest
+from gptlab.model.kernels.reference import attention_weights, reference
+from gptlab.model.kernels.sdpa import sdpa
+
+__all__ = ["KERNELS", "Kernel", "attention_weights", "reference", "sdpa", "select", "use"]
+
+Kernel = Callable[..., Tensor]
+KERNELS: dict[str, Kernel] = {"reference": reference, "sdpa": sdpa}
+
+_forced: ContextVar[str | None] = ContextVar("forced_kernel", default=None)
+_log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Force one kernel for all attention inside the ``with`` block.
+
+    Raises:
+        GptlabError: there is no kernel of that name.
+    """
+    if name not in KERNELS:
+        raise GptlabError(f"unknown kernel {name!r}{nearest(name, KERNELS)}; there are {', '.join(KERNELS)}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def select() -> Kernel:
+    """Return the kernel for the attention at hand: the forced one, else the fastest that can do it.
+
+    The choice is logged at level DEBUG under ``gptlab.model.kernels``.
+    """
+    name = _forced.get() or "sdpa"
+    _log.debug("attention kernel: %s", name)
+    return KERNELS[name]

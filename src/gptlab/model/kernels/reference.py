@@ -1,0 +1,39 @@
+"""Attention as the formula says it: slow, obvious, and the judge of every other kernel."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gptlab.model.masks import Tokens, Visibility
+
+
+def attention_weights(q: Tensor, k: Tensor, visibility: Visibility, queries: Tokens, keys: Tokens) -> Tensor:
+    """Return softmax(q k^T / sqrt(D)) over the visible keys: (B, H, Tq, Tk) float32; rows sum to 1.
+
+    Args:
+        q: (B, H, Tq, D).
+        k: (B, H_kv, Tk, D); query head h reads key head h // (H / H_kv).
+        visibility: which keys a query may see.
+        queries: where the queries stand.
+        keys: where the keys stand.
+    """
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, Tq, Tk)
+    visible = visibility.visible(queries, keys)[:, None]  # (B, 1, Tq, Tk)
+    return torch.softmax(scores.masked_fill(~visible, -math.inf), dim=-1)
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, queries: Tokens, keys: Tokens, dropout: float = 0.0
+) -> Tensor:
+    """Return the weighted sum of the values, (B, H, Tq, D) in q's dtype. Arguments as `attention_weights`.
+
+    ``v`` is (B, H_kv, Tk, D); ``dropout`` is the probability with which a weight is dropped.
+    """
+    weights = F.dropout(attention_weights(q, k, visibility, queries, keys), dropout)
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return (weights @ v.float()).to(q.dtype)

@@ -1,0 +1,1 @@
+"""Texts, and the tokenizers that turn them into ids."""

@@ -1,0 +1,1 @@
+"""Training from scratch: recipes, batches, and a plain single-process loop."""
