@@ -25,6 +25,7 @@ from gptlab.checkpoints import hub
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.generation.engine import pad_left
+from gptlab.generation.sampling import Sampling, draw, probabilities
 from gptlab.language_model import LanguageModel
 from gptlab.model import GPT, cost, kernels
 from gptlab.text.tokenizers import GPT2Tokenizer, byte_tokenizer
@@ -90,7 +91,7 @@ def checks(model: str | None = None, path: Path | None = None) -> Iterator[Check
 def line(result: Result) -> str:
     """Return one line of the table as text."""
     verdict = "PASS" if result.passed else "FAIL"
-    return f"{verdict}  {result.name:<44} {result.found}  (expected: {result.expected})"
+    return f"{verdict}  {result.name:<47}  {result.found}  (expected: {result.expected})"
 
 
 def setting() -> dict[str, Any]:
@@ -271,8 +272,6 @@ def saved_and_loaded() -> Outcome:
 
 def sampled_frequencies() -> Outcome:
     """Draws must follow the distribution that temperature, top-k and top-p leave."""
-    from gptlab.generation.sampling import Sampling, draw, probabilities
-
     n = 20_000
     logits = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -1.0])
     weights = probabilities(logits[None], Sampling(temperature=0.8, top_k=5, top_p=0.9))
@@ -327,10 +326,16 @@ def original_count(name: str, lm: LanguageModel) -> Outcome:
 @torch.inference_mode()
 def original_greedy(lm: LanguageModel) -> Outcome:
     """The known greedy continuation of "The dog", through the cache."""
-    text = lm.generate("The dog", max_new_tokens=18, temperature=0)[0]
-    ids = lm.needs_tokenizer().encode("The dog" + text)
-    right = ids == THE_DOG
-    return "greedy continuation of 'The dog'", repr("The dog" + text), "the known 20 ids", right
+    continuations = lm.new_continuations(1)
+    for _ in lm.continue_all(["The dog"], continuations, Sampling(temperature=0), len(THE_DOG) - 2):
+        pass
+    found = repr("The dog" + continuations[0].text)
+    return (
+        "greedy continuation of 'The dog'",
+        found,
+        "the known 20 ids",
+        THE_DOG[:2] + continuations[0].tokens == THE_DOG,
+    )
 
 
 @torch.inference_mode()

@@ -1,0 +1,53 @@
+# The two commands: `make demo` and `make test`. Both install what they need into $(VENV) first.
+#
+#   VENV=path          use or make the environment there (default .venv)
+#   PYTHON=python3.12  the interpreter to make it with
+#   EXTRA_INDEX=url    a further package index: without a GPU, the address of PyTorch's CPU builds saves gigabytes
+
+VENV ?= .venv
+PYTHON ?= python3
+EXTRA_INDEX ?=
+BIN := $(VENV)/bin
+# Two workers with one thread each are faster on small models than one worker with two threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: setup demo test test-all lint bench results docs
+
+setup: $(VENV)/.gptlab
+
+$(VENV)/.gptlab: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing gptlab into $(VENV) (a minute or two; torch is large)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		$(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX)) -c constraints.txt -e '.[hub,report,test,lint]'
+	@touch $@
+
+demo: setup
+	$(BIN)/gptlab generate "The city of" --seed 7
+	$(BIN)/gptlab inspect gpt2
+	$(BIN)/gptlab verify
+
+test: setup
+	$(PYTEST)
+
+test-all: setup
+	$(PYTEST) -m 'slow or not slow'
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python tools/build_docs.py --check
+
+bench: setup
+	$(BIN)/python benchmarks/decode.py
+
+# Measure again what the docs quote, on this machine.
+results: setup
+	$(BIN)/gptlab verify --json > docs/results/verification.json
+	$(BIN)/gptlab generate "The city of" --seed 7 --json > docs/results/generate.json
+
+# Write the tables and figures of the docs from the result files.
+docs: setup
+	$(BIN)/python tools/draw_attention.py docs/images/attention.png
+	$(BIN)/python tools/build_docs.py

@@ -1,0 +1,114 @@
+"""Write the generated parts of README.md and docs/ from result files; `--check` only says whether they are current.
+
+Two things are generated: what stands between `<!-- NAME -->` and `<!-- end NAME -->`, and the line numbers of
+links such as [`GPT.forward`](src/gptlab/model/gpt.py), which name a definition in the linked file.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)*src/[\w/]+\.py)(?:#L\d+)?\)")
+
+
+def results(name: str) -> dict:
+    return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def verification() -> str:
+    values = results("verification")
+    rows = ["| | checked | found | expected | seconds |", "|---|---|---|---|---:|"]
+    for check in values["checks"]:
+        verdict = "PASS" if check["passed"] else "**FAIL**"
+        words = " | ".join(check[key].replace("|", "\\|") for key in ("name", "found", "expected"))
+        rows.append(f"| {verdict} | {words} | {check['seconds']:.1f} |")
+    rows += [
+        "",
+        f"torch {values['torch']}, Python {values['python']}, {values['machine']}, {values['threads']} threads.",
+    ]
+    return "\n".join(rows)
+
+
+def generated() -> str:
+    values = results("generate")
+    text = values["prompt"] + values["continuations"][0]["text"]
+    return f'```\n$ gptlab generate "{values["prompt"]}" --seed {values["seed"]}\n{text}\n```'
+
+
+def pocket() -> str:
+    card = json.loads((ROOT / "src/gptlab/assets/pocket/card.json").read_text(encoding="utf-8"))
+    epochs = card["tokens_trained"] / card["training_tokens_available"]
+    rows = {
+        "parameters": f"{card['parameters']:,}",
+        "tokens trained": f"{card['tokens_trained']:,} ({epochs:.2f} epochs)",
+        "held out": f"{card['held_out_documents']} articles, {card['held_out_bytes']:,} bytes",
+        "bits per byte, held out": f"{card['held_out_bits_per_byte']:.4f}",
+        "nats per token, held out": f"{card['held_out_nats_per_token']:.4f} ({card['protocol']})",
+        "file": f"{card['file_bytes'] / 1e6:.2f} MB, bfloat16",
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"verification": verification, "generated": generated, "pocket": pocket}
+
+
+def definitions(source: str) -> dict[str, int]:
+    """Line numbers of all classes, functions and constants of a module, by qualified name."""
+    found: dict[str, int] = {}
+
+    def walk(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef):
+                found[prefix + child.name] = child.lineno
+                walk(child, f"{prefix}{child.name}.")
+            elif isinstance(child, ast.Assign | ast.AnnAssign):
+                targets = child.targets if isinstance(child, ast.Assign) else [child.target]
+                found.update({prefix + t.id: child.lineno for t in targets if isinstance(t, ast.Name)})
+
+    walk(ast.parse(source), "")
+    return found
+
+
+def current(path: Path) -> str:
+    """What the file should contain."""
+
+    def link(match: re.Match[str]) -> str:
+        name, target = match[1], match[2]
+        lines = definitions((path.parent / target).read_text(encoding="utf-8"))
+        if name not in lines:
+            sys.exit(f"{path.name}: {target} defines no {name}")
+        return f"[`{name}`]({target}#L{lines[name]})"
+
+    text = path.read_text(encoding="utf-8")
+    for name, make in BLOCKS.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
+        if begin in text:
+            head, rest = text.split(begin, 1)
+            text = head + begin + make() + "\n" + end + rest.split(end, 1)[1]
+    return LINK.sub(link, text)
+
+
+def main() -> None:
+    stale = []
+    for path in [
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        *ROOT.glob("src/gptlab/assets/*/README.md"),
+    ]:
+        text = current(path)
+        if text != path.read_text(encoding="utf-8"):
+            stale.append(str(path.relative_to(ROOT)))
+            if "--check" not in sys.argv:
+                path.write_text(text, encoding="utf-8")
+    if stale and "--check" in sys.argv:
+        sys.exit(f"out of date: {', '.join(stale)}; run `make docs`")
+
+
+if __name__ == "__main__":
+    main()
