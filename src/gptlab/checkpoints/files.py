@@ -64,8 +64,10 @@ def open_safetensors(path: Path) -> tuple[Lazy, dict[str, str]]:
     Raises:
         GptlabError: the file is empty, truncated or damaged.
     """
-    target = path.resolve().name
-    if re.fullmatch(r"[0-9a-f]{64}", target) and sha256_of(path) != target:
+    # One link only: the blob may itself be a link into the hub's shared store, whose names are other hashes.
+    blob = Path(os.readlink(path)) if path.is_symlink() else path
+    named = blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name)
+    if named and path.exists() and sha256_of(path) != blob.name:
         raise GptlabError(f"{path} is damaged: its sha256 differs from the hub's; delete it and download it again")
     try:
         handle = safe_open(path, framework="pt")
@@ -98,8 +100,11 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Return the shape of every parameter that a model of this configuration has."""
-    with torch.device("meta"):
-        model = GPT(config)
+    try:
+        with torch.device("meta"):
+            model = GPT(config)
+    except RuntimeError:  # sizes that overflow 64 bits
+        raise GptlabError("config.json asks for tensors larger than any machine can hold; restore it") from None
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
@@ -117,7 +122,9 @@ def complete_state(
     Raises:
         GptlabError: a tensor missing, left over, of a wrong shape, or with values that are no numbers.
     """
-    shapes = expected_shapes(config)
+    # Look for the last layer first: a damaged n_layer of a billion must not be built, not even without memory.
+    last = f"h.{config.n_layer - 1}.ln_1.weight"
+    shapes = expected_shapes(config) if last in found else {last: torch.Size()}
     if missing := [name for name in shapes if name not in found]:
         raise GptlabError(f"the checkpoint {where} lacks {_list(missing)}; it is incomplete, copy or download it again")
     if extra := [name for name in found if name not in shapes]:
@@ -133,6 +140,8 @@ def complete_state(
                 f"the checkpoint {where} has {name} of shape {tuple(tensor.shape)} where its config.json asks for"
                 f" {tuple(shape)}; config.json and weights do not belong together"
             )
+        if not tensor.is_floating_point():
+            raise GptlabError(f"the checkpoint {where} has {name} in {tensor.dtype}, which weights never are; restore it")
         # A copy, so that the model does not hang on a file that may change under it.
         tensor = torch.empty(shape, dtype=dtype).copy_(tensor)
         if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
@@ -149,7 +158,9 @@ def _list(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + rest
 
 
-def write_files(directory: Path, files: Mapping[str, bytes | Callable[[Path], None]]) -> None:
+def write_files(
+    directory: Path, files: Mapping[str, bytes | Callable[[Path], None]], stale: Iterable[str] = ()
+) -> None:
     """Write files into a directory so that a failure leaves the old ones as they were.
 
     Everything is first written and synced under temporary names in the same directory; only when all of it
@@ -158,6 +169,7 @@ def write_files(directory: Path, files: Mapping[str, bytes | Callable[[Path], No
     Args:
         directory: made when it does not exist.
         files: contents by name, or a function that writes the file at a path.
+        stale: names that must not stay behind from an earlier save; removed last.
 
     Raises:
         GptlabError: the directory cannot be written, or the disk is full.
@@ -179,6 +191,8 @@ def write_files(directory: Path, files: Mapping[str, bytes | Callable[[Path], No
                 os.fsync(file.fileno())
         for temporary_path, final in written.items():
             os.replace(temporary_path, final)
+        for name in stale:
+            (directory / name).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         full = (
             getattr(error, "errno", None) == errno.ENOSPC

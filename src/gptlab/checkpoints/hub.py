@@ -64,7 +64,7 @@ def download(name: str, repository: str) -> Path:
     """
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+        from huggingface_hub.errors import RepositoryNotFoundError
     except ImportError:
         raise GptlabError(
             f"{name} is on the Hugging Face hub, which needs huggingface_hub: pip install 'gptlab[hub]'"
@@ -81,7 +81,7 @@ def download(name: str, repository: str) -> Path:
             directory = Path(snapshot_download(repository, allow_patterns=[*_SAFE, *_PICKLED]))
     except RepositoryNotFoundError:
         raise GptlabError(f"there is no directory {name} here and no public model {repository} on the hub") from None
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # whatever the network libraries below raise, the way out is the same
         here = "" if name in ORIGINALS else f"there is no directory {name} here, and "
         raise GptlabError(
             f"{here}the Hugging Face hub cannot be reached for {repository} ({type(error).__name__}); {by_hand}"

@@ -52,7 +52,7 @@ def config_of(directory: Path, values: Mapping[str, Any]) -> ModelConfig:
         if values.get(name, neutral) != neutral:
             raise GptlabError(f"{path} has {name}={values[name]!r}, which gptlab does not compute (only {neutral!r})")
     activation = values.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise GptlabError(f"{path} has activation_function={activation!r}; gptlab computes {', '.join(ACTIVATIONS)}")
     names = {
         "vocab_size": ("vocab_size", 50257),
@@ -82,6 +82,8 @@ def read(directory: Path, values: Mapping[str, Any], dtype: torch.dtype) -> Chec
     readers: Lazy = {}
     for key, get in _open_weights(directory).items():
         name = key.removeprefix("transformer.")
+        if name in readers:
+            raise GptlabError(f"the checkpoint {directory} holds {name} twice, with and without a prefix; restore it")
         if not LEGACY.fullmatch(name):
             readers[name] = _transposed(get) if CONV1D.fullmatch(name) else get
     if config.tie_embeddings and "lm_head.weight" in readers and "wte.weight" in readers:
@@ -120,10 +122,11 @@ def _merge(directory: Path, index: str, open_one: Callable[[Path], Lazy]) -> Laz
     if not isinstance(weight_map, dict) or not weight_map:
         raise GptlabError(f"{directory / index} is damaged (no weight_map); restore it")
     merged: Lazy = {}
-    for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard or not (directory / shard).exists():
+    for shard in sorted(set(map(str, weight_map.values()))):
+        if Path(shard).name != shard or not (directory / shard).is_file():
             raise GptlabError(f"{directory / index} names the shard {shard!r}, which is not there; copy it too")
-        merged.update(open_one(directory / shard))
+        opened = open_one(directory / shard)
+        merged.update({name: get for name, get in opened.items() if weight_map.get(name, shard) == shard})
     if lost := sorted(set(weight_map) - set(merged)):
         raise GptlabError(f"the shards in {directory} lack {lost[0]}, which {index} promises; copy them again")
     return merged
@@ -139,8 +142,9 @@ def _open_bin(path: Path) -> Lazy:
             f"{path} is no file of tensors alone: loading it could run code, so it was not loaded; get the"
             " model as safetensors"
         ) from None
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise GptlabError(f"{path} is damaged ({str(error).splitlines()[0]}); copy or download it again") from None
+    except Exception as error:  # a damaged pickle can stumble in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise GptlabError(f"{path} is damaged ({reason}); copy or download it again") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise GptlabError(f"{path} holds something else than tensors by name; it is no pytorch_model.bin")
     return {str(name): functools.partial(tensors.__getitem__, name) for name in tensors}

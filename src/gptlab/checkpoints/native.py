@@ -23,6 +23,7 @@ from gptlab.text.tokenizers import Tokenizer, read_tokenizer
 
 FORMAT = "gptlab"
 VERSION = 1
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
 
 def recognises(values: Mapping[str, Any]) -> bool:
@@ -55,9 +56,9 @@ def read(directory: Path, values: Mapping[str, Any], dtype: torch.dtype) -> Chec
     path = directory / "model.safetensors"
     lazy, metadata = open_safetensors(path)
     try:
-        sums = json.loads(metadata["sha256"])
+        sums = dict(json.loads(metadata["sha256"]))
         saved_config, saved_tokenizer = json.loads(metadata["config"]), metadata["tokenizer"]
-    except (KeyError, ValueError):
+    except (KeyError, TypeError, ValueError):
         raise GptlabError(f"{path} was not written by gptlab, though its config.json says so; restore it") from None
     tokenizer = read_tokenizer(directory)
     if saved_config != json.loads(json.dumps(config.to_dict())) or saved_tokenizer != _identity(tokenizer):
@@ -111,7 +112,7 @@ def write(
     files.update(extra or {})
     files["config.json"] = json.dumps(header, indent=2).encode() + b"\n"
     files["model.safetensors"] = lambda path: save_file(tensors, path, metadata)
-    write_files(directory, files)
+    write_files(directory, files, stale=[name for name in TOKENIZER_FILES if name not in files])
 
 
 def _identity(tokenizer: Tokenizer | None) -> str:

@@ -34,10 +34,9 @@ def train(
     print(f"corpus {texts.name}: {len(texts.documents):,} documents, {texts.n_bytes / 1e6:.1f} MB", flush=True)
     resolved = plan.model_dump_json(indent=2).encode() + b"\n"
     write_files(out, {"recipe.json": resolved})  # also says now, not in an hour, whether this place can be written
-    result = run(plan, texts, _Progress())
+    result = run(plan, texts, _Progress(), keep=lambda lm: gptlab.save(lm, out))
     figures = json.dumps({"metrics": result.metrics, "history": result.history}, indent=2).encode() + b"\n"
     write_files(out, {"result.json": figures})
-    gptlab.save(result.language_model, out)
     print(
         f"held out: {result.metrics['held_out_nats_per_token']:.4f} nats a token,"
         f" {result.metrics['held_out_bits_per_byte']:.4f} bits a byte\nsaved: {out}"

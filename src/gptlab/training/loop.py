@@ -23,6 +23,7 @@ from gptlab.training.data import Batches, tokenize, windows
 from gptlab.training.recipe import Recipe, TrainSettings
 
 Report = Callable[[dict[str, Any]], None]
+Keep = Callable[[LanguageModel], None]
 
 
 @dataclass
@@ -79,13 +80,14 @@ def total_loss(model: nn.Module, stream: np.ndarray, length: int, batch_size: in
     return total
 
 
-def train(recipe: Recipe, corpus: Corpus, report: Report = lambda row: None) -> Result:
+def train(recipe: Recipe, corpus: Corpus, report: Report = lambda row: None, keep: Keep = lambda lm: None) -> Result:
     """Train a model from scratch.
 
     Args:
         recipe: model, tokenizer and loop.
         corpus: the texts; a part of it is held out for evaluation.
         report: called with plain values before the first step, at every evaluation, and every ten steps.
+        keep: called with the model as it is at every evaluation, so that an interrupted run leaves something.
 
     Raises:
         GptlabError: a corpus too small for the recipe, or a loss that is no number.
@@ -98,31 +100,37 @@ def train(recipe: Recipe, corpus: Corpus, report: Report = lambda row: None) -> 
     batches = Batches(stream, config.context_length, settings.batch_size, settings.seed)
     model = GPT(config, seed=settings.seed)
     torch.manual_seed(settings.seed)  # dropout
-    history = _run(model, batches, held[: settings.evaluate_tokens], settings, report)
+    lm = LanguageModel(model, tokenizer)
+
+    def evaluate() -> float:
+        keep(lm)
+        sample = held[: settings.evaluate_tokens]
+        return total_loss(model, sample, config.context_length) / (len(sample) - 1)
+
+    history = _run(model, batches, settings, evaluate, report)
 
     nats = total_loss(model, held, config.context_length)
-    _, held_bytes = len(held), held_out.n_bytes
     metrics = {
         "corpus": corpus.name,
         "corpus_sha256": corpus.sha256,
         "training_documents": len(training.documents),
         "held_out_documents": len(held_out.documents),
-        "held_out_bytes": held_bytes,
+        "held_out_bytes": held_out.n_bytes,
         "held_out_tokens": len(held),
         "training_tokens_available": len(stream),
         "tokens_trained": settings.steps * settings.batch_size * config.context_length,
         "held_out_nats_per_token": nats / (len(held) - 1),
-        "held_out_bits_per_byte": nats / math.log(2) / held_bytes,
+        "held_out_bits_per_byte": nats / math.log(2) / held_out.n_bytes,
         "protocol": f"non-overlapping windows of {config.context_length} tokens over the whole held-out part, float32",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "seconds": history[-1]["seconds"],
     }
-    return Result(LanguageModel(model.eval(), tokenizer), metrics, history)
+    return Result(lm, metrics, history)
 
 
 def _run(
-    model: GPT, batches: Batches, held: np.ndarray, settings: TrainSettings, report: Report
+    model: GPT, batches: Batches, settings: TrainSettings, evaluate: Callable[[], float], report: Report
 ) -> list[dict[str, Any]]:
     """Take ``settings.steps`` steps; return a row per evaluation."""
     step_model: nn.Module = torch.compile(model) if settings.compile else model  # type: ignore[assignment]
@@ -160,7 +168,7 @@ def _run(
                 raise GptlabError(f"the loss is {row['loss']} at step {done}; lower train.learning_rate")
             if done % settings.evaluate_every == 0 or last:
                 row["event"] = "evaluate"
-                row["held_out_loss"] = total_loss(model, held, batches.length) / (len(held) - 1)
+                row["held_out_loss"] = evaluate()
                 history.append(row)
             report(row)
     return history
