@@ -98,7 +98,8 @@ class ModelConfig:
         self._check_numbers()
         self._check_heads()
         self._check_choices()
-        self._check_not_yet()
+        self._check_positions()
+        self._check_windows()
 
     def _check_numbers(self) -> None:
         for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner"):
@@ -136,22 +137,40 @@ class ModelConfig:
                 hint = nearest(str(value), choices)
                 raise GptlabError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
 
-    def _check_not_yet(self) -> None:
-        """Refuse in words what this version knows of but does not compute."""
-        unavailable = {
-            f"position={self.position!r}": self.position != "learned",
-            "rope": self.rope is not None,
-            f"n_kv_head={self.n_kv_head} below n_head={self.n_head}": self.n_kv_head != self.n_head,
-            f"window={self.window!r}": self.window is not None,
-            f"sinks={self.sinks!r}": self.sinks != 0,
-            f"dilation={self.dilation!r}": self.dilation != 1,
-        }
-        for what, asked in unavailable.items():
-            if asked:
-                raise GptlabError(
-                    f"{what} is not available in this version, which computes plain GPT-2"
-                    " (learned positions, multi-head, full causal attention); leave the setting out"
-                )
+    def _check_positions(self) -> None:
+        if self.position == "blend":
+            raise GptlabError("position='blend' is not available in this version; use learned, rope or none")
+        if self.rope is not None and self.position != "rope":
+            raise GptlabError(f"rope has settings but position is {self.position!r}; set position to 'rope'")
+        if self.position == "rope" and self.head_dim % 2:
+            raise GptlabError(
+                f"position='rope' turns pairs of channels, but head_dim is {self.head_dim}, an odd number"
+            )
+
+    def _check_windows(self) -> None:
+        for name, least in (("window", 1), ("dilation", 1)):
+            value = getattr(self, name)
+            values = value if isinstance(value, tuple) else (value,)
+            if isinstance(value, tuple) and len(value) != self.n_layer:
+                raise GptlabError(f"{name} lists {len(value)} layers, the model has n_layer={self.n_layer}")
+            for one in values:
+                if not (one is None and name == "window") and not (_is_whole(one) and one >= least):
+                    raise GptlabError(f"{name} must be a whole number of at least {least}, got {one!r}")
+        if not _is_whole(self.sinks) or self.sinks < 0:
+            raise GptlabError(f"sinks must be a whole number of at least 0, got {self.sinks!r}")
+        if all(window is None for window in self.windows) and (self.sinks or any(d != 1 for d in self.dilations)):
+            raise GptlabError("sinks and dilation have no effect without a window; set window, or leave them out")
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """`window` of every layer."""
+        return self.window if isinstance(self.window, tuple) else (self.window,) * self.n_layer
+
+    @property
+    def dilations(self) -> tuple[int, ...]:
+        """`dilation` of every layer; 1 where there is no window."""
+        every = self.dilation if isinstance(self.dilation, tuple) else (self.dilation,) * self.n_layer
+        return tuple(d if w is not None else 1 for d, w in zip(every, self.windows, strict=True))
 
     @property
     def head_dim(self) -> int:

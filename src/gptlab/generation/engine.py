@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import sys
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,10 +17,17 @@ from gptlab.model.gpt import GPT
 from gptlab.model.linear import Linear
 from gptlab.model.masks import PADDING
 
+CHUNK = 512
+"""Tokens of a prompt that are read at once."""
+
 
 def last_logits(hidden: Tensor, lm_head: Linear) -> Tensor:
     """A head for `GPT.forward`: logits of the last position only, (B, T, C) -> (B, V) float32."""
     return lm_head(hidden[:, -1]).float()
+
+
+def nothing(hidden: Tensor, lm_head: Linear) -> None:
+    """A head for reading a part of a prompt whose logits nobody needs."""
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -57,7 +66,8 @@ def decode(
     Raises:
         GptlabError: an empty prompt, or one longer than the context.
     """
-    limit = model.config.context_length
+    # Learned positions end; rotary ones do not, nor does a model without any.
+    limit = model.config.context_length if model.config.position == "learned" else sys.maxsize
     for prompt in prompts:
         if not prompt:
             raise GptlabError("the prompt is empty; give at least one token of text")
@@ -67,9 +77,15 @@ def decode(
             )
     ids, positions = pad_left(prompts, model.wte.weight.device)
     longest = ids.shape[1]
-    cache = model.make_cache(len(prompts), min(longest + max_new_tokens, limit))
+    cache = model.make_cache(len(prompts), min(longest + max_new_tokens, limit), chunk=CHUNK)
     streams = [np.random.default_rng([sampling.seed, row]) for row in range(len(prompts))]
     active = list(range(len(prompts)))
+
+    for start in range(0, longest - CHUNK, CHUNK):
+        part = slice(start, start + CHUNK)
+        model(ids[:, part], positions=None if positions is None else positions[:, part], cache=cache, head=nothing)
+    rest = (longest - 1) // CHUNK * CHUNK
+    ids, positions = ids[:, rest:], None if positions is None else positions[:, rest:]
 
     for _ in range(max_new_tokens):
         logits = model(ids, positions=positions, cache=cache, head=last_logits)[:, :vocab_size]  # (B, V)

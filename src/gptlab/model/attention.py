@@ -1,4 +1,11 @@
-"""Multi-head causal self-attention (Vaswani et al. 2017, section 3.2; Radford et al. 2019)."""
+"""Causal self-attention, with its three switches.
+
+Multi-head attention (Vaswani et al. 2017, section 3.2) as GPT-2 has it, and per configuration:
+
+- grouped queries (Ainslie et al. 2023, *GQA*): H / H_kv query heads share each key/value head;
+- sliding windows (Beltagy et al. 2020, *Longformer*): a query sees the last W keys only;
+- rotary positions (Su et al. 2021, *RoFormer*): queries and keys are turned by their positions.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +16,7 @@ from gptlab.model import kernels
 from gptlab.model.cache import Full
 from gptlab.model.linear import Linear
 from gptlab.model.masks import Tokens, Visibility
+from gptlab.model.positions import Rotary
 
 
 def attend(
@@ -19,6 +27,7 @@ def attend(
     tokens: Tokens,
     cache: Full | None = None,
     dropout: float = 0.0,
+    q_sinks: Tensor | None = None,
 ) -> Tensor:
     """Let each query gather the values of the keys that it may see.
 
@@ -30,6 +39,7 @@ def attend(
         tokens: where the new tokens stand.
         cache: keys and values of earlier tokens; the new ones are added to it.
         dropout: probability with which an attention weight is dropped.
+        q_sinks: (B, H, T, D) queries as the sinks see them, where that differs.
 
     Returns:
         (B, H, T, D) in q's dtype.
@@ -37,34 +47,44 @@ def attend(
     keys = tokens
     if cache is not None:
         k, v, keys = cache.append(k, v, tokens)
-    return kernels.select()(q, k, v, visibility, tokens, keys, dropout)
+    return kernels.select()(q, k, v, visibility, tokens, keys, dropout, q_sinks)
 
 
 class CausalSelfAttention(nn.Module):
     """Project to queries, keys and values; attend in each head; project back.
 
     ``c_attn`` is one product for all three: its (H + 2 * H_kv) * D rows are q, then k, then v, and within
-    each, head h owns rows h * D to (h + 1) * D.
+    each, head h owns rows h * D to (h + 1) * D. Query head h reads key/value head h // (H / H_kv).
+
+    Args:
+        config: the architecture.
+        layer: index of the block, from 0; windows may differ from layer to layer.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_dim
-        self.visibility = Visibility()
+        self.visibility = Visibility(config.windows[layer], config.sinks, config.dilations[layer])
         self.dropout = config.dropout
         rows = (self.n_head + 2 * self.n_kv_head) * self.head_dim
         self.c_attn = Linear(config.n_embd, rows, bias=config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, C) -> q (B, H, T, D), k (B, H_kv, T, D), v (B, H_kv, T, D)."""
+    def project(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(B, T, C) -> q (B, H, T, D), k (B, H_kv, T, D), v (B, H_kv, T, D), and q as the sinks see it or None."""
         heads = self.c_attn(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
-        return q, k, v
+        if rotary is None:
+            return q, k, v, None
+        farthest = self.visibility.farthest_sink
+        q_sinks = rotary.turn(q, at_most=farthest) if self.visibility.sinks and farthest is not None else None
+        return rotary.turn(q), rotary.turn(k), v, q_sinks
 
-    def forward(self, x: Tensor, tokens: Tokens, cache: Full | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
-        q, k, v = self.project(x)
+    def forward(
+        self, x: Tensor, tokens: Tokens, rotary: Rotary | None = None, cache: Full | None = None
+    ) -> Tensor:  # (B, T, C) -> (B, T, C)
+        q, k, v, q_sinks = self.project(x, rotary)
         dropout = self.dropout if self.training else 0.0
-        y = attend(q, k, v, self.visibility, tokens, cache, dropout)  # (B, H, T, D)
+        y = attend(q, k, v, self.visibility, tokens, cache, dropout, q_sinks)  # (B, H, T, D)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))

@@ -13,6 +13,14 @@ real token, marked empty, and "c" overwrites it.
     position, row 0   0  1  2 -1
     position, row 1   0  1 -1 -1
 
+A layer with a sliding window forgets what no query can see any more, so its cache is a ring. With window 3, one
+sink and chunks of one token there are four slots: the sink's own, and three that are written in turn. After
+six tokens "a" ... "f":
+
+    slot        0  1  2  3
+    key of      a  e  f  d
+    position    0  4  5  3
+
 What a query may see follows from the positions, never from the slot numbers.
 """
 
@@ -31,7 +39,7 @@ class Full:
     Attributes:
         k, v: (B, H_kv, capacity, D).
         positions: (B, capacity) int64, `PADDING` for an empty slot.
-        counts: (B,) int64, the real tokens stored in each row.
+        counts: (B,) int64, the real tokens read in each row.
         used: a number of slots that no row exceeds.
     """
 
@@ -42,7 +50,7 @@ class Full:
         self.v = torch.zeros_like(self.k)
         self.positions = torch.full((batch, capacity), PADDING, device=device)
         self.counts = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.used = 0
+        self.seen = 0
         self.plain = True
 
     @property
@@ -50,65 +58,133 @@ class Full:
         """How many tokens a row can hold."""
         return self.k.shape[2]
 
+    @property
+    def used(self) -> int:
+        """A number of slots, from the first on, that holds all that is stored."""
+        return min(self.seen, self.capacity)
+
     def append(self, k: Tensor, v: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tokens]:
         """Store the keys and values (B, H_kv, T, D) of new tokens; return all that a query may look at.
 
         Raises:
-            GptlabError: more tokens than there are slots, or tokens that belong to documents.
+            GptlabError: more tokens than there is room for, or tokens that belong to documents.
         """
         if tokens.documents is not None:
             raise GptlabError("documents= and cache= cannot be combined: a cache continues one document a row")
-        first, n_new = self.used, k.shape[2]
-        if first + n_new > self.capacity:
-            raise GptlabError(
-                f"the cache has {self.capacity} slots and {first} are used: no room for {n_new} more tokens;"
-                " make it with a larger length"
-            )
-        self.used += n_new
+        first, n_new = self.seen, k.shape[2]
+        self._check_room(n_new)
+        self.seen += n_new
         self.plain &= tokens.plain
+        k, v = k.to(self.k.dtype), v.to(self.v.dtype)
         if self.plain:
-            self.k[:, :, first : self.used] = k
-            self.v[:, :, first : self.used] = v
-            self.positions[:, first : self.used] = tokens.positions
+            slots = self._slots(torch.arange(first, self.seen, device=k.device))
+            self.k.index_copy_(2, slots, k)
+            self.v.index_copy_(2, slots, v)
+            self.positions.index_copy_(1, slots, tokens.positions.expand(k.shape[0], -1))
             self.counts += n_new
             if first == 0:  # nothing older to look at
-                return self.k[:, :, :n_new], self.v[:, :, :n_new], tokens
+                return k, v, tokens
         else:
             self._append_ragged(k, v, tokens.positions)
         keys = Tokens(self.positions[:, : self.used], plain=self.plain)
         return self.k[:, :, : self.used], self.v[:, :, : self.used], keys
+
+    def _check_room(self, n_new: int) -> None:
+        if self.seen + n_new > self.capacity:
+            raise GptlabError(
+                f"the cache has {self.capacity} slots and {self.seen} are used: no room for {n_new} more tokens;"
+                " make it with a larger length"
+            )
+
+    def _slots(self, numbers: Tensor) -> Tensor:
+        """Where the tokens of these running numbers live."""
+        return numbers
 
     def _append_ragged(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
         real = positions != PADDING  # (B, T)
         n_real = real.sum(1, keepdim=True)
         # Real tokens take the next slots of their row, padding the slots behind them.
         order = torch.where(real, real.cumsum(1), n_real + (~real).cumsum(1)) - 1
-        slots = self.counts[:, None] + order
+        slots = self._slots(self.counts[:, None] + order)
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
-        self.k[rows, :, slots] = k.transpose(1, 2).to(self.k.dtype)
-        self.v[rows, :, slots] = v.transpose(1, 2).to(self.v.dtype)
+        self.k[rows, :, slots] = k.transpose(1, 2)
+        self.v[rows, :, slots] = v.transpose(1, 2)
         self.positions[rows, slots] = positions
         self.counts += n_real[:, 0]
 
     def truncate(self, n: int) -> None:
-        """Forget the last ``n`` real tokens of every row."""
+        """Forget the last ``n`` real tokens of every row.
+
+        Raises:
+            GptlabError: a ring no longer holds what the tokens before them need to see.
+        """
+        numbers = self.counts[:, None] - 1 - torch.arange(n, device=self.counts.device)  # (B, n)
+        self.positions.scatter_(1, self._slots(numbers.clamp(min=0)), PADDING)
         self.counts = (self.counts - n).clamp(min=0)
-        self.used = max(self.used - n, 0)
-        slots = torch.arange(self.capacity, device=self.positions.device)
-        self.positions.masked_fill_(slots >= self.counts[:, None], PADDING)
+        self.seen = max(self.seen - n, 0)
 
     def keep(self, rows: list[int]) -> None:
         """Go on with some rows of the batch only."""
         self.k, self.v = self.k[rows], self.v[rows]
         self.positions, self.counts = self.positions[rows], self.counts[rows]
-        self.used = int(self.counts.max())
+        self.seen = int(self.counts.max())
+
+
+class Ring(Full):
+    """The keys and values of one layer with a sliding window: constant memory, for ever.
+
+    Args:
+        sinks: the first slots, which are never overwritten.
+        chunk: most tokens that `append` may be given at once.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        n_kv_head: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        sinks: int,
+        chunk: int,
+    ) -> None:
+        super().__init__(batch, n_kv_head, capacity, head_dim, dtype, device)
+        self.sinks, self.chunk = sinks, chunk
+
+    def _check_room(self, n_new: int) -> None:
+        if n_new > self.chunk:
+            raise GptlabError(
+                f"{n_new} tokens at once do not fit this cache's chunks of {self.chunk}; split them, or make the"
+                " cache with a larger chunk"
+            )
+
+    def _slots(self, numbers: Tensor) -> Tensor:
+        ring = self.sinks + (numbers - self.sinks) % (self.capacity - self.sinks)
+        return torch.where(numbers < self.sinks, numbers, ring)
+
+    def truncate(self, n: int) -> None:
+        if self.seen > self.capacity and n > self.chunk:
+            raise GptlabError(f"this cache can take back its last {self.chunk} tokens, not {n}: older ones are gone")
+        super().truncate(n)
 
 
 class Cache:
     """The caches of all layers of one model, for one batch of sequences.
 
+    Args:
+        visibilities: what each layer's queries may see; it decides between `Full` and `Ring`.
+        batch: number of sequences, B.
+        length: longest sequence, in tokens.
+        chunk: most tokens at once, for layers with a window.
+        n_kv_head: key/value heads.
+        head_dim: their width, D.
+        dtype: of keys and values.
+        device: where they live.
+
     Attributes:
-        layers: one `Full` per block.
+        layers: one `Full` or `Ring` per block.
     """
 
     def __init__(
@@ -117,14 +193,18 @@ class Cache:
         *,
         batch: int,
         length: int,
+        chunk: int,
         n_kv_head: int,
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.layers = [
-            Full(batch, n_kv_head, visibility.capacity(length), head_dim, dtype, device) for visibility in visibilities
-        ]
+        self.layers: list[Full] = []
+        for visibility in visibilities:
+            capacity = visibility.capacity(length, chunk)
+            shape = (batch, n_kv_head, capacity, head_dim, dtype, device)
+            ring = capacity < length
+            self.layers.append(Ring(*shape, sinks=visibility.sinks, chunk=chunk) if ring else Full(*shape))
 
     def describe(self, ids: Tensor, documents: Tensor | None = None) -> Tokens:
         """Say where new ``ids`` (B, T) stand when every row simply goes on."""

@@ -14,7 +14,7 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     kv = 2 * config.kv_heads * config.head_dim
     parts = {
         "token embedding": config.vocab_size * c,
-        "position embedding": config.context_length * c,
+        "position embedding": config.context_length * c * (config.position == "learned"),
         "attention: queries, keys, values": config.n_layer * (c + bias) * (c + kv),
         "attention: output": config.n_layer * (c + bias) * c,
         "feed-forward": config.n_layer * ((c + bias) * inner + (inner + bias) * c),

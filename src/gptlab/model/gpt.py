@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptlab.config import ModelConfig
+from gptlab.config import ModelConfig, RopeConfig
 from gptlab.errors import GptlabError
 from gptlab.model.attention import CausalSelfAttention
 from gptlab.model.cache import Cache, Full
 from gptlab.model.kernels import attention_weights
 from gptlab.model.linear import Linear
 from gptlab.model.masks import Tokens
+from gptlab.model.positions import Rotary, frequencies
 
 Head = Callable[[Tensor, Linear], Any]
 
@@ -66,15 +67,17 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention between tokens, then computation at each; norms come first ("pre-norm")."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(config)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, tokens: Tokens, cache: Full | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
-        x = x + self.attn(self.ln_1(x), tokens, cache)
+    def forward(
+        self, x: Tensor, tokens: Tokens, rotary: Rotary | None = None, cache: Full | None = None
+    ) -> Tensor:  # (B, T, C) -> (B, T, C)
+        x = x + self.attn(self.ln_1(x), tokens, rotary, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -92,13 +95,18 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd, _weight=torch.empty(config.vocab_size, config.n_embd))
-        self.wpe = nn.Embedding(
-            config.context_length, config.n_embd, _weight=torch.empty(config.context_length, config.n_embd)
-        )
+        if config.position == "learned":
+            self.wpe = nn.Embedding(
+                config.context_length, config.n_embd, _weight=torch.empty(config.context_length, config.n_embd)
+            )
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.position == "rope":
+            with torch.device("cpu"):
+                # No buffer: `model.to(torch.bfloat16)` must not touch the angles.
+                self._frequencies = frequencies(config.rope or RopeConfig(), config.head_dim, config.context_length)
         self.tie()
         if self.wte.weight.device.type != "meta":
             self.init_weights(seed)
@@ -132,12 +140,20 @@ class GPT(nn.Module):
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
 
-    def make_cache(self, batch: int, length: int, dtype: torch.dtype | None = None) -> Cache:
-        """Return an empty cache for ``batch`` sequences of at most ``length`` tokens, in the weights' dtype."""
+    def make_cache(self, batch: int, length: int, *, chunk: int = 512, dtype: torch.dtype | None = None) -> Cache:
+        """Return an empty cache for ``batch`` sequences of at most ``length`` tokens.
+
+        Args:
+            batch: number of sequences, B.
+            length: tokens of the longest; costs memory only in layers without a window.
+            chunk: most tokens that one call may bring; counts only in layers with a window.
+            dtype: of keys and values; None is the weights' own.
+        """
         return Cache(
             [block.attn.visibility for block in self.blocks],
             batch=batch,
             length=length,
+            chunk=chunk,
             n_kv_head=self.config.kv_heads,
             head_dim=self.config.head_dim,
             dtype=dtype or self.wte.weight.dtype,
@@ -169,21 +185,21 @@ class GPT(nn.Module):
         Raises:
             GptlabError: ids of the wrong shape or type, more tokens than ``context_length``, a full cache.
         """
-        x, tokens = self._embed(ids, positions, documents, cache)
+        x, tokens, rotary = self._embed(ids, positions, documents, cache)
         for i, block in enumerate(self.blocks):
-            x = block(x, tokens, None if cache is None else cache.layers[i])
+            x = block(x, tokens, rotary, None if cache is None else cache.layers[i])
         return (head or all_logits)(self.ln_f(x), self.lm_head)
 
     def _embed(
         self, ids: Tensor, positions: Tensor | None, documents: Tensor | None, cache: Cache | None
-    ) -> tuple[Tensor, Tokens]:
-        """Return the first residual stream (B, T, C) float32, and where its tokens stand."""
+    ) -> tuple[Tensor, Tokens, Rotary | None]:
+        """Return the first residual stream (B, T, C) float32, where its tokens stand, and their rotation."""
         if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
             raise GptlabError(
                 f"ids must be (batch, tokens) of int64, got shape {tuple(ids.shape)} and {ids.dtype};"
                 " for one sequence use torch.tensor([ids])"
             )
-        if ids.shape[1] > self.config.context_length:
+        if self.config.position == "learned" and ids.shape[1] > self.config.context_length:
             raise GptlabError(
                 f"{ids.shape[1]} tokens exceed the context of {self.config.context_length}"
                 " learned positions; shorten the input"
@@ -195,8 +211,12 @@ class GPT(nn.Module):
         else:
             offsets = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
             tokens = Tokens(offsets, documents, plain=documents is None)
-        x = self.wte(ids).float() + self.wpe(tokens.positions.clamp(min=0)).float()
-        return self.drop(x), tokens
+        x, rotary = self.wte(ids).float(), None
+        if self.config.position == "learned":
+            x = x + self.wpe(tokens.positions.clamp(min=0)).float()
+        elif self.config.position == "rope":
+            rotary = Rotary(tokens.positions, *self._frequencies)
+        return self.drop(x), tokens, rotary
 
     @torch.no_grad()
     def attention_maps(self, ids: Tensor, layer: int) -> Tensor:
@@ -208,9 +228,9 @@ class GPT(nn.Module):
         """
         if not 0 <= layer < self.config.n_layer:
             raise GptlabError(f"layer must be 0 to {self.config.n_layer - 1}, got {layer}")
-        x, tokens = self._embed(ids, None, None, None)
+        x, tokens, rotary = self._embed(ids, None, None, None)
         for block in self.blocks[:layer]:
-            x = block(x, tokens)
+            x = block(x, tokens, rotary)
         block = self.blocks[layer]
-        q, k, _ = block.attn.project(block.ln_1(x))
-        return attention_weights(q, k, block.attn.visibility, tokens, tokens)
+        q, k, _, q_sinks = block.attn.project(block.ln_1(x), rotary)
+        return attention_weights(q, k, block.attn.visibility, tokens, tokens, q_sinks)

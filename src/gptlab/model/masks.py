@@ -29,10 +29,30 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which keys a query may see: those of its own document, at its own position or before.
+    """Which keys a query may see: those of its own document, at its own position or before, within the window.
 
     Kernels and caches derive what they need from this class; none restates it.
+
+    Attributes:
+        window: a query at position i sees keys at i, i - dilation, ..., ``window`` of them, its own included
+            (transformers' convention; FlashAttention's ``window_size`` is one less). None: all.
+        sinks: keys at positions below this stay visible for ever (Xiao et al. 2023, *StreamingLLM*).
+        dilation: distance between the keys of a window (Beltagy et al. 2020, *Longformer*).
     """
+
+    window: int | None = None
+    sinks: int = 0
+    dilation: int = 1
+
+    @property
+    def span(self) -> int | None:
+        """Positions from the oldest key of a window to the query, both included."""
+        return None if self.window is None else (self.window - 1) * self.dilation + 1
+
+    @property
+    def farthest_sink(self) -> int | None:
+        """The largest distance at which a sink is seen: as if it stood right before the window."""
+        return None if self.span is None else self.span + self.sinks - 1
 
     def visible(self, queries: Tokens, keys: Tokens) -> Tensor:
         """Return (B, Tq, Tk) bool: may this query see this key?
@@ -42,6 +62,11 @@ class Visibility:
         """
         q, k = queries.positions[:, :, None], keys.positions[:, None, :]  # (B, Tq, 1), (B, 1, Tk)
         seen = (k != PADDING) & (k <= q)
+        if self.span is not None:
+            near = q - k < self.span
+            if self.dilation > 1:
+                near &= (q - k) % self.dilation == 0
+            seen &= near | (k < self.sinks)
         if queries.documents is not None and keys.documents is not None:
             seen &= queries.documents[:, :, None] == keys.documents[:, None, :]
         return seen | (q == PADDING)
@@ -54,10 +79,16 @@ class Visibility:
         """
         if not (queries.plain and keys.plain):
             return None
+        n_queries, n_keys = queries.positions.shape[1], keys.positions.shape[1]
+        if self.span is not None and (n_keys > self.span or self.dilation > 1):
+            return None
         if keys is queries:
             return "causal"
-        return "everything" if queries.positions.shape[1] == 1 else None
+        return "everything" if n_queries == 1 else None
 
-    def capacity(self, length: int) -> int:
-        """Return how many slots a cache needs to serve a sequence of ``length`` tokens."""
-        return length
+    def capacity(self, length: int, chunk: int) -> int:
+        """Return how many slots a cache needs for a sequence of ``length`` tokens, ``chunk`` at most at a time.
+
+        The first query of a chunk still needs the keys of its whole window when the chunk's last key is stored.
+        """
+        return length if self.span is None else min(length, self.span + chunk - 1 + self.sinks)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -9,17 +12,37 @@ from gptlab.model.masks import Tokens, Visibility
 
 
 def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, queries: Tokens, keys: Tokens, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visibility: Visibility,
+    queries: Tokens,
+    keys: Tokens,
+    dropout: float = 0.0,
+    q_sinks: Tensor | None = None,
 ) -> Tensor:
     """Return what `reference` returns; a mask is built only where the shape of the visibility is not known."""
     shape = visibility.shape(queries, keys)
     mask = visibility.visible(queries, keys)[:, None] if shape is None else None  # (B, 1, Tq, Tk)
-    return F.scaled_dot_product_attention(
+    scale, k, v = 1 / math.sqrt(q.shape[-1]), k.to(q.dtype), v.to(q.dtype)
+    if q_sinks is not None:
+        # Two kinds of scores in one product: sinks meet the second half of a query, all other keys the first.
+        is_sink = ((keys.positions >= 0) & (keys.positions < visibility.sinks))[:, None, :, None]  # (B, 1, Tk, 1)
+        q = torch.cat([q, q_sinks], dim=-1)
+        k = torch.cat([k.masked_fill(is_sink, 0.0), k.masked_fill(~is_sink, 0.0)], dim=-1)
+    batch, n_head, n_queries, _ = q.shape
+    n_kv_head = k.shape[1]
+    if n_queries == 1 and n_head != n_kv_head:
+        # Decoding: a group's queries become rows that share one key head, so that K and V are read once.
+        q = q.view(batch, n_kv_head, n_head // n_kv_head, -1)
+    y = F.scaled_dot_product_attention(
         q,
-        k.to(q.dtype),
-        v.to(q.dtype),
+        k,
+        v,
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=shape == "causal",
-        enable_gqa=q.shape[1] != k.shape[1],
+        is_causal=shape == "causal" and n_queries > 1,
+        scale=scale,
+        enable_gqa=q.shape[1] != n_kv_head,
     )
+    return y.reshape(batch, n_head, n_queries, -1)

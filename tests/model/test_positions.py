@@ -1,0 +1,112 @@
+"""Rotary positions: the angles, the relative property, the scalings, the layouts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+import gptlab
+from gptlab.config import RopeConfig
+from gptlab.model.positions import Rotary, frequencies, half_from_interleaved, interleaved_from_half
+
+HEAD_DIM, TRAINED = 64, 1024
+
+
+def scaled(kind, factor):
+    names = {None: "default", "linear": "linear", "yarn": "yarn", "ntk": "default"}
+    base = 10000.0 * factor ** (HEAD_DIM / (HEAD_DIM - 2)) if kind == "ntk" else 10000.0
+    parameters = {"rope_type": names[kind], "rope_theta": base}
+    if kind in ("linear", "yarn"):
+        parameters["factor"] = factor
+    if kind == "yarn":
+        parameters["original_max_position_embeddings"] = TRAINED
+    return LlamaConfig(
+        hidden_size=HEAD_DIM,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=TRAINED * (int(factor) if kind == "yarn" else 1),
+        rope_parameters=parameters,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "factor"), [(None, 1.0), ("linear", 4.0), ("ntk", 4.0), ("yarn", 4.0), ("yarn", 16.0)]
+)
+def test_frequencies_are_those_of_transformers(kind, factor):
+    turns, attention_factor = frequencies(RopeConfig(scaling=kind, factor=factor), HEAD_DIM, TRAINED)
+    judge = LlamaRotaryEmbedding(scaled(kind, factor))
+    torch.testing.assert_close(turns.float(), judge.inv_freq, atol=0, rtol=1e-5)
+    assert attention_factor == pytest.approx(judge.attention_scaling, abs=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "factor"), [(None, 1.0), ("linear", 4.0), ("ntk", 4.0), ("yarn", 4.0)])
+def test_turned_vectors_are_those_of_transformers_below_4096(kind, factor):
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 3, 4096, HEAD_DIM, generator=generator)
+    positions = torch.arange(4096)[None]
+    cos, sin = LlamaRotaryEmbedding(scaled(kind, factor))(q, positions)
+    expected_q, expected_k = apply_rotary_pos_emb(q, k, cos, sin)
+    rotary = Rotary(positions, *frequencies(RopeConfig(scaling=kind, factor=factor), HEAD_DIM, TRAINED))
+    # transformers' angles are float32: at position 4,095 half a unit in the last place is 1.2e-4 of a radian.
+    torch.testing.assert_close(rotary.turn(q)[:, :, :64], expected_q[:, :, :64], atol=1e-5, rtol=0)
+    torch.testing.assert_close(rotary.turn(k), expected_k, atol=1e-3, rtol=0)
+
+
+def test_scores_depend_on_the_distance_alone_up_to_a_million():
+    generator = torch.Generator().manual_seed(1)
+    q, k = torch.randn(2, 1, 1, 1, HEAD_DIM, generator=generator)
+    rope = frequencies(RopeConfig(), HEAD_DIM, TRAINED)
+
+    def score(at_query, at_key):
+        return (
+            Rotary(torch.tensor([[at_query]]), *rope).turn(q) * Rotary(torch.tensor([[at_key]]), *rope).turn(k)
+        ).sum()
+
+    for distance in (0, 1, 17, 1000):
+        expected = score(distance, 0)
+        for key in (1, 999, 12_345, 100_000, 1_000_000 - distance):
+            assert abs(score(key + distance, key) - expected) < 1e-4
+
+
+def test_a_model_in_bfloat16_keeps_its_angles():
+    model = gptlab.GPT(gptlab.ModelConfig.preset("tiny", position="rope"))
+    before = model._frequencies[0].clone()
+    model = model.to(torch.bfloat16)
+    assert model._frequencies[0].dtype == torch.float64
+    assert torch.equal(model._frequencies[0], before)
+    cos, _ = Rotary(torch.tensor([[50_000]]), *model._frequencies)._table(None)
+    assert cos.dtype == torch.float32
+    torch.testing.assert_close(cos.flatten().double(), (50_000 * before).cos(), atol=1e-7, rtol=0)
+
+
+def test_layouts_are_inverse_and_mean_the_same_rotation():
+    generator = torch.Generator().manual_seed(2)
+    n_head, width = 3, 20
+    weight = torch.randn(n_head * 8, width, generator=generator)
+    bias = torch.randn(n_head * 8, generator=generator)
+    for rows in (weight, bias):
+        assert torch.equal(interleaved_from_half(half_from_interleaved(rows, n_head), n_head), rows)
+    # An interleaved projection, turned pair by pair (2i, 2i + 1) as complex numbers, against ours after the permutation.
+    x = torch.randn(5, width, generator=generator)
+    turns, _ = frequencies(RopeConfig(), 8, TRAINED)
+    q = (x @ weight.T + bias).unflatten(-1, (n_head, 8)).transpose(0, 1)  # (H, T, 8)
+    angles = torch.arange(5)[:, None] * turns
+    turned = torch.view_as_real(
+        torch.view_as_complex(q.double().unflatten(-1, (4, 2))) * torch.polar(torch.ones_like(angles), angles)
+    )
+    ours = x @ half_from_interleaved(weight, n_head).T + half_from_interleaved(bias, n_head)
+    ours = Rotary(torch.arange(5)[None], turns).turn(ours.unflatten(-1, (n_head, 8)).transpose(0, 1)[None])[0]
+    # the same numbers, at the places that the half layout gives them
+    expected = torch.cat([turned[..., 0], turned[..., 1]], dim=-1).float()
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+def test_sinks_see_a_query_no_farther_than_the_window_reaches():
+    rope = frequencies(RopeConfig(), 8, TRAINED)
+    x = torch.randn(1, 1, 4, 8, generator=torch.Generator().manual_seed(3))
+    positions = torch.tensor([[0, 5, 11, 5000]])
+    found = Rotary(positions, *rope).turn(x, at_most=11)
+    expected = Rotary(positions.clamp(max=11), *rope).turn(x)
+    assert torch.equal(found, expected)
