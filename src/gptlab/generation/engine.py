@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import sys
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch

@@ -210,7 +210,7 @@ class GPT(nn.Module):
             tokens = cache.describe(ids, documents)
         else:
             offsets = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-            tokens = Tokens(offsets, documents, plain=documents is None)
+            tokens = Tokens(offsets, documents, plain=documents is None, in_order=True)
         x, rotary = self.wte(ids).float(), None
         if self.config.position == "learned":
             x = x + self.wpe(tokens.positions.clamp(min=0)).float()

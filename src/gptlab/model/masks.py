@@ -20,11 +20,18 @@ class Tokens:
         documents: (B, T) int64 or None. Tokens of different documents do not see each other.
         plain: True when it is known without looking at the tensors that every row counts up by one, with
             neither padding nor documents. It opens shortcuts; it never changes a result.
+        in_order: True when it is known that every row counts up by one without padding; documents may divide it.
     """
 
     positions: Tensor
     documents: Tensor | None = None
     plain: bool = False
+    in_order: bool = False
+
+    def at(self, where: slice) -> Tokens:
+        """Return a part of every row."""
+        documents = None if self.documents is None else self.documents[:, where]
+        return Tokens(self.positions[:, where], documents)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from contextvars import ContextVar
 from torch import Tensor
 
 from gptlab.errors import GptlabError, nearest
+from gptlab.model.kernels.banded import applies, banded
 from gptlab.model.kernels.reference import attention_weights, reference
 from gptlab.model.kernels.sdpa import sdpa
 
 __all__ = ["KERNELS", "Kernel", "attention_weights", "reference", "sdpa", "select", "use"]
 
 Kernel = Callable[..., Tensor]
-KERNELS: dict[str, Kernel] = {"reference": reference, "sdpa": sdpa}
+KERNELS: dict[str, Kernel] = {"reference": reference, "sdpa": sdpa, "banded": banded}
 
 _forced: ContextVar[str | None] = ContextVar("forced_kernel", default=None)
 _log = logging.getLogger(__name__)
