@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 from gptlab.errors import GptlabError, nearest
@@ -22,24 +22,25 @@ __all__ = ["KERNELS", "Kernel", "attention_weights", "reference", "sdpa", "selec
 Kernel = Callable[..., Tensor]
 KERNELS: dict[str, Kernel] = {"reference": reference, "sdpa": sdpa, "banded": banded}
 
-_forced: ContextVar[str | None] = ContextVar("forced_kernel", default=None)
+_forced: str | None = None  # a plain global: torch.compile cannot trace a ContextVar
 _log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
-    """Force one kernel for all attention inside the ``with`` block.
+    """Force one kernel for all attention inside the ``with`` block, in every thread.
 
     Raises:
         GptlabError: there is no kernel of that name.
     """
     if name not in KERNELS:
         raise GptlabError(f"unknown kernel {name!r}{nearest(name, KERNELS)}; there are {', '.join(KERNELS)}")
-    token = _forced.set(name)
+    global _forced
+    before, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def select() -> Kernel:
@@ -47,6 +48,7 @@ def select() -> Kernel:
 
     The choice is logged at level DEBUG under ``gptlab.model.kernels``.
     """
-    name = _forced.get() or "sdpa"
-    _log.debug("attention kernel: %s", name)
+    name = _forced or "sdpa"
+    if not torch.compiler.is_compiling():
+        _log.debug("attention kernel: %s", name)
     return KERNELS[name]
