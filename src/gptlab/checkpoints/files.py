@@ -141,7 +141,9 @@ def complete_state(
                 f" {tuple(shape)}; config.json and weights do not belong together"
             )
         if not tensor.is_floating_point():
-            raise GptlabError(f"the checkpoint {where} has {name} in {tensor.dtype}, which weights never are; restore it")
+            raise GptlabError(
+                f"the checkpoint {where} has {name} in {tensor.dtype}, which weights never are; restore it"
+            )
         # A copy, so that the model does not hang on a file that may change under it.
         tensor = torch.empty(shape, dtype=dtype).copy_(tensor)
         if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():

@@ -57,6 +57,8 @@ def decode(
     Raises:
         GptlabError: an empty prompt, or one longer than the context.
     """
+    if not prompts:
+        return
     limit = model.config.context_length
     for prompt in prompts:
         if not prompt:

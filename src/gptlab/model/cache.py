@@ -50,6 +50,14 @@ class Full:
         """How many tokens a row can hold."""
         return self.k.shape[2]
 
+    def check_room(self, n: int) -> None:
+        """Raise a `GptlabError` when ``n`` more tokens do not fit."""
+        if self.used + n > self.capacity:
+            raise GptlabError(
+                f"the cache has {self.capacity} slots and {self.used} are used: no room for {n} more tokens;"
+                " make it with a larger length"
+            )
+
     def append(self, k: Tensor, v: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tokens]:
         """Store the keys and values (B, H_kv, T, D) of new tokens; return all that a query may look at.
 
@@ -59,11 +67,7 @@ class Full:
         if tokens.documents is not None:
             raise GptlabError("documents= and cache= cannot be combined: a cache continues one document a row")
         first, n_new = self.used, k.shape[2]
-        if first + n_new > self.capacity:
-            raise GptlabError(
-                f"the cache has {self.capacity} slots and {first} are used: no room for {n_new} more tokens;"
-                " make it with a larger length"
-            )
+        self.check_room(n_new)
         self.used += n_new
         self.plain &= tokens.plain
         if self.plain:
@@ -91,7 +95,9 @@ class Full:
         self.counts += n_real[:, 0]
 
     def truncate(self, n: int) -> None:
-        """Forget the last ``n`` real tokens of every row."""
+        """Forget the last ``n`` real tokens of every row (all of them, where there are fewer)."""
+        if n < 0:
+            raise GptlabError(f"a cache can be truncated by 0 or more tokens, not by {n}")
         self.counts = (self.counts - n).clamp(min=0)
         self.used = max(self.used - n, 0)
         slots = torch.arange(self.capacity, device=self.positions.device)
@@ -127,8 +133,13 @@ class Cache:
         ]
 
     def describe(self, ids: Tensor, documents: Tensor | None = None) -> Tokens:
-        """Say where new ``ids`` (B, T) stand when every row simply goes on."""
+        """Say where new ``ids`` (B, T) stand when every row simply goes on.
+
+        Raises:
+            GptlabError: they do not fit; said here, before a position is looked up that does not exist.
+        """
         first = self.layers[0]
+        first.check_room(ids.shape[1])
         offsets = torch.arange(ids.shape[1], device=ids.device)
         return Tokens(first.counts[:, None] + offsets, documents, plain=first.plain and documents is None)
 
