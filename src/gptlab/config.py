@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -14,6 +13,18 @@ Activation = Literal["gelu_tanh", "gelu"]
 Position = Literal["learned", "rope", "none", "blend"]
 Scaling = Literal["linear", "ntk", "yarn"]
 
+LARGEST = {
+    "vocab_size": 2**31,
+    "context_length": 2**31,
+    "n_layer": 1000,
+    "n_head": 2**16,
+    "n_kv_head": 2**16,
+    "n_embd": 2**20,
+    "n_inner": 2**22,
+}
+"""Far above any model, and low enough that a damaged configuration is refused before memory is."""
+LARGEST_FLOAT32 = 3.4028234663852886e38
+
 
 def divisors(n: int) -> list[int]:
     """Return every positive divisor of ``n``, ascending."""
@@ -22,6 +33,13 @@ def divisors(n: int) -> list[int]:
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _refuse_unknown(what: str, values: Mapping[str, Any], of: type) -> None:
+    fields = [field.name for field in dataclasses.fields(of)]
+    for key in values:
+        if key not in fields:
+            raise GptlabError(f"unknown {what} {key!r}{nearest(key, fields)}")
 
 
 @dataclass(frozen=True)
@@ -102,18 +120,28 @@ class ModelConfig:
         self._check_windows()
 
     def _check_numbers(self) -> None:
-        for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner"):
+        for name, largest in LARGEST.items():
             value = getattr(self, name)
-            if not _is_whole(value) or not 1 <= value < 2**31:
+            if not _is_whole(value) or value < 1:
                 raise GptlabError(f"{name} must be a whole number of at least 1, got {value!r}")
+            if value > largest:
+                raise GptlabError(f"{name} must be at most {largest:,}, got {value:,}")
         for name in ("dropout", "norm_eps"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            # A comparison, since math.isfinite overflows on the enormous integers that JSON may hold.
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST_FLOAT32:
                 raise GptlabError(f"{name} must be a finite number, got {value!r}")
         if not 0.0 <= self.dropout < 1.0:
             raise GptlabError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
         if self.norm_eps <= 0.0:
             raise GptlabError(f"norm_eps must be above 0, got {self.norm_eps!r}")
+        if not _is_whole(self.sinks) or self.sinks < 0:
+            raise GptlabError(f"sinks must be a whole number of at least 0, got {self.sinks!r}")
+        for name, optional in (("window", True), ("dilation", False)):
+            value = getattr(self, name)
+            for one in value if isinstance(value, tuple) else (value,):
+                if not (_is_whole(one) and one >= 1) and not (optional and one is None):
+                    raise GptlabError(f"{name} must be a whole number of at least 1, or one per layer, got {value!r}")
         for name in ("bias", "tie_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise GptlabError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -148,16 +176,10 @@ class ModelConfig:
             )
 
     def _check_windows(self) -> None:
-        for name, least in (("window", 1), ("dilation", 1)):
+        for name in ("window", "dilation"):
             value = getattr(self, name)
-            values = value if isinstance(value, tuple) else (value,)
             if isinstance(value, tuple) and len(value) != self.n_layer:
                 raise GptlabError(f"{name} lists {len(value)} layers, the model has n_layer={self.n_layer}")
-            for one in values:
-                if not (one is None and name == "window") and not (_is_whole(one) and one >= least):
-                    raise GptlabError(f"{name} must be a whole number of at least {least}, got {one!r}")
-        if not _is_whole(self.sinks) or self.sinks < 0:
-            raise GptlabError(f"sinks must be a whole number of at least 0, got {self.sinks!r}")
         if all(window is None for window in self.windows) and (self.sinks or any(d != 1 for d in self.dilations)):
             raise GptlabError("sinks and dilation have no effect without a window; set window, or leave them out")
 
@@ -211,16 +233,11 @@ class ModelConfig:
         Raises:
             GptlabError: a key that is no field (with the nearest field's name), or an impossible value.
         """
-        fields = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in fields:
-                raise GptlabError(f"unknown model setting {key!r}{nearest(key, fields)}")
+        _refuse_unknown("model setting", values, cls)
         values = dict(values)
         if isinstance(values.get("rope"), Mapping):
-            try:
-                values["rope"] = RopeConfig(**values["rope"])
-            except TypeError as error:
-                raise GptlabError(f"unknown setting of rope: {error}") from None
+            _refuse_unknown("setting of rope", values["rope"], RopeConfig)
+            values["rope"] = RopeConfig(**values["rope"])
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

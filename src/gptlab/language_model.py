@@ -132,10 +132,11 @@ class LanguageModel:
         if prompt is None:
             if tokenizer.end_of_text is None:
                 raise GptlabError("this model's tokenizer has no <|endoftext|> to start from; give a prompt")
-            return [tokenizer.end_of_text]
-        if not prompt:
+            ids = [tokenizer.end_of_text]
+        elif not prompt:
             raise GptlabError("the prompt is empty; give it some text")
-        ids = tokenizer.encode(prompt)
+        else:
+            ids = tokenizer.encode(prompt)
         if max(ids) >= self.config.vocab_size:
             raise GptlabError(
                 f"the tokenizer gives ids up to {max(ids)}, the model has {self.config.vocab_size}: they do not fit"

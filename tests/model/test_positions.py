@@ -88,7 +88,7 @@ def test_layouts_are_inverse_and_mean_the_same_rotation():
     bias = torch.randn(n_head * 8, generator=generator)
     for rows in (weight, bias):
         assert torch.equal(interleaved_from_half(half_from_interleaved(rows, n_head), n_head), rows)
-    # An interleaved projection, turned pair by pair (2i, 2i + 1) as complex numbers, against ours after the permutation.
+    # An interleaved projection, its pairs (2i, 2i + 1) turned as complex numbers, against ours after the permutation.
     x = torch.randn(5, width, generator=generator)
     turns, _ = frequencies(RopeConfig(), 8, TRAINED)
     q = (x @ weight.T + bias).unflatten(-1, (n_head, 8)).transpose(0, 1)  # (H, T, 8)

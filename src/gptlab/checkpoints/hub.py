@@ -38,6 +38,8 @@ def locate(name: str) -> Path:
     Raises:
         GptlabError: nothing of that name, or the hub cannot be reached.
     """
+    if not name:  # as a path it would be the current directory
+        raise GptlabError("the name of the model is empty; give a directory, or a name such as 'pocket' or 'gpt2'")
     if name in built_in():
         return built_in()[name]
     if Path(name).is_dir():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -84,6 +85,10 @@ def read(directory: Path, values: Mapping[str, Any], dtype: torch.dtype) -> Chec
         name = key.removeprefix("transformer.")
         if name in readers:
             raise GptlabError(f"the checkpoint {directory} holds {name} twice, with and without a prefix; restore it")
+        if name in readers:
+            raise GptlabError(
+                f"the checkpoint {directory} holds {name} twice, with and without the prefix 'transformer.'"
+            )
         if not LEGACY.fullmatch(name):
             readers[name] = _transposed(get) if CONV1D.fullmatch(name) else get
     if config.tie_embeddings and "lm_head.weight" in readers and "wte.weight" in readers:
@@ -98,7 +103,7 @@ def read(directory: Path, values: Mapping[str, Any], dtype: torch.dtype) -> Chec
 
 
 def _transposed(get: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    return lambda: get().t()
+    return lambda: get().transpose(0, -1)  # of any rank: a wrong one is refused with the other wrong shapes
 
 
 def _open_weights(directory: Path) -> Lazy:
@@ -136,7 +141,8 @@ def _open_bin(path: Path) -> Lazy:
     """Open a PyTorch file of tensors; never unpickle anything else, which could run code."""
     try:
         # Files of before torch 1.6 are no zip archives and cannot be memory-mapped.
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols; what counts is said below
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise GptlabError(
             f"{path} is no file of tensors alone: loading it could run code, so it was not loaded; get the"

@@ -44,13 +44,20 @@ def options(
 def main() -> None:
     """Run the command line; a `GptlabError` becomes one sentence and exit code 2."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here a pipe that nobody reads is caught, at the interpreter's end it is not
     except GptlabError as error:
         print(f"gptlab: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ngptlab: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe went away, as `head` does
+    except OSError as error:
+        # What is still in the buffer must go nowhere, or Python complains about it at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        if isinstance(error, BrokenPipeError):  # the reader of a pipe went away, as `head` does
+            sys.exit(1)
+        print(f"gptlab: {error.filename or 'the output'} cannot be used: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)

@@ -54,11 +54,9 @@ def generate(
     started = time.perf_counter()
     pieces = lm.continue_all([prompt] * num_samples, continuations, sampling, max_new_tokens)
     live = num_samples == 1 and not as_json
-    if live:
-        print(prompt or "", end="", flush=True)
-    for _, piece in pieces:
-        if live:
-            print(piece, end="", flush=True)
+    for i, (_, piece) in enumerate(pieces):
+        if live:  # the prompt comes with the first piece: a prompt that is refused is not printed
+            print((prompt or "") + piece if i == 0 else piece, end="", flush=True)
     seconds = time.perf_counter() - started
     if as_json:
         print(_json(model, prompt, seed, continuations, seconds))

@@ -17,7 +17,12 @@ def verify(
 ) -> None:
     """Let the program prove itself: a table of what was checked, PASS or FAIL."""
     from gptlab import verification
+    from gptlab.errors import GptlabError
 
+    if model is not None and path is not None:
+        if not path.is_dir():
+            raise GptlabError(f"no directory {path}; check --path")
+        path = path.absolute()  # a directory, even one that has the name of a model
     results = []
     for check in verification.checks(model, path):
         result = check()

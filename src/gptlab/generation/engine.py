@@ -65,6 +65,8 @@ def decode(
     Raises:
         GptlabError: an empty prompt, or one longer than the context.
     """
+    if not prompts:
+        return
     # Learned positions end; rotary ones do not, nor does a model without any.
     limit = model.config.context_length if model.config.position == "learned" else sys.maxsize
     for prompt in prompts:

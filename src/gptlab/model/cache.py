@@ -72,7 +72,7 @@ class Full:
         if tokens.documents is not None:
             raise GptlabError("documents= and cache= cannot be combined: a cache continues one document a row")
         first, n_new = self.seen, k.shape[2]
-        self._check_room(n_new)
+        self.check_room(n_new)
         self.seen += n_new
         self.plain &= tokens.plain
         k, v = k.to(self.k.dtype), v.to(self.v.dtype)
@@ -89,10 +89,11 @@ class Full:
         keys = Tokens(self.positions[:, : self.used], plain=self.plain)
         return self.k[:, :, : self.used], self.v[:, :, : self.used], keys
 
-    def _check_room(self, n_new: int) -> None:
-        if self.seen + n_new > self.capacity:
+    def check_room(self, n: int) -> None:
+        """Raise a `GptlabError` when ``n`` more tokens do not fit."""
+        if self.seen + n > self.capacity:
             raise GptlabError(
-                f"the cache has {self.capacity} slots and {self.seen} are used: no room for {n_new} more tokens;"
+                f"the cache has {self.capacity} slots and {self.seen} are used: no room for {n} more tokens;"
                 " make it with a larger length"
             )
 
@@ -113,11 +114,13 @@ class Full:
         self.counts += n_real[:, 0]
 
     def truncate(self, n: int) -> None:
-        """Forget the last ``n`` real tokens of every row.
+        """Forget the last ``n`` real tokens of every row (all of them, where there are fewer).
 
         Raises:
-            GptlabError: a ring no longer holds what the tokens before them need to see.
+            GptlabError: a negative number, or a ring that no longer holds what earlier tokens need to see.
         """
+        if n < 0:
+            raise GptlabError(f"a cache can be truncated by 0 or more tokens, not by {n}")
         numbers = self.counts[:, None] - 1 - torch.arange(n, device=self.counts.device)  # (B, n)
         self.positions.scatter_(1, self._slots(numbers.clamp(min=0)), PADDING)
         self.counts = (self.counts - n).clamp(min=0)
@@ -153,10 +156,10 @@ class Ring(Full):
         super().__init__(batch, n_kv_head, capacity, head_dim, dtype, device)
         self.sinks, self.chunk = sinks, chunk
 
-    def _check_room(self, n_new: int) -> None:
-        if n_new > self.chunk:
+    def check_room(self, n: int) -> None:
+        if n > self.chunk:
             raise GptlabError(
-                f"{n_new} tokens at once do not fit this cache's chunks of {self.chunk}; split them, or make the"
+                f"{n} tokens at once do not fit this cache's chunks of {self.chunk}; split them, or make the"
                 " cache with a larger chunk"
             )
 
@@ -207,7 +210,13 @@ class Cache:
             self.layers.append(Ring(*shape, sinks=visibility.sinks, chunk=chunk) if ring else Full(*shape))
 
     def describe(self, ids: Tensor, documents: Tensor | None = None) -> Tokens:
-        """Say where new ``ids`` (B, T) stand when every row simply goes on."""
+        """Say where new ``ids`` (B, T) stand when every row simply goes on.
+
+        Raises:
+            GptlabError: they do not fit; said here, before a position is looked up that does not exist.
+        """
+        for layer in self.layers:
+            layer.check_room(ids.shape[1])
         first = self.layers[0]
         offsets = torch.arange(ids.shape[1], device=ids.device)
         return Tokens(first.counts[:, None] + offsets, documents, plain=first.plain and documents is None)

@@ -123,7 +123,9 @@ def decode_bytes(config: ModelConfig, position: int, bytes_per_number: int, *, b
 
 def arithmetic_intensity(config: ModelConfig, position: int, bytes_per_number: int, *, batch: int = 1) -> float:
     """Return the operations per byte read when one token is generated in each of ``batch`` sequences."""
-    return batch * token_flops(config, position).total / sum(decode_bytes(config, position, bytes_per_number, batch=batch))
+    return (
+        batch * token_flops(config, position).total / sum(decode_bytes(config, position, bytes_per_number, batch=batch))
+    )
 
 
 def receptive_field(config: ModelConfig) -> int | None:

@@ -137,8 +137,10 @@ class GPT(nn.Module):
             else:
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
                 digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+                generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+                # In float32 on the CPU whatever the defaults are, so that every device and dtype starts alike.
+                start = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+                parameter.copy_(start.normal_(0.0, std, generator=generator))
 
     def make_cache(self, batch: int, length: int, *, chunk: int = 512, dtype: torch.dtype | None = None) -> Cache:
         """Return an empty cache for ``batch`` sequences of at most ``length`` tokens.
@@ -148,7 +150,15 @@ class GPT(nn.Module):
             length: tokens of the longest; costs memory only in layers without a window.
             chunk: most tokens that one call may bring; counts only in layers with a window.
             dtype: of keys and values; None is the weights' own.
+
+        Raises:
+            GptlabError: learned positions, and a ``length`` that exceeds them.
         """
+        if self.config.position == "learned" and length > self.config.context_length:
+            raise GptlabError(
+                f"a cache for {length} tokens exceeds the context of {self.config.context_length}"
+                " learned positions; make it shorter"
+            )
         return Cache(
             [block.attn.visibility for block in self.blocks],
             batch=batch,

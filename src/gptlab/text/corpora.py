@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from gptlab.errors import GptlabError
 from gptlab.text.tokenizers import END_OF_TEXT
+
+_DOCUMENT_END = re.compile(rf"^{re.escape(END_OF_TEXT)}(?:\n|\Z)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,9 @@ class Corpus:
                 raise GptlabError(f"the corpus {self.name} is too short to hold a part of it out; add text")
             parts: tuple[list[str], list[str]] = [text[:cut]], [text[cut:]]
         else:
-            ranked = sorted(documents, key=_rank)
-            limit = max(sum(_rank(document) < held_out for document in ranked), 1)
+            ranked = sorted(set(documents), key=_rank)
+            limit = sum(_rank(document) < held_out for document in ranked)
+            limit = min(max(limit, 1), len(ranked) - 1)
             chosen = set(ranked[:limit])
             parts = [d for d in documents if d not in chosen], [d for d in documents if d in chosen]
         if not parts[0] or not parts[1]:
@@ -86,7 +90,7 @@ def read_corpus(source: str) -> Corpus:
         files = [p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".py") and p.is_file()]
         if not files:
             raise GptlabError(f"the directory {source} holds no .txt, .md or .py file; name another corpus")
-        return Corpus(path.name, _documents(sorted(files)))
+        return Corpus(path.resolve().name, _documents(sorted(files)))
     if not path.exists():
         raise GptlabError(f"no corpus at {source}; give a text file, a directory of them, or 'stdlib'")
     return Corpus(path.stem, _documents([path]))
@@ -105,7 +109,7 @@ def _documents(files: Sequence[Path], strict: bool = True) -> tuple[str, ...]:
             ) from None
         except OSError as error:
             raise GptlabError(f"{path} cannot be read: {error.strerror}") from None
-        documents += [part for part in text.split(f"{END_OF_TEXT}\n") if part.strip()]
+        documents += [part for part in _DOCUMENT_END.split(text) if part.strip()]
     if not documents:
         raise GptlabError(f"there is no text in {files[0] if files else 'the corpus'}; name another corpus")
     return tuple(documents)

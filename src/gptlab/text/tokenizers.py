@@ -198,6 +198,8 @@ class FileTokenizer(Tokenizer):
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         engine.encode_special_tokens = True  # special tokens in a text are text
+        engine.no_truncation()  # some files carry the lengths of somebody's training batches
+        engine.no_padding()
         self.vocab_size = engine.get_vocab_size()
         self.end_of_text = engine.token_to_id(END_OF_TEXT)
         decoder = json.loads(engine.to_str())["decoder"]
@@ -356,5 +358,6 @@ def _is_gpt2(values: dict[str, Any]) -> bool:
         and values.get("normalizer") is None
         and splitter.get("type") == "ByteLevel"
         and not splitter.get("add_prefix_space")
+        and splitter.get("use_regex", True)
         and all(token["content"] == END_OF_TEXT for token in values.get("added_tokens", ()))
     )

@@ -94,7 +94,9 @@ def train(recipe: Recipe, corpus: Corpus, report: Report = lambda row: None, kee
     """
     settings = recipe.train
     training, held_out = corpus.split(settings.held_out)
-    tokenizer = make_tokenizer(recipe.tokenizer.kind, training.documents, recipe.tokenizer.vocab_size)
+    # An alphabet must hold the characters of both parts; merges are learned from the training part alone.
+    texts = corpus if recipe.tokenizer.kind == "chars" else training
+    tokenizer = make_tokenizer(recipe.tokenizer.kind, texts.documents, recipe.tokenizer.vocab_size)
     stream, held = tokenize(training, tokenizer), tokenize(held_out, tokenizer)
     config = recipe.model_for(tokenizer.vocab_size)
     batches = Batches(stream, config.context_length, settings.batch_size, settings.seed)

@@ -38,7 +38,7 @@ class TrainSettings(_Section):
     clip_norm: float = Field(1.0, gt=0)
     held_out: float = Field(0.01, gt=0, lt=0.5)
     evaluate_every: int = Field(500, ge=1)
-    evaluate_tokens: int = Field(200_000, ge=1)
+    evaluate_tokens: int = Field(200_000, ge=2)  # the first one is not predicted
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     compile: bool = False
     seed: int = Field(0, ge=0)
@@ -60,8 +60,12 @@ class Recipe(_Section):
     def model_for(self, vocab_size: int) -> ModelConfig:
         """Return the model's configuration for a tokenizer of ``vocab_size`` ids."""
         fields = dict(self.model)
-        preset = fields.pop("preset", "tiny")
-        return ModelConfig.preset(preset, **{**fields, "vocab_size": vocab_size})
+        if "vocab_size" in fields:
+            raise GptlabError(
+                "model.vocab_size has no effect in a recipe; the tokenizer decides it: set tokenizer.kind"
+            )
+        preset = str(fields.pop("preset", "tiny"))
+        return ModelConfig.preset(preset, **fields, vocab_size=vocab_size)
 
 
 def recipe_names() -> list[str]:
@@ -79,7 +83,10 @@ def read_recipe(name_or_path: str, settings: list[str] | None = None) -> Recipe:
     if name_or_path in recipe_names():
         text = (importlib.resources.files("gptlab") / "recipes" / f"{name_or_path}.toml").read_text(encoding="utf-8")
     elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text(encoding="utf-8")
+        try:
+            text = Path(name_or_path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise GptlabError(f"the recipe {name_or_path} cannot be read: {error}") from None
     else:
         hint = nearest(name_or_path, recipe_names())
         raise GptlabError(f"no recipe {name_or_path!r}{hint}; give a .toml file or one of {', '.join(recipe_names())}")
@@ -90,9 +97,11 @@ def read_recipe(name_or_path: str, settings: list[str] | None = None) -> Recipe:
     for setting in settings or []:
         _apply(values, setting)
     try:
-        return Recipe(**values)
+        recipe = Recipe(**values)
     except ValidationError as error:
         raise GptlabError(_explain(error)) from None
+    recipe.model_for(recipe.tokenizer.vocab_size)  # refuse an impossible model now, not after reading the corpus
+    return recipe
 
 
 def _apply(values: dict[str, Any], setting: str) -> None:
@@ -104,7 +113,9 @@ def _apply(values: dict[str, Any], setting: str) -> None:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    values.setdefault(section, {})[name] = value
+    if not isinstance(values.setdefault(section, {}), dict):
+        raise GptlabError(f"{section!r} is no section of the recipe, so --set {setting} has nowhere to go")
+    values[section][name] = value
 
 
 def _explain(error: ValidationError) -> str:

@@ -13,14 +13,19 @@ import torch
 from torch import Tensor
 
 from gptlab.errors import GptlabError, nearest
-from gptlab.model.kernels.banded import applies, banded
+from gptlab.model.kernels.banded import applies as banded_applies
+from gptlab.model.kernels.banded import banded
 from gptlab.model.kernels.reference import attention_weights, reference
 from gptlab.model.kernels.sdpa import sdpa
+from gptlab.model.masks import Tokens, Visibility
 
-__all__ = ["KERNELS", "Kernel", "attention_weights", "reference", "sdpa", "select", "use"]
+__all__ = ["KERNELS", "Kernel", "attention_weights", "banded", "reference", "sdpa", "select", "use"]
 
 Kernel = Callable[..., Tensor]
 KERNELS: dict[str, Kernel] = {"reference": reference, "sdpa": sdpa, "banded": banded}
+
+LONG = 4
+"""From this many spans of a window on, `banded` is faster than a masked `sdpa`."""
 
 _forced: str | None = None  # a plain global: torch.compile cannot trace a ContextVar
 _log = logging.getLogger(__name__)
@@ -43,12 +48,16 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
-def select() -> Kernel:
+def select(visibility: Visibility, queries: Tokens, keys: Tokens, dropout: float) -> Kernel:
     """Return the kernel for the attention at hand: the forced one, else the fastest that can do it.
 
     The choice is logged at level DEBUG under ``gptlab.model.kernels``.
     """
-    name = _forced or "sdpa"
+    name = _forced
+    if name is None:
+        span, length = visibility.span, queries.positions.shape[1]
+        long = span is not None and length >= LONG * span
+        name = "banded" if long and banded_applies(visibility, queries, keys, dropout) else "sdpa"
     if not torch.compiler.is_compiling():
         _log.debug("attention kernel: %s", name)
     return KERNELS[name]

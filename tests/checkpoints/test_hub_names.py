@@ -1,0 +1,286 @@
+"""From names to directories: built-in, here, in the hub's cache, on the hub (a small one on this machine)."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import gptlab
+from gptlab.checkpoints import hub
+from gptlab.checkpoints.files import sha256_of
+from gptlab.text.tokenizers import GPT2Tokenizer
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+
+def model() -> gptlab.GPT:
+    # The published vocabulary, so that its tokenizer fits; everything else as small as it gets.
+    return gptlab.GPT(gptlab.ModelConfig(n_layer=1, n_head=1, n_embd=4, context_length=16), seed=5)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository as the hub has it: Hugging Face's layout with GPT-2's two tokenizer files."""
+    directory = tmp_path_factory.mktemp("repository")
+    config = {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 4, "n_positions": 16}
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors = {
+        name: (p.detach().t() if name.endswith(TURNED) else p.detach()).contiguous()
+        for name, p in model().named_parameters()
+    }
+    save_file(tensors, directory / "model.safetensors")
+    for name in ("vocab.json", "merges.txt"):
+        (directory / name).write_bytes(GPT2Tokenizer().files()[name])
+    (directory / "README.md").write_text("not wanted")
+    (directory / "pytorch_model.bin").write_bytes(b"not wanted either")
+    return directory
+
+
+def fill_cache(home: Path, repository: Path, name: str, *, shared_store: bool = False) -> Path:
+    """Lay the repository out as huggingface_hub's cache does; return the blob of the weights."""
+    root = home / "hub" / f"models--{name.replace('/', '--')}"
+    snapshot = root / "snapshots" / COMMIT
+    for folder in (root / "blobs", root / "refs", snapshot):
+        folder.mkdir(parents=True)
+    (root / "refs" / "main").write_text(COMMIT)
+    weights = root / "blobs" / sha256_of(repository / "model.safetensors")
+    for file in ("config.json", "model.safetensors", "vocab.json", "merges.txt"):
+        # Large files are named by their sha256, small ones by git's sha1.
+        content = (repository / file).read_bytes()
+        sha1 = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+        blob = weights if file == "model.safetensors" else root / "blobs" / sha1
+        blob.write_bytes(content)
+        (snapshot / file).symlink_to(Path("../../blobs") / blob.name)
+    if shared_store:
+        # Since 2026 huggingface_hub keeps blobs of all repositories in one store, under another hash.
+        stored = home / "hub" / "blobs" / "ab" / ("ab" * 32)
+        stored.parent.mkdir(parents=True)
+        weights.rename(stored)
+        weights.symlink_to(Path("../../blobs/ab") / stored.name)
+    return weights
+
+
+def run(code: str, home: Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a new process: huggingface_hub reads its variables when it is imported."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
+    environment = {**inherited, "HF_HOME": str(home), **env}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+LOAD = """
+import sys, gptlab
+try:
+    lm = gptlab.load({name!r})
+    print(lm.model.wte.weight.double().sum().item(), lm.tokenizer.encode("The dog"))
+except gptlab.GptlabError as error:
+    print(error)
+"""
+
+
+def checksum() -> str:
+    return f"{model().wte.weight.double().sum().item()} [464, 3290]"
+
+
+# --- resolution -----------------------------------------------------------------------------------------------
+
+
+def test_a_built_in_name_comes_before_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "built_in", lambda: {"pocket": Path("/assets/pocket")})
+    (tmp_path / "pocket").mkdir()
+    assert hub.locate("pocket") == Path("/assets/pocket")
+    assert hub.locate("./pocket") == Path("./pocket")
+
+
+def test_a_directory_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(hub, "download", lambda *names: asked.append(names) or Path("/from/the/hub"))
+    for name in ("gpt2", "owner/name"):
+        assert hub.locate(name) == Path("/from/the/hub")
+        (tmp_path / name).mkdir(parents=True)
+        assert hub.locate(name) == Path(name)
+    assert asked == [("gpt2", "openai-community/gpt2"), ("owner/name", "owner/name")]
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("gpt2-lagre", "no model 'gpt2-lagre' (did you mean 'gpt2-large'?)"),
+        ("", "the name of the model is empty"),
+        ("./here", "no directory ./here; check the path"),
+        ("a/b/c", "no directory a/b/c; check the path"),
+        ("../x", "no directory ../x; check the path"),
+        ("/no/such/place", "no directory /no/such/place; check the path"),
+    ],
+)
+def test_what_is_no_name_is_never_looked_up(name: str, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*names: str) -> Path:
+        raise AssertionError(f"asked the hub for {names}")
+
+    monkeypatch.setattr(hub, "download", never)
+    with pytest.raises(gptlab.GptlabError) as caught:
+        hub.locate(name)
+    assert complaint in str(caught.value)
+
+
+def test_a_file_is_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("")
+    with pytest.raises(gptlab.GptlabError, match=r"is a file; name the directory"):
+        hub.locate(str(tmp_path / "model.safetensors"))
+
+
+def test_without_huggingface_hub_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(gptlab.GptlabError, match=r"pip install 'gptlab\[hub\]'"):
+        hub.download("gpt2", "openai-community/gpt2")
+
+
+# --- no network -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "network",
+    [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HTTPS_PROXY": "http://127.0.0.1:9"}],
+    ids=["offline", "nobody listens", "no proxy"],
+)
+def test_an_unreachable_hub_fails_fast_with_the_way_out(tmp_path: Path, network: dict[str, str]) -> None:
+    started = time.monotonic()
+    done = run(LOAD.format(name="gpt2"), tmp_path / "home", tmp_path, **network)
+    seconds = time.monotonic() - started
+    for part in ("config.json, model.safetensors, vocab.json and merges.txt", "./gpt2", "same command", "'pocket'"):
+        assert part in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("\n") == 1
+    assert "Traceback" not in done.stderr
+    assert seconds < 20  # torch's import included; retries would take minutes
+
+
+# --- the hub's cache ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared_store", [False, True])
+def test_the_hubs_cache_serves_offline(tmp_path: Path, repository: Path, shared_store: bool) -> None:
+    fill_cache(tmp_path / "home", repository, "openai-community/gpt2", shared_store=shared_store)
+    done = run(LOAD.format(name="gpt2"), tmp_path / "home", tmp_path, HF_HUB_OFFLINE="1")
+    assert done.stdout.strip() == checksum(), done.stdout + done.stderr
+
+
+def test_a_flipped_bit_in_the_hubs_cache_is_noticed(tmp_path: Path, repository: Path) -> None:
+    blob = fill_cache(tmp_path, repository, "openai-community/gpt2")
+    snapshot = blob.parents[1] / "snapshots" / COMMIT
+    assert torch.equal(gptlab.load(snapshot).model.wte.weight, model().wte.weight)
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1  # still a valid file, with a number that differs in its sign or least of bits
+    blob.write_bytes(content)
+    with pytest.raises(gptlab.GptlabError, match="its sha256 differs from the hub's; delete it and download it again"):
+        gptlab.load(snapshot)
+
+
+def test_a_blob_that_is_gone(tmp_path: Path, repository: Path) -> None:
+    blob = fill_cache(tmp_path, repository, "openai-community/gpt2")
+    blob.unlink()
+    with pytest.raises(gptlab.GptlabError, match="holds no weights"):
+        gptlab.load(blob.parents[1] / "snapshots" / COMMIT)
+
+
+def test_a_copy_out_of_the_cache_is_a_plain_directory(tmp_path: Path, repository: Path) -> None:
+    # Its file names are the user's, even those that look like a hash.
+    plain = tmp_path / ("0" * 64)
+    shutil.copytree(repository, plain)
+    assert gptlab.load(plain).config == model().config
+
+
+# --- a hub on this machine ------------------------------------------------------------------------------------
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """As much of the hub's interface as downloading takes, for the one repository owner/name."""
+
+    def __init__(self, repository: Path, broken: bool = False) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = {path.name: path.read_bytes() for path in repository.iterdir()}
+        self.broken = broken
+        self.sent: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Hub
+
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[: len(body) // 2] if self.server.broken and len(body) > 10_000 else body)
+
+    def do_GET(self) -> None:
+        files, path = self.server.files, self.path.split("?")[0]
+        if path == "/api/models/owner/name/revision/main":
+            siblings = [{"rfilename": name} for name in files]
+            return self.answer(200, json.dumps({"id": "owner/name", "sha": COMMIT, "siblings": siblings}).encode())
+        if path == f"/api/models/owner/name/tree/{COMMIT}":
+            rows = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in files.items()]
+            return self.answer(200, json.dumps(rows).encode(), Content_Type="application/json")
+        if path.startswith(f"/owner/name/resolve/{COMMIT}/"):
+            name = path.rsplit("/", 1)[1]
+            if self.command == "GET":
+                self.server.sent.append(name)
+            etag = hashlib.sha256(files[name]).hexdigest()
+            return self.answer(200, files[name], ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
+        return self.answer(404, X_Error_Code="RepoNotFound")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def local_hub(repository: Path) -> Iterator[Hub]:
+    server = Hub(repository)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_model_is_downloaded_once_and_only_what_is_needed(tmp_path: Path, local_hub: Hub) -> None:
+    for network in ({"HF_ENDPOINT": local_hub.url}, {"HF_HUB_OFFLINE": "1"}):
+        done = run(LOAD.format(name="owner/name"), tmp_path / "home", tmp_path, **network)
+        assert done.stdout.strip() == checksum(), done.stdout + done.stderr
+    # Neither the pickle beside the safetensors nor the README, and nothing twice.
+    assert sorted(local_hub.sent) == ["config.json", "merges.txt", "model.safetensors", "vocab.json"]
+
+
+def test_a_model_that_the_hub_does_not_have(tmp_path: Path, local_hub: Hub) -> None:
+    done = run(LOAD.format(name="owner/nane"), tmp_path / "home", tmp_path, HF_ENDPOINT=local_hub.url)
+    expected = "there is no directory owner/nane here and no public model owner/nane on the hub\n"
+    assert done.stdout == expected, done.stdout + done.stderr
+
+
+@pytest.mark.slow  # huggingface_hub tries several times, which is right for a flaky network
+def test_a_download_that_breaks_off_is_one_sentence(tmp_path: Path, local_hub: Hub) -> None:
+    local_hub.broken = True
+    done = run(LOAD.format(name="owner/name"), tmp_path / "home", tmp_path, HF_ENDPOINT=local_hub.url)
+    assert done.stdout.startswith("there is no directory owner/name here, and the Hugging Face hub cannot"), done.stderr
+    assert "Traceback" not in done.stderr

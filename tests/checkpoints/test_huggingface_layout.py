@@ -1,0 +1,392 @@
+"""Hugging Face's GPT-2 layout: every field and every tensor is honoured or refused, and no pickle ever runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import gptlab
+from gptlab import checkpoints
+
+CONV1D = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
+CONFIG: dict[str, Any] = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "vocab_size": 257,
+    "n_positions": 64,
+    "n_ctx": 64,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "resid_pdrop": 0.1,
+}
+
+
+def original(**overrides: Any) -> gptlab.GPT:
+    model = gptlab.GPT(gptlab.ModelConfig.preset("tiny", vocab_size=257, **overrides), seed=3).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases of 0 and norms of 1 would hide what was lost
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) / 20
+            )
+    return model
+
+
+def tensors_of(model: gptlab.GPT, prefix: str = "") -> dict[str, Tensor]:
+    """The model's tensors as Hugging Face names and turns them."""
+    return {
+        (name if name.startswith("lm_head") else prefix + name): (p.detach().t() if CONV1D.search(name) else p.detach())
+        .contiguous()
+        .clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def write(directory: Path, tensors: dict[str, Tensor] | None = None, **config: Any) -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps({**CONFIG, **config}))
+    save_file(tensors_of(original()) if tensors is None else tensors, directory / "model.safetensors")
+    return directory
+
+
+def assert_same(found: gptlab.GPT, wanted: gptlab.GPT) -> None:
+    pairs = list(zip(found.state_dict().items(), wanted.state_dict().items(), strict=True))
+    assert [a for (a, _), _ in pairs] == [b for _, (b, _) in pairs]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
+
+
+def refusal(directory: Path) -> str:
+    with pytest.raises(gptlab.GptlabError) as caught:
+        gptlab.load(directory)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("head", ["absent", "same as the embedding"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_prefixes_heads_and_legacy_buffers(tmp_path: Path, prefix: str, head: str, legacy: bool) -> None:
+    tensors = tensors_of(original(), prefix)
+    if head != "absent":
+        tensors["lm_head.weight"] = tensors[prefix + "wte.weight"].clone()
+    if legacy:
+        tensors[prefix + "h.0.attn.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
+        tensors[prefix + "h.1.attn.masked_bias"] = torch.tensor(-1e4)
+    lm = gptlab.load(write(tmp_path, tensors))
+    assert_same(lm.model, original())
+    assert lm.tokenizer is None
+
+
+def test_an_untied_head_is_read(tmp_path: Path) -> None:
+    model = original(tie_embeddings=False)
+    lm = gptlab.load(write(tmp_path, tensors_of(model), tie_word_embeddings=False))
+    assert_same(lm.model, model)
+    assert not torch.equal(lm.model.lm_head.weight, lm.model.wte.weight)
+
+
+def test_an_untied_head_that_is_missing_is_refused(tmp_path: Path) -> None:
+    assert "lacks lm_head.weight" in refusal(write(tmp_path, tie_word_embeddings=False))
+
+
+def test_a_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
+    tensors = tensors_of(original())
+    tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+    tensors["lm_head.weight"][5, 5] += 1e-6
+    assert "differs from wte.weight, but its config.json ties them" in refusal(write(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floating_types_are_read(tmp_path: Path, stored: torch.dtype) -> None:
+    tensors = {name: tensor.to(stored) for name, tensor in tensors_of(original()).items()}
+    found = gptlab.load(write(tmp_path, tensors)).model
+    assert found.wte.weight.dtype == torch.float32
+    assert torch.equal(found.wte.weight, original().wte.weight.to(stored).float())
+
+
+# Each with one field of config.json changed, and what the refusal must say (None: it is honoured or harmless).
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("model_type", "gpt_neo", "model_type 'gpt_neo'"),
+        ("model_type", None, "model_type None"),
+        ("scale_attn_weights", False, "scale_attn_weights=False"),
+        ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx=True"),
+        ("add_cross_attention", True, "add_cross_attention=True"),
+        ("activation_function", "relu", "activation_function='relu'"),
+        ("activation_function", ["gelu"], "activation_function"),
+        ("scale_attn_weights", True, None),
+        ("reorder_and_upcast_attn", True, None),
+        ("attn_pdrop", 0.5, None),
+        ("summary_type", "cls_index", None),
+        ("n_inner", 128, None),
+        ("n_inner", 64, "mlp.c_fc"),
+        ("n_layer", 1, "which a model of its config.json does not have"),
+        ("n_layer", 3, "lacks h.2."),
+        ("vocab_size", 258, "wte.weight of shape (257, 32)"),
+        ("n_positions", 63, "wpe.weight"),
+        ("n_head", 5, "valid n_head: 1, 2, 4, 8, 16, 32"),
+        ("n_head", 0, "n_head must be a whole number"),
+        ("n_head", None, "n_head must be"),
+        ("n_embd", -32, "n_embd must be"),
+        ("n_embd", 32.5, "n_embd must be"),
+        ("n_layer", "two", "n_layer must be"),
+        ("n_layer", True, "n_layer must be"),
+        ("n_layer", 2_000_000_000, "lacks h.1999999999."),  # at once: nobody builds that many layers first
+        ("vocab_size", 2**63, "vocab_size must be"),
+        ("n_inner", 2**31 - 1, "of shape"),
+        ("layer_norm_epsilon", 0, "norm_eps must be above 0"),
+        ("layer_norm_epsilon", float("nan"), "norm_eps must be a finite number"),
+        ("tie_word_embeddings", None, "tie_embeddings must be true or false"),
+    ],
+)
+def test_every_field_is_honoured_or_refused(tmp_path: Path, field: str, value: Any, complaint: str | None) -> None:
+    directory = write(tmp_path, **{field: value})
+    if complaint is None:
+        assert_same(gptlab.load(directory).model, original())
+    else:
+        assert complaint in refusal(directory)
+
+
+def test_sizes_that_overflow_are_refused(tmp_path: Path) -> None:
+    largest = 2**31 - 2
+    assert refusal(write(tmp_path, n_embd=largest, n_head=1, n_inner=largest, vocab_size=largest))
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"), [("gelu_new", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu", "gelu")]
+)
+def test_the_activation_is_translated(tmp_path: Path, name: str, ours: str) -> None:
+    config = checkpoints.read_config(write(tmp_path, activation_function=name, layer_norm_epsilon=1e-6))
+    assert (config.activation, config.norm_eps) == (ours, 1e-6)
+
+
+def test_defaults_are_gpt2s_own(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert checkpoints.read_config(tmp_path) == gptlab.ModelConfig.preset("gpt2")
+
+
+def spoil(change: Callable[[dict[str, Tensor]], Any]) -> dict[str, Tensor]:
+    tensors = tensors_of(original(), "transformer.")
+    change(tensors)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: t.pop("transformer.h.1.mlp.c_proj.bias"), "lacks h.1.mlp.c_proj.bias; it is incomplete"),
+        (lambda t: [t.pop(k) for k in list(t) if ".h.1." in k], "lacks h.1."),
+        (lambda t: [t.pop(k) for k in list(t) if ".h.0." in k], "and 9 more tensors"),
+        (lambda t: t.update({"classifier.weight": torch.ones(2, 2)}), "holds classifier.weight, which"),
+        (lambda t: t.update({"transformer.h.0.attn.bias2": torch.ones(2)}), "holds h.0.attn.bias2"),
+        (lambda t: t.update({"wte.weight": torch.ones(257, 32)}), "holds wte.weight twice"),
+        (lambda t: t.update({"transformer.wpe.weight": torch.ones(64, 31)}), "wpe.weight of shape (64, 31)"),
+        # (out, in) where Hugging Face has (in, out): somebody stored Linear weights.
+        (
+            lambda t: t.update({k: v.t().contiguous() for k, v in t.items() if k.endswith("c_fc.weight")}),
+            "h.0.mlp.c_fc.weight of shape (32, 128)",
+        ),
+        (lambda t: t["transformer.ln_f.bias"].fill_(float("nan")), "ln_f.bias holds values that are no numbers"),
+        (lambda t: t["transformer.h.1.attn.c_attn.weight"][3, 3].fill_(float("inf")), "no numbers (nan or inf)"),
+        (lambda t: t.update({"transformer.ln_f.bias": torch.ones(32, dtype=torch.int64)}), "torch.int64"),
+    ],
+)
+def test_every_tensor_is_accounted_for(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], Any], complaint: str
+) -> None:
+    assert complaint in refusal(write(tmp_path, spoil(change)))
+
+
+def test_a_directory_without_weights_says_what_it_needs(tmp_path: Path) -> None:
+    (write(tmp_path) / "model.safetensors").unlink()
+    assert "holds no weights; it needs model.safetensors" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 7, b"\xff" * 64, b"PK\x03\x04 not at all"])
+def test_something_else_named_model_safetensors(tmp_path: Path, content: bytes) -> None:
+    (write(tmp_path) / "model.safetensors").write_bytes(content)
+    assert "no intact safetensors file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"model_type": "gpt2"', "\ufeff{}"])
+def test_a_config_that_is_no_json_object(tmp_path: Path, text: str) -> None:
+    (write(tmp_path) / "config.json").write_text(text)
+    assert "config.json is damaged" in refusal(tmp_path)
+
+
+def test_a_config_in_another_encoding(tmp_path: Path) -> None:
+    (write(tmp_path) / "config.json").write_bytes(b'{"name": "caf\xe9"}')
+    assert "config.json is damaged" in refusal(tmp_path)
+
+
+# --- shards ---------------------------------------------------------------------------------------------------
+
+
+def write_shards(directory: Path, suffix: str = "safetensors") -> dict[str, str]:
+    tensors = tensors_of(original(), "transformer.")
+    names = sorted(tensors)
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    weight_map: dict[str, str] = {}
+    for i in range(3):
+        shard = f"{stem}-{i + 1:05}-of-00003.{suffix}"
+        part = {name: tensors[name] for name in names[i::3]}
+        save_file(part, directory / shard) if suffix == "safetensors" else torch.save(part, directory / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    (directory / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    return weight_map
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_shards_are_put_together(tmp_path: Path, suffix: str) -> None:
+    write_shards(tmp_path, suffix)
+    assert_same(gptlab.load(tmp_path).model, original())
+
+
+def test_a_shard_that_is_not_there(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    assert "names the shard 'model-00002-of-00003.safetensors', which is not there" in refusal(tmp_path)
+
+
+def test_a_shard_cut_short(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    path = tmp_path / "model-00003-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "model-00003-of-00003.safetensors is no intact" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("outside", ["../elsewhere.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "."])
+def test_an_index_may_not_name_a_path_outside(tmp_path: Path, outside: str) -> None:
+    (tmp_path / "m").mkdir()
+    weight_map = write_shards(tmp_path / "m")
+    # What it names exists and would complete the model: only the path is wrong.
+    shard = weight_map["transformer.wte.weight"]
+    (tmp_path / "m" / "sub").mkdir()
+    for place in ("elsewhere.safetensors", "m/sub/x.safetensors"):
+        (tmp_path / place).write_bytes((tmp_path / "m" / shard).read_bytes())
+    moved = {name: outside if at == shard else at for name, at in weight_map.items()}
+    (tmp_path / "m" / INDEX).write_text(json.dumps({"weight_map": moved}))
+    assert f"names the shard {outside!r}" in refusal(tmp_path / "m")
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"weight_map": {}}', '{"weight_map": [1]}', '{"weight_map": 3}'])
+def test_a_damaged_index(tmp_path: Path, text: str) -> None:
+    write_shards(tmp_path)
+    (tmp_path / INDEX).write_text(text)
+    assert "is damaged" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("value", [5, None, ["x"], {"a": 1}])
+def test_an_index_whose_shards_are_no_names(tmp_path: Path, value: Any) -> None:
+    weight_map = write_shards(tmp_path)
+    weight_map["transformer.wte.weight"] = value
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert "which is not there" in refusal(tmp_path)
+
+
+def test_an_index_that_points_to_the_wrong_shard(tmp_path: Path) -> None:
+    weight_map = write_shards(tmp_path)
+    names = sorted(set(weight_map.values()))
+    weight_map["transformer.wte.weight"] = next(s for s in names if s != weight_map["transformer.wte.weight"])
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert "lack transformer.wte.weight, which" in refusal(tmp_path)
+
+
+def test_an_index_that_promises_what_no_shard_holds(tmp_path: Path) -> None:
+    weight_map = write_shards(tmp_path)
+    weight_map["transformer.h.2.ln_1.weight"] = weight_map["transformer.wte.weight"]
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert "lack transformer.h.2.ln_1.weight" in refusal(tmp_path)
+
+
+# --- pytorch_model.bin ----------------------------------------------------------------------------------------
+
+
+def write_bin(directory: Path, *, legacy: bool = False) -> Path:
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    path = directory / "pytorch_model.bin"
+    torch.save(tensors_of(original(), "transformer."), path, _use_new_zipfile_serialization=not legacy)
+    return path
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_of_tensors_is_read(tmp_path: Path, legacy: bool) -> None:
+    write_bin(tmp_path, legacy=legacy)
+    assert_same(gptlab.load(tmp_path).model, original())
+
+
+class Payload:
+    """Unpickling this creates a directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.path),))
+
+
+def as_plain_pickle(payload: Any, path: Path) -> None:
+    path.write_bytes(pickle.dumps({"wte.weight": payload}))
+
+
+def as_new_torch_file(payload: Any, path: Path) -> None:
+    torch.save({**tensors_of(original()), "extra": payload}, path)
+
+
+def as_old_torch_file(payload: Any, path: Path) -> None:
+    torch.save({**tensors_of(original()), "extra": payload}, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("form", [as_plain_pickle, as_new_torch_file, as_old_torch_file])
+def test_a_pickle_that_would_run_code_does_not_run(tmp_path: Path, form: Callable[[Any, Path], None]) -> None:
+    path = write_bin(tmp_path)
+    mark = tmp_path / "code-has-run"
+    form(Payload(mark), path)
+    with contextlib.suppress(pickle.UnpicklingError, RuntimeError):
+        torch.load(path, weights_only=False)
+    assert mark.exists(), "the trap must be a real one: whoever unpickles without care falls into it"
+    mark.rmdir()
+    assert "loading it could run code, so it was not loaded" in refusal(tmp_path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("content", [[torch.ones(2)], {"wte.weight": [1.0]}, torch.ones(3)])
+def test_a_pickle_of_something_else(tmp_path: Path, content: Any) -> None:
+    torch.save(content, write_bin(tmp_path))
+    assert "something else than tensors by name" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_damaged_pickles_are_refused_or_read_but_never_a_traceback(tmp_path: Path, legacy: bool) -> None:
+    path = write_bin(tmp_path, legacy=legacy)
+    good = path.read_bytes()
+    draw = random.Random(4)
+    refused = 0
+    for i in range(150):
+        bad = bytearray(good)
+        # The pickle itself stands first in both forms; that is where the trouble is.
+        bad[draw.randrange(4000)] ^= draw.randrange(1, 256)
+        path.write_bytes(bad if i % 3 else bad[: draw.randrange(len(bad))])
+        try:
+            gptlab.load(tmp_path)
+        except gptlab.GptlabError:
+            refused += 1
+    assert refused > 75

@@ -1,0 +1,250 @@
+"""What the commands print, where, and how soon."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gptlab
+from gptlab.cli import main
+from gptlab.config import PRESETS
+from gptlab.text.tokenizers import byte_tokenizer
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process; return its exit code, standard output and standard error."""
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gptlab", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return caught.value.code or 0, *capfd.readouterr()
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    gptlab.save(gptlab.LanguageModel(peaked_model(), byte_tokenizer()), directory)
+    return directory
+
+
+def peaked_model() -> gptlab.GPT:
+    """Random weights large enough that greedy text is not all ties."""
+    model = gptlab.GPT(gptlab.ModelConfig.preset("tiny", vocab_size=257))
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) / 10)
+    return model
+
+
+def shell(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gptlab", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+# --- help and version -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["train", "--help"], ["--version"]])
+def test_help_and_version_do_not_wait_for_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; from gptlab.cli import main\n"
+        f"sys.argv = ['gptlab', *{arguments!r}]\n"
+        "try: main()\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'numpy', 'tokenizers', 'tiktoken', 'huggingface_hub'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_comes_within_a_second() -> None:
+    seconds = []
+    for _ in range(3):  # the best of three: the machine may be busy with something else
+        started = time.perf_counter()
+        assert shell("--help").returncode == 0
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 1
+
+
+def test_python_m_gptlab_version() -> None:
+    done = shell("--version")
+    assert (done.returncode, done.stdout) == (0, f"gptlab {gptlab.__version__}\n")
+
+
+def test_every_command_is_in_the_help(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(command in out for command in ("generate", "inspect", "verify", "train"))
+
+
+# --- generate -------------------------------------------------------------------------------------------------
+
+
+def test_text_on_stdout_and_the_closing_line_on_stderr(tiny: Path) -> None:
+    done = shell("generate", "Hello", "--model", tiny, "--max-new-tokens", 10, "--greedy")
+    expected = gptlab.load(tiny).generate("Hello", max_new_tokens=10, temperature=0)[0]
+    assert done.returncode == 0
+    assert done.stdout == f"Hello{expected}\n"
+    assert done.stderr.startswith("[10 tokens, ")
+    assert done.stderr.endswith(" a second; as many tokens as asked for]\n")
+
+
+def test_the_seed_reproduces(run: Run, tiny: Path) -> None:
+    def text(*seed: object) -> str:
+        return run("generate", "Hello", "--model", tiny, "--max-new-tokens", 20, *seed)[1]
+
+    assert text("--seed", 7) == text("--seed", 7)
+    assert text("--seed", 7) != text("--seed", 8)
+    assert text() != text()  # without a seed each time another one
+
+
+def test_the_seed_that_was_taken_is_told(run: Run, tiny: Path) -> None:
+    arguments = ["generate", "Hello", "--model", tiny, "--max-new-tokens", 20]
+    _, first, err = run(*arguments)
+    seed = err.rsplit("--seed ", 1)[1].removesuffix("]\n")
+    assert run(*arguments, "--seed", seed)[1] == first
+
+
+def test_json_is_one_valid_object(run: Run, tiny: Path) -> None:
+    arguments = ["generate", "Hello", "--model", tiny, "--max-new-tokens", 5, "--num-samples", 3, "--seed", 1]
+    code, out, err = run(*arguments, "--json")
+    values = json.loads(out)
+    assert (code, err) == (0, "")
+    assert (values["model"], values["prompt"], values["seed"]) == (str(tiny), "Hello", 1)
+    assert [len(row["tokens"]) for row in values["continuations"]] == [5, 5, 5]
+    assert {row["finish"] for row in values["continuations"]} == {"length"}
+    again = gptlab.load(tiny).generate(["Hello"] * 3, max_new_tokens=5, temperature=0.8, seed=1)
+    assert [row["text"] for row in values["continuations"]] == again
+
+
+def test_several_samples_are_numbered(run: Run, tiny: Path) -> None:
+    _, out, err = run("generate", "Hello", "--model", tiny, "--max-new-tokens", 5, "--num-samples", 2, "--seed", 1)
+    assert "--- 1 of 2\nHello" in out
+    assert "--- 2 of 2\nHello" in out
+    assert err.startswith("[10 tokens, ")
+
+
+def test_a_stop_string_ends_the_text_before_it(run: Run, tiny: Path) -> None:
+    arguments = ["generate", "Hello", "--model", tiny, "--max-new-tokens", 20, "--greedy"]
+    text = run(*arguments)[1].removeprefix("Hello").removesuffix("\n")
+    stop = text[8:10]
+    _, out, err = run(*arguments, "--stop", stop)
+    assert out == f"Hello{text[: text.index(stop)]}\n"
+    assert "a stop string was reached" in err
+
+
+def test_no_prompt_starts_a_document(run: Run, tiny: Path) -> None:
+    code, out, err = run("generate", "--model", tiny, "--max-new-tokens", 5, "--greedy")
+    assert code == 0
+    assert out.endswith("\n")
+    assert err.startswith("[5 tokens")
+
+
+def test_a_full_context_is_told(run: Run, tiny: Path) -> None:
+    _, _, err = run("generate", "a" * 60, "--model", tiny, "--max-new-tokens", 100, "--greedy")
+    assert "the model's context is full" in err
+
+
+def test_weights_without_tokenizer_with_one_by_name(run: Run, tmp_path: Path) -> None:
+    gptlab.save(gptlab.LanguageModel(peaked_model()), tmp_path)
+    code, out, _ = run("generate", "Hello", "--model", tmp_path, "--tokenizer", "bytes", "--max-new-tokens", 3)
+    assert code == 0
+    assert out.startswith("Hello")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dtypes(run: Run, tiny: Path, dtype: str) -> None:
+    code, out, _ = run("generate", "Hello", "--model", tiny, "--max-new-tokens", 4, "--greedy", "--dtype", dtype)
+    lm = gptlab.load(tiny, dtype=getattr(torch, dtype))
+    assert (code, out) == (0, f"Hello{lm.generate('Hello', max_new_tokens=4, temperature=0)[0]}\n")
+
+
+# --- inspect --------------------------------------------------------------------------------------------------
+
+
+def count(config: gptlab.ModelConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in gptlab.GPT(config).parameters())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_inspect_counts_as_a_real_module_does(run: Run, name: str) -> None:
+    code, out, _ = run("inspect", name, "--json")
+    values: dict[str, Any] = json.loads(out)
+    parts = values["parameters"]
+    total = parts.pop("total")
+    assert code == 0
+    assert total == sum(parts.values()) == count(gptlab.ModelConfig.preset(name))
+    assert values["weight_bytes"] == {"float32": 4 * total, "bfloat16": 2 * total}
+
+
+def test_the_cache_costs_what_a_real_cache_holds(run: Run) -> None:
+    values = json.loads(run("inspect", "tiny", "--json")[1])
+    model = gptlab.GPT(gptlab.ModelConfig.preset("tiny"))
+    for dtype in ("float32", "bfloat16"):
+        held = model.make_cache(1, 10, getattr(torch, dtype)).nbytes
+        assert 10 * values["cache_bytes_per_token"][dtype] == held
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_inspect_reads_a_directory_without_its_weights(run: Run, tmp_path: Path, tie: bool) -> None:
+    config = gptlab.ModelConfig.preset("tiny", tie_embeddings=tie, n_inner=48)
+    gptlab.save(gptlab.LanguageModel(gptlab.GPT(config)), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    values = json.loads(run("inspect", tmp_path, "--json")[1])
+    assert gptlab.ModelConfig.from_dict(values["config"]) == config
+    assert values["parameters"]["total"] == count(config)
+    code, table, _ = run("inspect", tmp_path)
+    assert code == 0
+    assert ("output head" in table.split("cache")[0]) == (not tie)
+
+
+def test_the_table_shows_the_published_total(run: Run) -> None:
+    code, out, _ = run("inspect", "gpt2")
+    assert code == 0
+    assert "124,439,808" in out
+    assert "12 layers, 12 heads of 64, width 768" in out
+
+
+# --- verify ---------------------------------------------------------------------------------------------------
+
+
+def test_verify_prints_rows_and_counts_them(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptlab import verification
+
+    quick = (verification.parameter_counts, lambda: ("the moon", "cheese", "rock", False))
+    monkeypatch.setattr(verification, "OFFLINE", quick)
+    code, out, _ = run("verify")
+    assert code == 1  # a script must notice
+    assert [row[:4] for row in out.splitlines()] == ["PASS", "FAIL", "1 of"]
+    code, out, _ = run("verify", "--json")
+    values = json.loads(out)
+    assert code == 1
+    assert [row["passed"] for row in values["checks"]] == [True, False]
+    assert values["torch"] == torch.__version__
+
+
+def test_verify_of_weights_that_are_not_the_originals_fails_in_rows(
+    run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gptlab import verification
+
+    monkeypatch.setattr(verification, "known_text", lambda: "A short text will do for untrained weights.")
+    code, out, err = run("verify", "gpt2", "--path", tiny)
+    assert (code, err) == (1, "")
+    assert [row.split()[0] for row in out.splitlines()] == ["FAIL", "FAIL", "FAIL", "FAIL", "0"]

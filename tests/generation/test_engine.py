@@ -1,0 +1,254 @@
+import numpy as np
+import pytest
+import torch
+
+from gptlab.config import ModelConfig
+from gptlab.errors import GptlabError
+from gptlab.generation.continuation import Continuation
+from gptlab.generation.engine import decode, last_logits, pad_left
+from gptlab.generation.sampling import Sampling
+from gptlab.model.gpt import GPT
+from gptlab.text.tokenizers import Tokenizer
+
+GREEDY = Sampling(0)
+VOCAB = 257
+PROMPTS = [[5], [7, 1, 200, 13, 44, 90, 3], [256, 17], [9] * 20, [30, 31, 32]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On a busy machine several threads make models this small fifty times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Numbers(Tokenizer):
+    """A token's text is its number, so that texts show every id."""
+
+    def __init__(self, vocab_size=VOCAB, end_of_text=None):
+        self.vocab_size = vocab_size
+        self.end_of_text = end_of_text
+
+    def _decode(self, ids):
+        return "".join(f"{i} " for i in ids).encode()
+
+    def _encode_ordinary(self, texts):
+        return [[int(word) for word in text.split()] for text in texts]
+
+    def files(self):
+        raise NotImplementedError
+
+
+def make_model(**overrides):
+    """A random model whose logits differ by several units: texts vary, and rounding decides nothing."""
+    model = GPT(ModelConfig.preset("tiny", **{"vocab_size": VOCAB, **overrides}), seed=1).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(10)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def run(model, prompts, sampling=GREEDY, n=20, stop=(), tokenizer=None):
+    tokenizer = tokenizer or Numbers()
+    grown = [Continuation(tokenizer, stop) for _ in prompts]
+    pieces = list(decode(model, prompts, grown, sampling=sampling, max_new_tokens=n, vocab_size=tokenizer.vocab_size))
+    for row, continuation in enumerate(grown):
+        assert "".join(piece for i, piece in pieces if i == row) == continuation.text
+    return grown
+
+
+def tokens(grown):
+    return [continuation.tokens for continuation in grown]
+
+
+@torch.no_grad()
+def naive_greedy(model, prompt, n):
+    """One whole forward pass a token, nothing remembered."""
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@torch.no_grad()
+def naive_sampled(model, prompt, n, temperature, seed, row):
+    """What `Sampling` promises, written out: the row's own uniform numbers against the summed softmax."""
+    stream = np.random.default_rng([seed, row])
+    ids = list(prompt)
+    for _ in range(n):
+        weights = torch.softmax(model(torch.tensor([ids]))[0, -1].double() / temperature, -1).numpy()
+        ids.append(int((weights.cumsum() <= stream.random()).sum()))
+    return ids[len(prompt) :]
+
+
+def test_greedy_equals_the_naive_loop_without_a_cache(model):
+    for prompt in PROMPTS:
+        (grown,) = run(model, [prompt], n=30)
+        assert grown.tokens == naive_greedy(model, prompt, 30)
+        assert grown.finish == "length"
+    assert len(set(grown.tokens)) > 3  # the model does not merely repeat itself
+
+
+def test_sampling_equals_the_naive_loop_without_a_cache(model):
+    grown = run(model, PROMPTS, Sampling(0.9, seed=3), n=20)
+    expected = [naive_sampled(model, prompt, 20, 0.9, 3, row) for row, prompt in enumerate(PROMPTS)]
+    assert tokens(grown) == expected
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone(model):
+    assert tokens(run(model, PROMPTS)) == [tokens(run(model, [prompt]))[0] for prompt in PROMPTS]
+
+
+def test_a_row_does_not_depend_on_the_others(model):
+    sampling = Sampling(1.0, top_k=50, top_p=0.95, seed=11)
+    whole = tokens(run(model, PROMPTS, sampling))
+    others = [[1, 2], [3] * 30, [4], [5, 6, 7]]
+    for row, prompt in enumerate(PROMPTS[:4]):
+        mixed = [*others[:row], prompt, *others[row:]]
+        assert tokens(run(model, mixed, sampling))[row] == whole[row]
+
+
+def test_equal_prompts_of_a_batch_give_different_texts(model):
+    texts = tokens(run(model, [[1, 2]] * 6, Sampling(1.0, seed=5)))
+    assert len({tuple(text) for text in texts}) == 6
+    assert len({tuple(text) for text in tokens(run(model, [[1, 2]] * 6))}) == 1
+
+
+def test_the_same_seed_gives_the_same_text_and_another_does_not(model):
+    first, again, other = (tokens(run(model, PROMPTS, Sampling(1.0, seed=seed))) for seed in (1, 1, 2))
+    assert first == again
+    assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+def test_the_global_random_state_is_not_touched(model):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    run(model, PROMPTS, Sampling(1.0, seed=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_rows_that_end_early_leave_the_batch_and_others_go_on(model):
+    sampling = Sampling(1.0, seed=2)
+    alone = tokens(run(model, PROMPTS, sampling, n=30))
+    # The end of text is a token that row 0 draws early; some others draw it later or never.
+    end = alone[0][2]
+    sizes = []
+    hook = model.register_forward_pre_hook(lambda _, args: sizes.append(tuple(args[0].shape)))
+    grown = run(model, PROMPTS, sampling, n=30, tokenizer=Numbers(end_of_text=end))
+    hook.remove()
+    expected = [ids[: ids.index(end)] if end in ids else ids for ids in alone]
+    assert tokens(grown) == expected
+    assert [g.finish for g in grown] == ["end_of_text" if end in ids else "length" for ids in alone]
+    assert len({len(ids) for ids in expected}) > 1
+    # After the prompt, one token for each row that has not ended, and no pass for nobody.
+    assert sizes[0] == (5, 20)
+    draws = [min(len(ids) + (end in full), 30) for ids, full in zip(expected, alone, strict=True)]
+    assert sizes[1:] == [(sum(d > step for d in draws), 1) for step in range(1, max(draws))]
+
+
+def test_the_longest_row_may_leave_first(model):
+    # The cache then goes on with shorter rows only, and needs fewer slots than were used.
+    prompts = [[5, 6], list(range(40)), [8]]
+    alone = [tokens(run(model, [prompt], n=25))[0] for prompt in prompts]
+    end = alone[1][1]
+    expected = [ids[: ids.index(end)] if end in ids else ids for ids in alone]
+    assert len(expected[1]) < min(len(expected[0]), len(expected[2]))
+    assert tokens(run(model, prompts, n=25, tokenizer=Numbers(end_of_text=end))) == expected
+
+
+@pytest.mark.parametrize("length", [1, 40, 62, 63, 64])
+def test_the_context_ends_exactly_when_it_is_full(model, length):
+    # Each of the 64 positions is read once, and the last of them still says which token comes next.
+    prompt = [i % 250 for i in range(length)]
+    (grown,) = run(model, [prompt], n=1000)
+    assert len(grown.tokens) == 65 - length
+    assert grown.finish == "context"
+    assert grown.tokens == naive_greedy(model, prompt, 65 - length)
+
+
+def test_as_many_tokens_as_asked_for_or_as_fit(model):
+    prompt = [1] * 60
+    assert [len(run(model, [prompt], n=n)[0].tokens) for n in (1, 3, 4, 5, 6)] == [1, 3, 4, 5, 5]
+    assert [run(model, [prompt], n=n)[0].finish for n in (4, 5, 6)] == ["length", "context", "context"]
+
+
+def test_a_full_context_ends_its_own_row_only(model):
+    prompts = [[3, 4], [1] * 64, [1] * 61, [9]]
+    grown = run(model, prompts, n=40)
+    assert [g.finish for g in grown] == ["length", "context", "context", "length"]
+    assert [len(g.tokens) for g in grown] == [40, 1, 4, 40]
+    assert tokens(grown) == [tokens(run(model, [prompt], n=40))[0] for prompt in prompts]
+
+
+def test_a_prompt_longer_than_the_context_is_refused(model):
+    with pytest.raises(GptlabError, match="the prompt has 65 tokens, the model's context holds 64; shorten the prompt"):
+        run(model, [[1], [1] * 65])
+
+
+def test_an_empty_prompt_is_refused(model):
+    with pytest.raises(GptlabError, match="the prompt is empty"):
+        run(model, [[1], []])
+
+
+def test_no_prompts_give_nothing(model):
+    assert run(model, []) == []
+
+
+def test_padding_of_the_vocabulary_is_never_sampled():
+    model = make_model(vocab_size=300)
+    with torch.no_grad():
+        model.wte.weight[VOCAB:] *= 30  # by far the largest logits, of one sign or the other
+    logits = model(torch.tensor([PROMPTS[1]]))[0, -1]
+    assert logits.argmax() >= VOCAB
+    for sampling in (GREEDY, Sampling(1.0, seed=1), Sampling(1e6, seed=1), Sampling(1.0, 5, 0.9)):
+        grown = run(model, PROMPTS, sampling, n=30)
+        assert max(max(ids) for ids in tokens(grown)) < VOCAB
+
+
+def test_pieces_come_while_the_text_grows(model):
+    passes = []
+    hook = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    (continuation,) = grown = [Continuation(Numbers())]
+    pieces = decode(model, [[1]], grown, sampling=GREEDY, max_new_tokens=9, vocab_size=VOCAB)
+    for n in range(1, 10):
+        row, piece = next(pieces)
+        assert (row, piece) == (0, f"{continuation.tokens[-1]} ")
+        assert len(passes) == len(continuation.tokens) == n
+    hook.remove()
+
+
+def test_nothing_is_left_switched_off_between_pieces(model):
+    pieces = decode(model, [[1]], [Continuation(Numbers())], sampling=GREEDY, max_new_tokens=3, vocab_size=VOCAB)
+    for _ in pieces:
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+
+
+def test_the_last_pass_is_not_wasted(model):
+    passes = []
+    hook = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    run(model, [[1]], n=7)
+    hook.remove()
+    assert len(passes) == 7
+
+
+def test_last_logits_are_the_last_of_all_logits(model):
+    ids = torch.tensor([PROMPTS[1]])
+    torch.testing.assert_close(model(ids, head=last_logits), model(ids)[:, -1], rtol=0, atol=1e-5)
+
+
+def test_padding_stands_on_the_left_at_no_position():
+    ids, positions = pad_left([[5, 6, 7], [8]], torch.device("cpu"))
+    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert positions.tolist() == [[0, 1, 2], [-1, -1, 0]]
+    ids, positions = pad_left([[5, 6], [8, 9]], torch.device("cpu"))
+    assert ids.tolist() == [[5, 6], [8, 9]]
+    assert positions is None

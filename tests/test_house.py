@@ -1,0 +1,137 @@
+# The rules of the house that can be read off the source.
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import gptlab
+
+SOURCE = Path(gptlab.__file__).parent
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+# Each floor imports only from floors below it. A package may import from itself.
+FLOORS = {
+    "errors": 0,
+    "config": 1,
+    "text": 1,
+    "model": 2,
+    "generation": 3,
+    "evaluation": 3,
+    "conversion": 3,
+    "checkpoints": 3,
+    "language_model": 4,
+    # The package itself hands out names up to there, lazily.
+    "__init__": 4.5,
+    "training": 5,
+    "verification": 5,
+    "study": 6,
+    "cli": 7,
+    "__main__": 8,
+}
+READ_IN_ONE_SITTING = ["gpt.py", "attention.py", "masks.py", "positions.py"]
+
+
+def room(name: str) -> str:
+    """The part of gptlab to which a dotted name below it belongs."""
+    return name.split(".")[1] if "." in name else "__init__"
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file names in an import, at any depth, in full."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            # `from gptlab import x` names the submodule x, `from gptlab.x import y` is in x either way.
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def where(path: Path) -> str:
+    return room(".".join(["gptlab", *path.relative_to(SOURCE).with_suffix("").parts]))
+
+
+def ids(paths: list[Path]) -> list[str]:
+    return [path.relative_to(SOURCE).as_posix() for path in paths]
+
+
+def public_home(name: str) -> str:
+    """Where a name lives that `gptlab` itself hands out; other names are submodules."""
+    short = name.removeprefix("gptlab.").split(".")[0]
+    return room(gptlab._HOMES.get(short, name))
+
+
+def test_every_part_of_the_package_has_a_floor() -> None:
+    assert {where(path) for path in MODULES} <= set(FLOORS)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids(MODULES))
+def test_each_floor_imports_only_from_floors_below(path: Path) -> None:
+    here = where(path)
+    for name in imports(path):
+        if name.split(".")[0] != "gptlab" or name == "gptlab.__version__":
+            continue
+        there = public_home(name)
+        if there != here:
+            assert FLOORS[there] < FLOORS[here], f"{here} (floor {FLOORS[here]}) imports {name} ({FLOORS[there]})"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids(MODULES))
+def test_no_prebuilt_transformer(path: Path) -> None:
+    forbidden = {"transformers", "x_transformers", "flash_attn", "xformers"}
+    assert not forbidden & {name.split(".")[0] for name in imports(path)}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+        assert not name.startswith("Transformer")
+        assert name not in ("MultiheadAttention", "multi_head_attention_forward")
+    assert not any(name.split(".")[-1].startswith(("Transformer", "MultiheadAttention")) for name in imports(path))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids(MODULES))
+def test_nothing_is_unpickled(path: Path) -> None:
+    # `pickle` may be imported for the name of its error alone.
+    assert not any(name in ("pickle.load", "pickle.loads", "pickle.Unpickler") for name in imports(path))
+    assert not {"dill", "cloudpickle", "joblib", "shelve", "marshal"} & {n.split(".")[0] for n in imports(path)}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "pickle":
+            assert node.attr in ("UnpicklingError", "PickleError")
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            safe = [keyword.value for keyword in node.keywords if keyword.arg == "weights_only"]
+            assert [ast.unparse(value) for value in safe] == ["True"]
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            assert ast.unparse(node.value) == "False"
+
+
+def test_the_model_can_be_read_in_one_sitting() -> None:
+    files = [SOURCE / "model" / name for name in READ_IN_ONE_SITTING]
+    there = [path for path in files if path.exists()]
+    assert {"gpt.py", "attention.py", "masks.py"} <= {path.name for path in there}
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in there) < 700
+
+
+MODEL_FILES = sorted((SOURCE / "model").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODEL_FILES, ids=ids(MODEL_FILES))
+def test_the_model_imports_next_to_nothing(path: Path) -> None:
+    for name in imports(path):
+        top = name.split(".")[0]
+        if top == "gptlab":
+            assert room(name) in ("config", "errors", "model")
+        else:
+            assert top in ("torch", "numpy", "safetensors") or top in sys.stdlib_module_names
+
+
+GENERATION_FILES = sorted((SOURCE / "generation").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", GENERATION_FILES, ids=ids(GENERATION_FILES))
+def test_generation_imports_torch_and_numpy_alone(path: Path) -> None:
+    for name in imports(path):
+        top = name.split(".")[0]
+        assert top in ("gptlab", "torch", "numpy", "safetensors") or top in sys.stdlib_module_names

@@ -1,0 +1,270 @@
+import pytest
+import torch
+
+import gptlab
+from gptlab.config import ModelConfig
+from gptlab.errors import GptlabError
+from gptlab.generation.sampling import Sampling
+from gptlab.language_model import LanguageModel
+from gptlab.model.gpt import GPT
+from gptlab.text.tokenizers import byte_tokenizer, char_tokenizer
+
+PROMPTS = ["The dog", "a", "naïve 🦙", "x" * 40]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On a busy machine several threads make models this small fifty times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_lm(tokenizer=None, **overrides):
+    """A random model with lively logits, whose text is bytes unless a tokenizer is given."""
+    model = GPT(ModelConfig.preset("tiny", **{"vocab_size": 257, **overrides}), seed=2).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(10)
+    return LanguageModel(model, tokenizer or byte_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return make_lm()
+
+
+@pytest.fixture(scope="module")
+def letters():
+    """Every token is a letter, so that every continuation can be read character by character."""
+    tokenizer = char_tokenizer(["abcdefghijklmnopqrstuvwxyz"])
+    return make_lm(tokenizer, vocab_size=tokenizer.vocab_size)
+
+
+def continue_one(lm, prompt, n=20, stop=(), sampling=None):
+    (continuation,) = grown = lm.new_continuations(1, stop)
+    pieces = "".join(piece for _, piece in lm.continue_all([prompt], grown, sampling or Sampling(0), n))
+    assert pieces == continuation.text
+    return continuation
+
+
+# --- generate ------------------------------------------------------------------------------------------------
+
+
+def test_greedy_text_is_that_of_a_naive_loop(letters):
+    ids = letters.tokenizer.encode("hello")
+    for _ in range(30):
+        token = int(letters.model(torch.tensor([ids]))[0, -1].argmax())
+        if token == letters.tokenizer.end_of_text:
+            break
+        ids.append(token)
+    assert letters.generate("hello", max_new_tokens=30, temperature=0) == [letters.tokenizer.decode(ids[5:])]
+    assert len(set(ids)) > 5
+
+
+def test_one_prompt_or_several(lm):
+    alone = [lm.generate(prompt, max_new_tokens=15, temperature=0) for prompt in PROMPTS]
+    assert all(len(texts) == 1 for texts in alone)
+    assert lm.generate(PROMPTS, max_new_tokens=15, temperature=0) == [text for (text,) in alone]
+    assert lm.generate(tuple(PROMPTS[:1]), max_new_tokens=15, temperature=0) == alone[0]
+    assert lm.generate([]) == []
+
+
+def test_seeds(lm):
+    first, again, other = (lm.generate(PROMPTS, max_new_tokens=15, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+    # Without one each call takes a new seed: two equal texts of 15 tokens would be a wonder.
+    assert lm.generate(PROMPTS, max_new_tokens=15) != lm.generate(PROMPTS, max_new_tokens=15)
+
+
+def test_sampling_values_reach_the_sampler(lm):
+    greedy = lm.generate(PROMPTS, max_new_tokens=15, temperature=0)
+    for values in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-9}):
+        assert lm.generate(PROMPTS, max_new_tokens=15, seed=1, **values) == greedy
+    assert lm.generate(PROMPTS, max_new_tokens=15, seed=1) != greedy
+
+
+@pytest.mark.parametrize("values", [{"temperature": -1}, {"top_k": 0}, {"top_p": 2.0}, {"seed": -1}])
+def test_absurd_sampling_values_are_refused_at_once(lm, values):
+    for function in (lm.generate, lm.stream):
+        with pytest.raises(GptlabError, match=next(iter(values))):
+            function("a", **values)
+
+
+@pytest.mark.parametrize("n", [0, -3])
+def test_a_number_of_tokens_below_one_is_refused(lm, n):
+    for function in (lm.generate, lm.stream):
+        with pytest.raises(GptlabError, match=f"max_new_tokens must be at least 1, got {n}"):
+            function("a", max_new_tokens=n)
+
+
+def test_an_empty_prompt_is_refused(lm):
+    for prompts in ("", ["a", ""]):
+        with pytest.raises(GptlabError, match="the prompt is empty; give it some text"):
+            lm.generate(prompts)
+
+
+def test_a_prompt_longer_than_the_context_is_refused(lm):
+    with pytest.raises(GptlabError, match="the prompt has 65 tokens, the model's context holds 64"):
+        lm.generate(["a", "x" * 65])
+    with pytest.raises(GptlabError, match="the prompt has 65 tokens"):
+        list(lm.stream("x" * 65))
+
+
+def test_a_prompt_that_fills_the_context_gives_one_token(letters):
+    continuation = continue_one(letters, "x" * 64)
+    assert (len(continuation.tokens), continuation.finish) == (1, "context")
+    assert continue_one(letters, "x" * 63, n=2).finish == "context"
+    assert continue_one(letters, "x" * 62, n=2).finish == "length"
+
+
+# --- where a text begins and ends ----------------------------------------------------------------------------
+
+
+def test_no_prompt_starts_a_new_document(lm):
+    continuation = continue_one(lm, None)
+    end = lm.tokenizer.end_of_text
+    assert continuation.tokens[0] == int(lm.model(torch.tensor([[end]]))[0, -1].argmax())
+    grown = lm.new_continuations(2)
+    list(lm.continue_all(["a", None], grown, Sampling(0), 20))
+    assert grown[1].tokens == continuation.tokens
+
+
+def test_no_prompt_needs_an_end_of_text():
+    tokenizer = byte_tokenizer()
+    tokenizer.end_of_text = None
+    with pytest.raises(GptlabError, match=r"no <\|endoftext\|> to start from; give a prompt"):
+        continue_one(make_lm(tokenizer), None)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused_in_words():
+    lm = make_lm(vocab_size=100)
+    for prompt, largest in (("caf\xe9", 0xC3), (None, 256)):
+        with pytest.raises(GptlabError, match=f"gives ids up to {largest}, the model has 100: they do not fit"):
+            continue_one(lm, prompt)
+    assert max(continue_one(lm, "ABC", sampling=Sampling(1e6)).tokens) < 100
+
+
+def test_a_model_with_a_padded_vocabulary_speaks_the_tokenizers_ids_only():
+    lm = make_lm(vocab_size=300)
+    for seed in range(5):
+        continuation = continue_one(lm, "a", n=64, sampling=Sampling(1e6, seed=seed))
+        assert all(token < 257 for token in continuation.tokens)
+
+
+def test_end_of_text_in_a_prompt_is_text(lm):
+    text = "<|endoftext|>"
+    ids = list(text.encode())
+    assert continue_one(lm, text).tokens[0] == int(lm.model(torch.tensor([ids]))[0, -1].argmax())
+
+
+def test_stop_strings_end_a_text_before_them(letters):
+    whole = continue_one(letters, "dog", n=40).text
+    assert len(whole) == 40
+    for word in (whole[7], whole[5:8], whole[20:]):
+        n = whole.index(word)
+        assert letters.generate("dog", max_new_tokens=40, temperature=0, stop=word) == [whole[:n]]
+        assert "".join(letters.stream("dog", max_new_tokens=40, temperature=0, stop=[word])) == whole[:n]
+    words = [whole[9:12], whole[3:6], "never!"]
+    expected = whole[: min(whole.index(word) for word in words[:2])]
+    assert letters.generate("dog", max_new_tokens=40, temperature=0, stop=words) == [expected]
+
+
+def test_stop_strings_are_looked_for_in_new_text_only(letters):
+    texts = {letter: continue_one(letters, letter, n=5).text for letter in "abcdefghijklmnopqrstuvwxyz"}
+    borders = {letter: letter + text[0] for letter, text in texts.items() if letter + text[0] not in text}
+    assert borders
+    for letter, stop in borders.items():
+        assert continue_one(letters, letter, n=5, stop=stop).text == texts[letter]
+
+
+@pytest.mark.parametrize("stop", ["", ["a", ""]])
+def test_an_empty_stop_string_is_refused(lm, stop):
+    with pytest.raises(GptlabError, match="a stop string is empty; leave it out"):
+        lm.generate("a", stop=stop)
+
+
+# --- stream --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [(), "e", ["\ufffd\ufffd"]])
+def test_stream_joined_is_generate(lm, stop):
+    for prompt in PROMPTS:
+        for seed in range(3):
+            values = {"max_new_tokens": 24, "top_k": 100, "seed": seed, "stop": stop}
+            pieces = list(lm.stream(prompt, **values))
+            assert all(pieces)
+            assert ["".join(pieces)] == lm.generate(prompt, **values)
+
+
+def test_stream_may_be_left_early(lm):
+    stream = lm.stream("a", max_new_tokens=50, seed=1)
+    first = next(stream)
+    stream.close()
+    assert first == next(lm.stream("a", max_new_tokens=50, seed=1))
+
+
+# --- the model's own state -----------------------------------------------------------------------------------
+
+
+def test_dropout_is_off_while_generating():
+    lm = make_lm(dropout=0.5)
+    expected = make_lm().generate(PROMPTS, max_new_tokens=15, temperature=0)
+    lm.model.train()
+    assert lm.generate(PROMPTS, max_new_tokens=15, temperature=0) == expected
+
+
+def test_a_model_can_be_trained_on_after_it_generated():
+    lm = make_lm()
+    lm.generate("a", max_new_tokens=3)
+    lm.model(torch.tensor([[1, 2, 3]])).sum().backward()
+    assert all(p.grad is not None for p in lm.model.parameters())
+
+
+# --- without a tokenizer -------------------------------------------------------------------------------------
+
+
+def test_without_a_tokenizer_the_text_functions_say_what_is_missing():
+    lm = LanguageModel(make_lm().model)
+    for use in (lambda: lm.generate("a"), lambda: lm.stream("a"), lm.needs_tokenizer):
+        with pytest.raises(GptlabError, match=r"came without a tokenizer.*tokenizer.json.*tokenizer='gpt2'"):
+            use()
+
+
+def test_without_a_tokenizer_a_model_computes_saves_and_loads(tmp_path):
+    lm = LanguageModel(make_lm().model)
+    ids = torch.tensor([[1, 2, 3]])
+    gptlab.save(lm, tmp_path / "model")
+    back = gptlab.load(tmp_path / "model")
+    assert back.tokenizer is None
+    assert back.config == lm.config
+    assert torch.equal(back.model(ids), lm.model(ids))
+    # It speaks as soon as it is given one.
+    named = gptlab.load(tmp_path / "model", tokenizer="bytes")
+    made = gptlab.load(tmp_path / "model", tokenizer=byte_tokenizer())
+    expected = make_lm().generate("a", temperature=0)
+    assert named.generate("a", temperature=0) == made.generate("a", temperature=0) == expected
+
+
+def test_saved_with_its_tokenizer_it_says_the_same_after_loading(lm, tmp_path):
+    gptlab.save(lm, tmp_path)
+    back = gptlab.load(str(tmp_path))
+    assert not back.model.training
+    assert back.generate(PROMPTS, max_new_tokens=15, seed=4) == lm.generate(PROMPTS, max_new_tokens=15, seed=4)
+
+
+def test_an_unknown_tokenizer_name_is_refused(lm, tmp_path):
+    gptlab.save(lm, tmp_path)
+    with pytest.raises(GptlabError, match=r"unknown tokenizer 'gpt3'.*did you mean 'gpt2'"):
+        gptlab.load(tmp_path, tokenizer="gpt3")
+
+
+def test_half_precision_generates_too(lm, tmp_path):
+    gptlab.save(lm, tmp_path, dtype=torch.bfloat16)
+    half = gptlab.load(tmp_path, dtype=torch.bfloat16)
+    assert half.model.wte.weight.dtype == torch.bfloat16
+    texts = half.generate(PROMPTS, max_new_tokens=10, seed=1)
+    assert texts == half.generate(PROMPTS, max_new_tokens=10, seed=1)
+    assert all(texts)
