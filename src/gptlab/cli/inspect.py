@@ -3,63 +3,119 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from gptlab.cli.model_options import DilationFlag, KvHeadFlag, PositionFlag, SinksFlag, WindowFlag, overrides
+
+if TYPE_CHECKING:
+    from gptlab.config import ModelConfig
+
+DTYPES = {"float32": 4, "bfloat16": 2}
 
 
 def inspect(
     model: Annotated[
         str, typer.Argument(help="A preset such as gpt2-xl, a built-in model, a directory, or owner/name.")
     ],
+    position: PositionFlag = None,
+    n_kv_head: KvHeadFlag = None,
+    window: WindowFlag = None,
+    sinks: SinksFlag = None,
+    dilation: DilationFlag = None,
+    context: Annotated[int | None, typer.Option(help="Tokens for cache and arithmetic; else the model's own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Show the size of every part of a model, and what its cache costs."""
+    """Show what a model weighs, computes and keeps in its cache; with changes, beside the model without them."""
     from gptlab.config import PRESETS, ModelConfig
-    from gptlab.model import cost
+    from gptlab.errors import GptlabError
 
+    changes = overrides(position, n_kv_head, window, sinks, dilation)
     if model in PRESETS:
-        config = ModelConfig.preset(model)
+        plain = ModelConfig.preset(model)
     else:
         from gptlab import checkpoints
         from gptlab.checkpoints import hub
 
-        config = checkpoints.read_config(hub.locate(model))
+        plain = checkpoints.read_config(hub.locate(model))
+    configs = {model: plain}
+    if changes:
+        configs[f"{model} changed"] = ModelConfig.from_dict({**plain.to_dict(), **changes})
+    tokens = plain.context_length if context is None else context
+    if tokens < 1:
+        raise GptlabError(f"--context must be at least 1, got {tokens}")
+    facts = {name: _facts(config, tokens) for name, config in configs.items()}
+    if as_json:
+        print(json.dumps({"model": model, **facts[model], "changed": facts.get(f"{model} changed")}, indent=2))
+        return
+    _show(facts, tokens)
+    for name, config in configs.items():
+        print(f"{name}: {_describe(config)}")
+        if config.position == "learned" and tokens > config.context_length:
+            print(
+                f"{name}: learned positions end at {config.context_length:,}; beyond, its figures are arithmetic only"
+            )
+
+
+def _facts(config: ModelConfig, tokens: int) -> dict[str, Any]:
+    from gptlab.model import cost
+
     parts = cost.parameters(config)
     total = sum(parts.values())
-    cache = {name: cost.cache_bytes_per_token(config, n) for name, n in (("float32", 4), ("bfloat16", 2))}
-    if as_json:
-        values = {
-            "model": model,
-            "config": config.to_dict(),
-            "parameters": {**parts, "total": total},
-            "weight_bytes": {"float32": 4 * total, "bfloat16": 2 * total},
-            "cache_bytes_per_token": cache,
-        }
-        print(json.dumps(values, indent=2))
-        return
-    _show(model, config.context_length, parts, cache)
-    head = "tied to the token embedding" if config.tie_embeddings else "separate"
-    print(
-        f"{config.n_layer} layers, {config.n_head} heads of {config.head_dim}, width {config.n_embd}, feed-forward"
-        f" {config.inner}, vocabulary {config.vocab_size:,}, context {config.context_length:,}, output head {head}"
-    )
+    return {
+        "config": config.to_dict(),
+        "context": tokens,
+        "parameters": {**parts, "total": total},
+        "weight_bytes": {name: n * total for name, n in DTYPES.items()},
+        "cache_bytes_per_token": {name: cost.cache_bytes_per_token(config, n) for name, n in DTYPES.items()},
+        "cache_bytes": {name: cost.cache_bytes(config, tokens, n) for name, n in DTYPES.items()},
+        "forward_flops_per_token": cost.forward_flops(config, tokens).total // tokens,
+        "attention_flops_per_token": cost.forward_flops(config, tokens).attention // tokens,
+        "bytes_read_per_generated_token": {
+            name: sum(cost.decode_bytes(config, tokens - 1, n)) for name, n in DTYPES.items()
+        },
+        "receptive_field": cost.receptive_field(config),
+    }
 
 
-def _show(model: str, context: int, parts: dict[str, int], cache: dict[str, int]) -> None:
+def _show(facts: dict[str, dict[str, Any]], tokens: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    total = sum(parts.values())
-    table = Table(title=model, title_justify="left")
-    table.add_column("part")
-    for column in ("parameters", "share", "MiB float32", "MiB bfloat16"):
-        table.add_column(column, justify="right")
-    for name, n in [*parts.items(), ("total", total)]:
-        if name == "total":
+    table = Table()
+    table.add_column("")
+    for name in facts:
+        table.add_column(name, justify="right")
+    columns = list(facts.values())
+    for part in columns[0]["parameters"]:
+        if part == "total":
             table.add_section()
-        table.add_row(name, f"{n:,}", f"{n / total:.1%}", f"{4 * n / 2**20:.1f}", f"{2 * n / 2**20:.1f}")
+        table.add_row(f"parameters: {part}", *(f"{column['parameters'].get(part, 0):,}" for column in columns))
     table.add_section()
-    for name, per in (("cache, one token", 1), (f"cache, {context:,} tokens", context)):
-        table.add_row(name, "", "", *(f"{per * cache[d] / 2**20:.3f}" for d in ("float32", "bfloat16")))
-    Console().print(table)
+    mebibytes = (
+        ("weights", "weight_bytes"),
+        (f"cache, {tokens:,} tokens", "cache_bytes"),
+        ("read per generated token", "bytes_read_per_generated_token"),
+    )
+    for label, key in mebibytes:
+        for dtype in DTYPES:
+            cells = (f"{column[key][dtype] / 2**20:,.1f}" for column in columns)
+            table.add_row(f"{label}, {dtype}, MiB", *cells)
+    table.add_section()
+    for label, key in (("forward", "forward_flops_per_token"), ("of it attention", "attention_flops_per_token")):
+        table.add_row(f"{label}, MFLOP a token", *(f"{column[key] / 1e6:,.1f}" for column in columns))
+    fields = ("all" if column["receptive_field"] is None else f"{column['receptive_field']:,}" for column in columns)
+    table.add_row("receptive field, tokens", *fields)
+    Console(width=None).print(table)
+
+
+def _describe(config: ModelConfig) -> str:
+    head = "tied to the token embedding" if config.tie_embeddings else "separate"
+    window = "" if config.window is None else f", window {config.window}, sinks {config.sinks}"
+    dilation = "" if set(config.dilations) == {1} else f", dilation {config.dilation}"
+    return (
+        f"{config.n_layer} layers, {config.n_head} heads of {config.head_dim} on {config.kv_heads} key/value heads, width"
+        f" {config.n_embd}, feed-forward {config.inner}, vocabulary {config.vocab_size:,}, context"
+        f" {config.context_length:,}, {config.position} positions{window}{dilation}, output head {head}"
+    )

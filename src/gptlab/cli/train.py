@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from gptlab.cli.model_options import DilationFlag, KvHeadFlag, PositionFlag, SinksFlag, WindowFlag, overrides
+
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe that the package carries, or a .toml file.")] = "pocket",
@@ -16,6 +18,11 @@ def train(
         str, typer.Option(help="A text file, a directory of them, or stdlib (Python's own sources).")
     ] = "stdlib",
     out: Annotated[Path, typer.Option(help="Directory for the model and its figures.")] = Path("runs/model"),
+    position: PositionFlag = None,
+    n_kv_head: KvHeadFlag = None,
+    window: WindowFlag = None,
+    sinks: SinksFlag = None,
+    dilation: DilationFlag = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value; may be given several times.")
     ] = None,
@@ -23,7 +30,8 @@ def train(
     """Train a model from scratch (a plain loop in one process)."""
     from gptlab.training.recipe import read_recipe
 
-    plan = read_recipe(recipe, settings)  # refuse a wrong setting before torch is loaded
+    flags = overrides(position, n_kv_head, window, sinks, dilation)
+    plan = read_recipe(recipe, settings, flags)  # refuse a wrong setting before torch is loaded
 
     import gptlab
     from gptlab.checkpoints.files import write_files

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,8 +75,13 @@ def recipe_names() -> list[str]:
     return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
 
 
-def read_recipe(name_or_path: str, settings: list[str] | None = None) -> Recipe:
-    """Read a recipe by name or from a file, with ``section.key=value`` settings on top.
+def read_recipe(name_or_path: str, settings: list[str] | None = None, model: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe by name or from a file, with changes on top.
+
+    Args:
+        name_or_path: a recipe that the package carries, or a TOML file.
+        settings: ``section.key=value``.
+        model: further fields of `ModelConfig`.
 
     Raises:
         GptlabError: an unknown name, section or key (with the nearest right one), or an impossible value.
@@ -96,6 +102,7 @@ def read_recipe(name_or_path: str, settings: list[str] | None = None) -> Recipe:
         raise GptlabError(f"the recipe {name_or_path} is no valid TOML: {error}") from None
     for setting in settings or []:
         _apply(values, setting)
+    values.setdefault("model", {}).update(model or {})
     try:
         recipe = Recipe(**values)
     except ValidationError as error:

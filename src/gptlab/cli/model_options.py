@@ -1,0 +1,47 @@
+"""The three changes as command-line flags, named as the fields of `ModelConfig` are."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from gptlab.errors import GptlabError
+
+PositionFlag = Annotated[str | None, typer.Option("--position", help="learned, rope or none.")]
+KvHeadFlag = Annotated[int | None, typer.Option("--n-kv-head", help="Key/value heads; a divisor of n_head.")]
+WindowFlag = Annotated[
+    str | None, typer.Option("--window", help="Keys that a query sees: one number, or one a layer as 128,128,none.")
+]
+SinksFlag = Annotated[int | None, typer.Option("--sinks", help="First tokens that stay visible outside the window.")]
+DilationFlag = Annotated[
+    str | None, typer.Option("--dilation", help="Distance between the keys of a window: one number, or one a layer.")
+]
+
+
+def overrides(
+    position: str | None, n_kv_head: int | None, window: str | None, sinks: int | None, dilation: str | None
+) -> dict[str, Any]:
+    """Return the fields of `ModelConfig` that were given.
+
+    Raises:
+        GptlabError: a list that is no list of numbers.
+    """
+    given = {
+        "position": position,
+        "n_kv_head": n_kv_head,
+        "window": _per_layer("--window", window),
+        "sinks": sinks,
+        "dilation": _per_layer("--dilation", dilation),
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _per_layer(flag: str, text: str | None) -> int | list[int | None] | None:
+    if text is None:
+        return None
+    try:
+        values = [None if part.strip() == "none" else int(part) for part in text.split(",")]
+    except ValueError:
+        raise GptlabError(f"{flag} takes a number, or one per layer as in 128,128,none, got {text!r}") from None
+    return values[0] if len(values) == 1 else values
