@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -133,7 +134,7 @@ SIZES = ["vocab_size", "context_length", "n_layer", "n_head", "n_kv_head", "n_em
 
 
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("value", [0, -12, True, 12.0, math.nan, "12", [12], {}, 2**31, 10**400])
+@pytest.mark.parametrize("value", [0, -12, True, 12.0, math.nan, "12", [12], {}, 2**31 + 1, 10**400])
 def test_a_size_must_be_a_whole_number_of_at_least_one(name: str, value: Any) -> None:
     message = refusal(**{name: value})
     # Four times an enormous width is an enormous n_inner: either name points at the mistake.
@@ -188,21 +189,105 @@ def test_window_sinks_and_dilation_must_be_whole_numbers(name: str, value: Any) 
     assert f"{name} must be a whole number" in refusal(**{name: value})
 
 
+def test_what_this_version_cannot_compute_is_refused_in_words() -> None:
+    message = refusal(position="blend")
+    assert message.startswith("position")
+    assert "not available in this version" in message
+
+
+# Positions, windows and grouped queries: what goes together, and what has no effect
+
+
+@pytest.mark.parametrize("position", ["learned", "none"])
+def test_settings_of_rope_without_rope_are_refused(position: str) -> None:
+    message = refusal(position=position, rope={"theta": 5e5})
+    assert message.startswith("rope")
+    assert repr(position) in message
+
+
+@pytest.mark.parametrize("n_head", [12, 4])
+def test_rope_turns_pairs_so_an_odd_head_is_refused(n_head: int) -> None:
+    message = refusal(position="rope", n_head=n_head, n_embd=n_head * 7)
+    assert "head_dim is 7" in message
+    assert ModelConfig(position="none", n_head=n_head, n_embd=n_head * 7).head_dim == 7
+
+
 @pytest.mark.parametrize(
-    ("name", "values"),
+    ("name", "rope"),
     [
-        ("position", {"position": "rope"}),
-        ("position", {"position": "none"}),
-        ("position", {"position": "blend"}),
-        ("rope", {"rope": {"theta": 10000.0}}),
-        ("n_kv_head", {"n_kv_head": 4}),
-        ("window", {"window": 256}),
-        ("window", {"window": [256, None] * 6}),
-        ("sinks", {"sinks": 4}),
-        ("dilation", {"dilation": 2}),
+        *[("theta", {"theta": value}) for value in (0, 1, 0.5, -1e4, math.nan, math.inf, "10000", None, True, 10**400)],
+        *[("factor", {"scaling": "linear", "factor": value}) for value in (0.5, 0, -4, math.nan, math.inf, "4", None)],
+        *[("scaling", {"scaling": value, "factor": 4}) for value in ("yarm", "dynamic", 4, ["ntk"])],
+        ("factor", {"factor": 4.0}),
+        ("scaling", {"scaling": "yarn"}),
     ],
 )
-def test_what_this_version_cannot_compute_is_refused_in_words(name: str, values: dict[str, Any]) -> None:
+def test_rope_settings_that_are_impossible_or_idle_are_refused(name: str, rope: dict[str, Any]) -> None:
+    message = refusal(position="rope", rope=rope)
+    assert message.startswith("rope")
+    assert name in message
+    assert (rope.get("scaling") != "yarm") or "did you mean 'yarn'" in message
+
+
+def test_rope_must_be_its_settings_and_ntk_needs_two_pairs() -> None:
+    assert "theta, scaling and factor" in refusal(position="rope", rope=10000.0)
+    assert "two pairs" in refusal(position="rope", n_embd=24, rope={"scaling": "ntk", "factor": 2.0})
+
+
+@pytest.mark.parametrize(
+    "values", [{"sinks": 4}, {"dilation": 2}, {"dilation": [1, 2] * 6}, {"sinks": 1, "dilation": 3}]
+)
+@pytest.mark.parametrize("window", [None, [None] * 12])
+def test_sinks_and_dilation_without_any_window_are_refused(values: dict[str, Any], window: Any) -> None:
+    assert "no effect without a window" in refusal(window=window, **values)
+
+
+def test_dilation_listed_for_a_layer_without_a_window_is_refused() -> None:
+    assert "layers without a window" in refusal(window=[256, None] * 6, dilation=[1, 2] * 6)
+    config = ModelConfig(window=(256, None) * 6, dilation=2)  # one number is meant for those that have a window
+    assert config.dilations == (2, 1) * 6
+
+
+@pytest.mark.parametrize("values", [{"window": [256] * 11}, {"window": []}, {"window": 256, "dilation": [1, 2]}])
+def test_lists_of_a_wrong_length_are_refused_with_both_lengths(values: dict[str, Any]) -> None:
     message = refusal(**values)
-    assert message.startswith(name)
-    assert "not available in this version" in message
+    assert "n_layer=12" in message
+    listed = next(value for value in values.values() if isinstance(value, list))
+    assert f"lists {len(listed)} layers" in message
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"position": "rope", "n_kv_head": 4, "window": 256},
+        {"position": "rope", "rope": {"theta": 5e5, "scaling": "yarn", "factor": 4.0}},
+        {"position": "none", "n_kv_head": 1},
+        {"window": [128] * 4 + [256] * 4 + [None] * 4, "sinks": 4},
+        {"window": 64, "dilation": [1, 2, 3] * 4},
+    ],
+)
+def test_the_three_changes_go_through_json(values: dict[str, Any]) -> None:
+    config = ModelConfig.preset("gpt2", **values)
+    again = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert hash(again) == hash(config)
+    assert len(config.windows) == len(config.dilations) == 12
+
+
+@pytest.mark.parametrize("window", [1024, 5000, [256] * 11 + [1024]])
+def test_a_window_as_long_as_the_context_is_allowed_with_one_line_of_warning(window: Any) -> None:
+    with pytest.warns(UserWarning) as caught:
+        ModelConfig(window=window)
+    (warning,) = caught
+    message = str(warning.message)
+    assert "\n" not in message
+    assert "context_length of 1024" in message
+    assert str(max(window) if isinstance(window, list) else window) in message
+    assert warning.filename == __file__
+
+
+@pytest.mark.parametrize("values", [{"window": 1023}, {"window": 1024, "dilation": 2}, {"window": [1023, None] * 6}])
+def test_a_window_that_hides_something_is_not_warned_about(values: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ModelConfig(**values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -174,14 +175,46 @@ class ModelConfig:
             raise GptlabError(
                 f"position='rope' turns pairs of channels, but head_dim is {self.head_dim}, an odd number"
             )
+        if self.rope is not None:
+            self._check_rope(self.rope)
+
+    def _check_rope(self, rope: RopeConfig) -> None:
+        if not isinstance(rope, RopeConfig):
+            raise GptlabError(f"rope must hold the settings theta, scaling and factor, got {rope!r}")
+        for name, least in (("theta", "above 1"), ("factor", "at least 1")):
+            value = getattr(rope, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value <= LARGEST_FLOAT32
+            if not number or (name == "theta" and value == 1):
+                raise GptlabError(f"rope: {name} must be a finite number {least}, got {value!r}")
+        choices = get_args(Scaling)
+        if rope.scaling is not None and rope.scaling not in choices:
+            hint = nearest(str(rope.scaling), choices)
+            raise GptlabError(f"rope: scaling must be one of {', '.join(choices)}, got {rope.scaling!r}{hint}")
+        if (rope.scaling is None) != (rope.factor == 1):
+            raise GptlabError(
+                f"rope: scaling={rope.scaling!r} with factor={rope.factor!r} has no effect; set both, or neither"
+            )
+        if rope.scaling == "ntk" and self.head_dim == 2:
+            raise GptlabError("rope: scaling='ntk' needs at least two pairs of channels, but head_dim is 2")
 
     def _check_windows(self) -> None:
         for name in ("window", "dilation"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != self.n_layer:
                 raise GptlabError(f"{name} lists {len(value)} layers, the model has n_layer={self.n_layer}")
-        if all(window is None for window in self.windows) and (self.sinks or any(d != 1 for d in self.dilations)):
+        dilated = self.dilation if isinstance(self.dilation, tuple) else (self.dilation,)
+        if all(window is None for window in self.windows) and (self.sinks or any(d != 1 for d in dilated)):
             raise GptlabError("sinks and dilation have no effect without a window; set window, or leave them out")
+        if isinstance(self.dilation, tuple) and self.dilation != self.dilations:
+            raise GptlabError(
+                f"dilation={list(self.dilation)} has no effect in layers without a window; write 1 for those"
+            )
+        pairs = zip(self.windows, self.dilations, strict=True)
+        wide = [w for w, d in pairs if w is not None and d == 1 and w >= self.context_length]
+        if wide:
+            warnings.warn(
+                f"window={max(wide)} hides nothing within the context_length of {self.context_length}", stacklevel=4
+            )
 
     @property
     def windows(self) -> tuple[int | None, ...]:
