@@ -181,6 +181,7 @@ def test_after_truncation_it_is_as_if_one_had_never_gone_there(positions: Tensor
     for one, other in zip(straight.layers, back.layers, strict=True):
         assert torch.equal(one.positions, other.positions)
         assert torch.equal(one.counts, other.counts)
+        assert one.seen == other.seen
         assert one.used == other.used
     assert torch.equal(MODEL(more, cache=back), MODEL(more, cache=straight))
 
@@ -230,13 +231,13 @@ def test_documents_and_a_cache_are_refused_together_and_the_cache_stays_as_it_wa
 def test_the_cache_has_the_dtype_of_the_weights_unless_asked() -> None:
     assert {layer.k.dtype for layer in MODEL.make_cache(1, 4).layers} == {torch.float32}
     assert {layer.v.dtype for layer in noisy().bfloat16().make_cache(1, 4).layers} == {torch.bfloat16}
-    assert {layer.k.dtype for layer in MODEL.make_cache(1, 4, torch.float16).layers} == {torch.float16}
+    assert {layer.k.dtype for layer in MODEL.make_cache(1, 4, dtype=torch.float16).layers} == {torch.float16}
 
 
 def test_a_cache_of_low_precision_rounds_keys_and_values_only() -> None:
     ids = random_ids(MODEL, 2, LENGTH)
     whole = MODEL(ids)
-    found = in_chunks(MODEL, ids, [8] * 3, MODEL.make_cache(2, LENGTH, torch.bfloat16))
+    found = in_chunks(MODEL, ids, [8] * 3, MODEL.make_cache(2, LENGTH, dtype=torch.bfloat16))
     assert found.dtype == torch.float32
     assert not torch.equal(found, whole)
     assert (found - whole).norm() / whole.norm() < 0.01  # bfloat16 rounds by 2^-9

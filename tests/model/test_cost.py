@@ -75,7 +75,7 @@ def test_the_released_models_have_their_known_sizes() -> None:
 def test_cache_bytes_are_those_of_a_real_cache(name: str, dtype: torch.dtype) -> None:
     config = ModelConfig.preset(name)
     with torch.device("meta"):
-        cache = GPT(config).make_cache(3, 50, dtype)
+        cache = GPT(config).make_cache(3, 50, dtype=dtype)
     assert cost.cache_bytes_per_token(config, dtype.itemsize) * 3 * 50 == cache.nbytes
 
 

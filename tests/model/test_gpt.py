@@ -336,7 +336,7 @@ def test_attention_maps_are_what_the_forward_pass_looks_at() -> None:
         close(maps.sum(-1), torch.ones(2, 4, 20))
         assert torch.equal(maps.triu(1), torch.zeros_like(maps))
         block = model.blocks[layer]
-        _, _, v = block.attn.project(block.ln_1(seen["x"]))
+        _, _, v, _ = block.attn.project(block.ln_1(seen["x"]), None)
         close((maps @ v).transpose(1, 2).flatten(2), seen["y"])
 
 

@@ -14,7 +14,9 @@ from gptlab.model import PADDING, Tokens, Visibility, kernels
 from gptlab.model.attention import attend
 from gptlab.model.kernels import KERNELS, attention_weights, reference, select, use
 
-OTHERS = [name for name in KERNELS if name != "reference"]
+OTHERS = [name for name in KERNELS if name not in ("reference", "banded")]
+EVERY = ["reference", *OTHERS]
+"""Those that compute anything; `banded` computes windows only, and is tested in test_windows.py."""
 H, D, B = 6, 8, 2
 
 Case = tuple[Tokens, Tokens]
@@ -102,7 +104,7 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, queries: Tokens, keys: Tokens) -> T
     return out
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EVERY)
 @pytest.mark.parametrize("n_kv_head", [6, 3, 2, 1])
 @pytest.mark.parametrize("name", CASES)
 def test_every_kernel_is_the_formula(name: str, n_kv_head: int, kernel: str) -> None:
@@ -147,7 +149,7 @@ def test_reference_gradients_are_those_of_finite_differences(name: str) -> None:
     assert slope == pytest.approx((value(1e-4) - value(-1e-4)) / 2e-4, rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EVERY)
 def test_padding_makes_no_nan_and_real_tokens_ignore_it(kernel: str) -> None:
     case = padded([-1, -1, 0, 1, -1, 2], [-1] * 6)
     q, k, v = inputs(case, 3)
@@ -159,7 +161,7 @@ def test_padding_makes_no_nan_and_real_tokens_ignore_it(kernel: str) -> None:
         assert torch.equal(gradient[1], torch.zeros_like(gradient[1]))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EVERY)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_result_has_the_dtype_of_the_queries(kernel: str, dtype: torch.dtype) -> None:
     case = known(20)
@@ -181,7 +183,7 @@ def test_weights_are_shares(name: str) -> None:
     assert torch.equal(weights[hidden], torch.zeros(int(hidden.sum())))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EVERY)
 def test_dropout_drops_its_share_of_the_weights_and_scales_the_rest(kernel: str) -> None:
     torch.manual_seed(0)
     queries, keys = rectangle(1, 400)
@@ -194,7 +196,30 @@ def test_dropout_drops_its_share_of_the_weights_and_scales_the_rest(kernel: str)
     close(out[~dropped], torch.full((int((~dropped).sum()),), 1 / 400 / 0.75), 1e-7)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_banded_refuses_what_it_cannot_compute(name: str) -> None:
+    case = CASES[name]()
+    q, k, v = inputs(case, 3)
+    with pytest.raises(GptlabError, match="the banded kernel needs a window, whole sequences"):
+        KERNELS["banded"](q, k, v, Visibility(), *case)
+    if not case[0].in_order:  # nothing says that these are whole sequences
+        with pytest.raises(GptlabError, match="the banded kernel needs a window, whole sequences"):
+            KERNELS["banded"](q, k, v, Visibility(4), *case)
+
+
+def test_banded_refuses_dropout() -> None:
+    tokens = Tokens(torch.arange(20).expand(B, -1), in_order=True)
+    q, k, v = inputs((tokens, tokens), 3)
+    KERNELS["banded"](q, k, v, Visibility(4), tokens, tokens)
+    with pytest.raises(GptlabError, match="no dropout"):
+        KERNELS["banded"](q, k, v, Visibility(4), tokens, tokens, 0.1)
+
+
 # Choosing
+
+
+def chosen() -> kernels.Kernel:
+    return select(Visibility(), *known(3), 0.0)
 
 
 def test_an_unknown_kernel_is_refused_with_the_nearest_name() -> None:
@@ -206,20 +231,20 @@ def test_an_unknown_kernel_is_refused_with_the_nearest_name() -> None:
 
 
 def test_use_forces_a_kernel_and_gives_the_choice_back() -> None:
-    default = select()
+    default = chosen()
     with use("reference"):
-        assert select() is reference
+        assert chosen() is reference
         with use("sdpa"):
-            assert select() is KERNELS["sdpa"]
-        assert select() is reference
-    assert select() is default
+            assert chosen() is KERNELS["sdpa"]
+        assert chosen() is reference
+    assert chosen() is default
 
 
 def test_use_gives_the_choice_back_after_an_error() -> None:
-    default = select()
+    default = chosen()
     with pytest.raises(ZeroDivisionError), use("reference"):
         _ = 1 / 0
-    assert select() is default
+    assert chosen() is default
 
 
 def test_the_forced_kernel_is_the_one_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:

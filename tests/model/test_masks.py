@@ -101,4 +101,5 @@ def test_a_shape_that_is_named_is_what_visible_says(chunks: list[int], known: li
 
 @pytest.mark.parametrize("length", [1, 17, 1024])
 def test_full_attention_needs_a_slot_for_every_token(length: int) -> None:
-    assert Visibility().capacity(length) == length
+    assert Visibility().capacity(length, 1) == length
+    assert Visibility().capacity(length, 512) == length

@@ -119,12 +119,16 @@ class Full:
         Raises:
             GptlabError: a negative number, or a ring that no longer holds what earlier tokens need to see.
         """
-        if n < 0:
-            raise GptlabError(f"a cache can be truncated by 0 or more tokens, not by {n}")
+        self.check_truncate(n)
         numbers = self.counts[:, None] - 1 - torch.arange(n, device=self.counts.device)  # (B, n)
         self.positions.scatter_(1, self._slots(numbers.clamp(min=0)), PADDING)
         self.counts = (self.counts - n).clamp(min=0)
         self.seen = max(self.seen - n, 0)
+
+    def check_truncate(self, n: int) -> None:
+        """Raise a `GptlabError` when the last ``n`` tokens cannot be forgotten."""
+        if n < 0:
+            raise GptlabError(f"a cache can be truncated by 0 or more tokens, not by {n}")
 
     def keep(self, rows: list[int]) -> None:
         """Go on with some rows of the batch only."""
@@ -155,6 +159,7 @@ class Ring(Full):
     ) -> None:
         super().__init__(batch, n_kv_head, capacity, head_dim, dtype, device)
         self.sinks, self.chunk = sinks, chunk
+        self.written = torch.zeros_like(self.counts)  # tokens that ever took a slot, padding and forgotten ones too
 
     def check_room(self, n: int) -> None:
         if n > self.chunk:
@@ -167,10 +172,28 @@ class Ring(Full):
         ring = self.sinks + (numbers - self.sinks) % (self.capacity - self.sinks)
         return torch.where(numbers < self.sinks, numbers, ring)
 
+    def _append_ragged(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        self.written = torch.maximum(self.written, self.counts + k.shape[2])
+        super()._append_ragged(k, v, positions)
+
+    def check_truncate(self, n: int) -> None:
+        super().check_truncate(n)
+        written = torch.maximum(self.written, self.counts)
+        back = written - (self.counts - n).clamp(min=0)
+        if ((written > self.capacity) & (back > self.chunk)).any():
+            raise GptlabError(
+                f"this cache can take back its last {self.chunk} tokens, in one step or several, not {int(back.max())}:"
+                " what earlier ones need to see is gone"
+            )
+
     def truncate(self, n: int) -> None:
-        if self.seen > self.capacity and n > self.chunk:
-            raise GptlabError(f"this cache can take back its last {self.chunk} tokens, not {n}: older ones are gone")
+        self.check_truncate(n)
+        self.written = torch.maximum(self.written, self.counts)
         super().truncate(n)
+
+    def keep(self, rows: list[int]) -> None:
+        super().keep(rows)
+        self.written = self.written[rows]
 
 
 class Cache:
@@ -215,14 +238,21 @@ class Cache:
         Raises:
             GptlabError: they do not fit; said here, before a position is looked up that does not exist.
         """
-        for layer in self.layers:
-            layer.check_room(ids.shape[1])
+        self.check_room(ids.shape[1])
         first = self.layers[0]
         offsets = torch.arange(ids.shape[1], device=ids.device)
-        return Tokens(first.counts[:, None] + offsets, documents, plain=first.plain and documents is None)
+        plain = first.plain and documents is None
+        return Tokens(first.counts[:, None] + offsets, documents, plain=plain, in_order=plain and first.seen == 0)
+
+    def check_room(self, n: int) -> None:
+        """Raise a `GptlabError` when ``n`` more tokens do not fit, before any layer has taken them."""
+        for layer in self.layers:
+            layer.check_room(n)
 
     def truncate(self, n: int) -> None:
-        """Forget the last ``n`` tokens of every row, in every layer."""
+        """Forget the last ``n`` tokens of every row, in every layer or, when one refuses, in none."""
+        for layer in self.layers:
+            layer.check_truncate(n)
         for layer in self.layers:
             layer.truncate(n)
 

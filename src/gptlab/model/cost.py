@@ -129,9 +129,9 @@ def arithmetic_intensity(config: ModelConfig, position: int, bytes_per_number: i
 
 
 def receptive_field(config: ModelConfig) -> int | None:
-    """Return how many positions, its own included, can reach an output through all layers; None: all of them.
+    """Return how far an output reaches back through all layers, its own position included; None: to the beginning.
 
-    Sinks are reached from everywhere and are not counted.
+    With dilation not every position between can reach it. Sinks are seen from everywhere and are not counted.
     """
     field = 1
     for visibility in visibilities(config):

@@ -209,9 +209,13 @@ class GPT(nn.Module):
                 f"ids must be (batch, tokens) of int64, got shape {tuple(ids.shape)} and {ids.dtype};"
                 " for one sequence use torch.tensor([ids])"
             )
-        if self.config.position == "learned" and ids.shape[1] > self.config.context_length:
+        n_tokens = ids.shape[1]
+        if cache is not None:
+            cache.check_room(n_tokens)
+            n_tokens += cache.layers[0].seen
+        if self.config.position == "learned" and n_tokens > self.config.context_length:
             raise GptlabError(
-                f"{ids.shape[1]} tokens exceed the context of {self.config.context_length}"
+                f"{n_tokens} tokens exceed the context of {self.config.context_length}"
                 " learned positions; shorten the input"
             )
         if positions is not None:

@@ -20,7 +20,7 @@ class Tokens:
         documents: (B, T) int64 or None. Tokens of different documents do not see each other.
         plain: True when it is known without looking at the tensors that every row counts up by one, with
             neither padding nor documents. It opens shortcuts; it never changes a result.
-        in_order: True when it is known that every row counts up by one without padding; documents may divide it.
+        in_order: True when it is known that every row counts 0, 1, 2, ... without padding; documents may divide it.
     """
 
     positions: Tensor

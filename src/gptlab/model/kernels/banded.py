@@ -53,6 +53,7 @@ def banded(
     """
     if not applies(visibility, queries, keys, dropout):
         raise GptlabError("the banded kernel needs a window, whole sequences without padding or cache, and no dropout")
+    k, v = k.to(q.dtype), v.to(q.dtype)
     group = q.shape[1] // k.shape[1]
     q = q.unflatten(1, (-1, group))  # (B, H_kv, G, T, D)
     q_sinks = q if q_sinks is None else q_sinks.unflatten(1, (-1, group))
