@@ -276,7 +276,7 @@ def test_the_three_changes_go_through_json(values: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("window", [1024, 5000, [256] * 11 + [1024]])
 def test_a_window_as_long_as_the_context_is_allowed_with_one_line_of_warning(window: Any) -> None:
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="hides nothing") as caught:
         ModelConfig(window=window)
     (warning,) = caught
     message = str(warning.message)
