@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
+from gptlab.generation import engine
 from gptlab.generation.continuation import Continuation
 from gptlab.generation.engine import decode, last_logits, pad_left
 from gptlab.generation.sampling import Sampling
@@ -252,3 +255,101 @@ def test_padding_stands_on_the_left_at_no_position():
     ids, positions = pad_left([[5, 6], [8, 9]], torch.device("cpu"))
     assert ids.tolist() == [[5, 6], [8, 9]]
     assert positions is None
+
+
+# Rotary positions, windows, grouped queries
+
+ENDLESS = {"position": "rope", "n_kv_head": 2, "window": 16, "sinks": 2}
+SWITCHES = [
+    {"position": "rope"},
+    {"position": "none", "n_kv_head": 1},
+    {"position": "learned", "window": 5, "n_kv_head": 2},
+    {"position": "rope", "window": (6, None), "sinks": 1},
+    {"position": "rope", "window": (4, 3), "dilation": (1, 3), "sinks": 2, "n_kv_head": 2},
+]
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+@pytest.mark.parametrize("chunk", [8, 512])
+def test_every_variant_continues_a_ragged_batch_as_the_naive_loop(switches, chunk, monkeypatch):
+    monkeypatch.setattr(engine, "CHUNK", chunk)
+    model = make_model(**switches)
+    prompts = [*PROMPTS, [i % 200 for i in range(17)], [3] * 8, [4] * 16]
+    assert tokens(run(model, prompts, n=25)) == [naive_greedy(model, prompt, 25) for prompt in prompts]
+    sampling = Sampling(0.9, seed=3)
+    expected = [naive_sampled(model, prompt, 12, 0.9, 3, row) for row, prompt in enumerate(prompts)]
+    assert tokens(run(model, prompts, sampling, n=12)) == expected
+
+
+@pytest.mark.parametrize("length", [7, 8, 9, 15, 16, 17, 64])
+def test_a_prompt_is_read_in_chunks_and_its_last_token_gives_the_first(length, monkeypatch):
+    monkeypatch.setattr(engine, "CHUNK", 8)
+    model = make_model(**ENDLESS)
+    prompt, sizes = [i % 250 for i in range(length)], []
+    model.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[1]))
+    (grown,) = run(model, [prompt], n=4)
+    full, rest = divmod(length - 1, 8)
+    assert sizes == [8] * full + [rest + 1] + [1] * 3
+    assert grown.tokens == naive_greedy(model, prompt, 4)
+
+
+@pytest.mark.parametrize("switches", [ENDLESS, {"position": "rope"}, {"position": "none"}], ids=str)
+def test_prompts_longer_than_a_chunk_and_than_the_trained_context_go_on(switches):
+    model = make_model(**switches)
+    generator = np.random.default_rng(0)
+    prompts = [generator.integers(VOCAB, size=n).tolist() for n in (engine.CHUNK * 2 + 30, 65, engine.CHUNK + 1)]
+    grown = run(model, prompts, n=6)
+    assert tokens(grown) == [naive_greedy(model, prompt, 6) for prompt in prompts]
+    assert [g.finish for g in grown] == ["length"] * 3
+
+
+@pytest.mark.parametrize("switches", [{"window": 8}, {"window": (8, None), "sinks": 1}, {"n_kv_head": 1}], ids=str)
+def test_learned_positions_end_with_their_context_whatever_the_window(switches):
+    model = make_model(**switches)
+    prompts = [[3] * 40, [7, 8]]
+    grown = run(model, prompts, n=1000)
+    assert [g.finish for g in grown] == ["context", "context"]
+    assert tokens(grown) == [naive_greedy(model, prompt, 65 - len(prompt)) for prompt in prompts]
+    with pytest.raises(GptlabError, match="the prompt has 65 tokens, the model's context holds 64"):
+        run(model, [[1] * 65])
+
+
+def resident():
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_rope_with_a_window_generates_for_ever_in_constant_memory(monkeypatch):
+    model, n = make_model(**ENDLESS), 5500
+    caches, sizes, memory = [], [], []
+    make_cache = model.make_cache
+    monkeypatch.setattr(
+        model, "make_cache", lambda *args, **rest: caches.append(make_cache(*args, **rest)) or caches[-1]
+    )
+    (grown,) = [Continuation(Numbers())]
+    pieces = decode(model, [[5, 6]], [grown], sampling=Sampling(1.0, seed=1), max_new_tokens=10**9, vocab_size=VOCAB)
+    for _ in range(n):
+        next(pieces)
+        if len(grown.tokens) % 50 == 0:
+            sizes.append([(layer.k.data_ptr(), layer.k.nbytes, layer.v.data_ptr()) for layer in caches[0].layers])
+            memory.append(resident())
+    pieces.close()
+    assert len(grown.tokens) == n
+    assert grown.finish is None
+    assert len(caches) == 1
+    assert sizes[0] == sizes[-1]
+    assert all(size == sizes[0] for size in sizes)
+    assert (
+        caches[0].nbytes == 2 * 2 * (15 + engine.CHUNK + 2) * 2 * 8 * 4
+    )  # k and v, layers, slots, heads, width, bytes
+    slope = np.polyfit(50 * np.arange(len(memory) - 10), memory[10:], 1)[0]  # bytes a token, after warming up
+    assert slope * 5000 < 8 * 2**20
+    # And it is still the model: one pass over all tokens, without a cache, gives the same draws up to rounding.
+    text, stream = torch.tensor([5, 6, *grown.tokens]), np.random.default_rng([1, 0])
+    with torch.no_grad():
+        shares = torch.softmax(model(text[None, :-1])[0, 1:].double(), -1).cumsum(-1)  # (n, V)
+    drawn = text[2:, None]
+    uniforms = torch.tensor([[stream.random()] for _ in range(n)])
+    below = torch.where(drawn > 0, shares.gather(1, (drawn - 1).clamp(min=0)), 0.0)
+    assert ((below - 1e-3 < uniforms) & (uniforms < shares.gather(1, drawn) + 1e-3)).all()
