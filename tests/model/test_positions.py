@@ -110,3 +110,55 @@ def test_sinks_see_a_query_no_farther_than_the_window_reaches():
     found = Rotary(positions, *rope).turn(x, at_most=11)
     expected = Rotary(positions.clamp(max=11), *rope).turn(x)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_turning_keeps_lengths_and_the_dtype_and_is_computed_in_float32(dtype):
+    x = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(4)).to(dtype)
+    positions = torch.tensor([[0, 1, 300, 70_000, 1_000_000], [5, 5, 5, 5, -1]])
+    rotary = Rotary(positions, *frequencies(RopeConfig(), 8, TRAINED))
+    found = rotary.turn(x)
+    assert found.dtype == dtype
+    assert torch.equal(found, rotary.turn(x.float()).to(dtype))
+    torch.testing.assert_close(rotary.turn(x.float()).norm(dim=-1), x.float().norm(dim=-1), atol=1e-5, rtol=0)
+    assert torch.equal(found[0, :, 0], x[0, :, 0])  # position 0 turns by nothing
+
+
+def test_pairs_turn_by_the_angles_of_the_paper():
+    # Pair i of position p turns by p * theta^(-2i/D): a unit vector shows the angle itself.
+    turns, factor = frequencies(RopeConfig(theta=100.0), 4, TRAINED)
+    assert turns.dtype == torch.float64
+    assert turns.tolist() == pytest.approx([1.0, 0.1])
+    assert factor == 1.0
+    x = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4)
+    found = Rotary(torch.tensor([[3]]), turns).turn(x).flatten().double()
+    angles = torch.tensor([3.0, 0.3], dtype=torch.float64)
+    torch.testing.assert_close(found, torch.cat([angles.cos(), angles.sin()]), atol=1e-7, rtol=0)
+
+
+def test_the_angles_are_no_part_of_the_state_and_follow_no_default_dtype():
+    config = gptlab.ModelConfig.preset("tiny", position="rope")
+    model = gptlab.GPT(config)
+    assert not [name for name in model.state_dict() if "freq" in name or "wpe" in name]
+    with torch.device("meta"):
+        assert gptlab.GPT(config)._frequencies[0].device.type == "cpu"
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = gptlab.GPT(config)._frequencies[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(again, model._frequencies[0])
+
+
+def test_a_model_without_positions_sees_a_set_and_rope_sees_an_order():
+    # One layer over a permuted past: without positions the last token's output cannot tell.
+    for position, tells in (("none", False), ("rope", True)):
+        model = gptlab.GPT(gptlab.ModelConfig.preset("tiny", position=position, n_layer=1), seed=1).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(5)
+            ids = torch.tensor([[1, 2, 3, 4, 5, 6]])
+            other = torch.tensor([[5, 3, 1, 4, 2, 6]])
+            apart = (model(ids)[0, -1] - model(other)[0, -1]).abs().max()
+        assert (apart > 1e-3) == tells
+        assert tells or apart < 1e-5

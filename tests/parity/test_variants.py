@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor
 
 import gptlab
+from gptlab.config import RopeConfig
 
 VOCAB, WIDTH, HEADS, LAYERS, CONTEXT = 97, 48, 6, 3, 128
 
@@ -30,7 +31,7 @@ def ids(length: int, batch: int = 2) -> Tensor:
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def starcoder2(model: gptlab.GPT) -> transformers.Starcoder2ForCausalLM:
+def starcoder2(model: gptlab.GPT, **rope: object) -> transformers.Starcoder2ForCausalLM:
     """The same function as a Starcoder2: separate projections, names of its own."""
     config = model.config
     judge = transformers.Starcoder2ForCausalLM(
@@ -46,7 +47,7 @@ def starcoder2(model: gptlab.GPT) -> transformers.Starcoder2ForCausalLM:
             norm_epsilon=config.norm_eps,
             use_bias=True,
             tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, **rope},
             sliding_window=config.window,
             residual_dropout=0.0,
             embedding_dropout=0.0,
@@ -79,6 +80,27 @@ def test_rope_with_grouped_queries_and_windows_is_starcoder2(n_kv_head, window):
     tokens = ids(100)
     expected = starcoder2(model)(tokens, use_cache=False).logits
     torch.testing.assert_close(model(tokens), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs"),
+    [
+        ({"theta": 500.0}, {"rope_theta": 500.0}),
+        ({"scaling": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"scaling": "ntk", "factor": 4.0}, {"rope_theta": 10000.0 * 4.0 ** (8 / 6)}),
+        ({"scaling": "yarn", "factor": 4.0}, {"rope_type": "yarn", "factor": 4.0}),
+        ({"scaling": "yarn", "factor": 8.0, "theta": 500.0}, {"rope_type": "yarn", "factor": 8.0, "rope_theta": 500.0}),
+    ],
+    ids=str,
+)
+@torch.inference_mode()
+def test_scaled_rope_is_starcoder2s_past_the_trained_context(mine, theirs):
+    model = ours(position="rope", n_kv_head=2, rope=RopeConfig(**mine))
+    tokens = ids(160)  # not much longer: their angles are float32
+    judge = starcoder2(model, **theirs, original_max_position_embeddings=CONTEXT)
+    torch.testing.assert_close(model(tokens), judge(tokens, use_cache=False).logits, atol=1e-5, rtol=0)
+    unscaled = starcoder2(model)(tokens, use_cache=False).logits
+    assert (model(tokens) - unscaled).abs().max() > 1e-2  # the settings do something
 
 
 @pytest.mark.parametrize(("n_kv_head", "window"), [(6, None), (2, 16), (1, 9)])
