@@ -114,8 +114,8 @@ def _describe(config: ModelConfig) -> str:
     head = "tied to the token embedding" if config.tie_embeddings else "separate"
     window = "" if config.window is None else f", window {config.window}, sinks {config.sinks}"
     dilation = "" if set(config.dilations) == {1} else f", dilation {config.dilation}"
+    heads = f"{config.n_head} heads of {config.head_dim} on {config.kv_heads} key/value heads"
     return (
-        f"{config.n_layer} layers, {config.n_head} heads of {config.head_dim} on {config.kv_heads} key/value heads, width"
-        f" {config.n_embd}, feed-forward {config.inner}, vocabulary {config.vocab_size:,}, context"
+        f"{config.n_layer} layers, {heads}, width {config.n_embd}, feed-forward {config.inner}, vocabulary {config.vocab_size:,}, context"
         f" {config.context_length:,}, {config.position} positions{window}{dilation}, output head {head}"
     )

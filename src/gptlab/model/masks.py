@@ -28,6 +28,11 @@ class Tokens:
     plain: bool = False
     in_order: bool = False
 
+    def first_row(self) -> Tokens:
+        """Return the first row alone."""
+        documents = None if self.documents is None else self.documents[:1]
+        return Tokens(self.positions[:1], documents, self.plain, self.in_order)
+
     def at(self, where: slice) -> Tokens:
         """Return a part of every row."""
         documents = None if self.documents is None else self.documents[:, where]

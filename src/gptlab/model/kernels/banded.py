@@ -2,9 +2,10 @@
 
 A block of queries sees only the keys from the oldest window of its first query to its last query. Blocks are computed
 one after the other, forward and backward, so that the scores of one block are all that is ever held. The backward
-pass computes the scores again from the saved log-sum-exp (as FlashAttention does; Dao et al. 2022).
+pass computes the weights again from the saved log-sum-exp of each query's scores (Dao et al. 2022, *FlashAttention*).
 
-Sinks join each block's softmax as additional columns. Dilation by d is a plain window on d interleaved subsequences.
+Sinks are a second, small set of keys, seen by queries of their own; the two results are merged by their log-sum-exp.
+Dilation by d is a plain window on d interleaved subsequences.
 """
 
 from __future__ import annotations
@@ -19,16 +20,22 @@ from torch import Tensor
 from gptlab.errors import GptlabError
 from gptlab.model.masks import Tokens, Visibility
 
-BLOCK = 256
-"""Queries of a block; on two CPU cores 128 and 512 were slower."""
+BLOCK = 128
+"""Queries of a block; on two CPU cores with a window of 256, blocks of 64 and 256 were slower."""
+HIDDEN = -1e30
+"""Added to the score of a key that is not visible. Finite, so that a block that sees nothing of one set is no NaN."""
 
 
 class Piece(NamedTuple):
-    """One block of queries with the keys of one kind that it may see: slices of the sequence, and the mask."""
+    """A block of queries and one set of keys: where they stand in the sequence, and what to add to their scores."""
 
-    queries: slice
+    rows: slice
     keys: slice
-    visible: Tensor  # (B or 1, 1, 1, n_queries, n_keys) bool
+    mask: Tensor  # (B or 1, 1, n_rows, n_keys) float32: 0 or HIDDEN
+
+    def mask_for(self, group: int) -> Tensor:
+        """The mask for `_fold`ed queries: once for each query head of a group."""
+        return self.mask if group == 1 else self.mask.repeat(1, 1, group, 1)
 
 
 def applies(visibility: Visibility, queries: Tokens, keys: Tokens, dropout: float) -> bool:
@@ -53,37 +60,37 @@ def banded(
     """
     if not applies(visibility, queries, keys, dropout):
         raise GptlabError("the banded kernel needs a window, whole sequences without padding or cache, and no dropout")
-    k, v = k.to(q.dtype), v.to(q.dtype)
-    group = q.shape[1] // k.shape[1]
-    q = q.unflatten(1, (-1, group))  # (B, H_kv, G, T, D)
-    q_sinks = q if q_sinks is None else q_sinks.unflatten(1, (-1, group))
-    y: Tensor = _Banded.apply(q, q_sinks, k, v, visibility, queries)  # type: ignore[no-untyped-call]
-    return y.flatten(1, 2)
+    y: Tensor = _Banded.apply(q, q if q_sinks is None else q_sinks, k, v, visibility, queries)  # type: ignore[no-untyped-call]
+    return y
 
 
-def _pieces(visibility: Visibility, tokens: Tokens) -> Iterator[tuple[slice, Piece | None, Piece]]:
-    """Yield for every block of queries: its slice, its sinks outside the band (or None), and its band of keys."""
+def _blocks(visibility: Visibility, tokens: Tokens) -> Iterator[list[Piece]]:
+    """Yield for every block of queries its band of keys, and its sinks if there are any."""
     length, step, span = tokens.positions.shape[1], visibility.dilation, visibility.span
     assert span is not None
-    for residue in range(step):
+    n_sinks = min(visibility.sinks, length)
+    if tokens.plain:  # all rows are alike
+        tokens = tokens.first_row()
+    masks: dict[tuple[int, ...], Tensor] = {}
+
+    def piece(rows: slice, keys: slice, lowest: int) -> Piece:
+        """``lowest``: keys at positions below it belong to the other set."""
+        inside = lowest <= keys.start
+        shape = (rows.start - keys.start, rows.stop - rows.start, keys.stop - keys.start, keys.stop)
+        key = shape[:3] if inside and keys.start > 0 else (*shape, lowest)
+        if key not in masks or not tokens.plain:
+            seen = visibility.visible(tokens.at(rows), tokens.at(keys))
+            seen &= (tokens.at(keys).positions >= lowest)[:, None]
+            masks[key] = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, HIDDEN)[:, None]
+        return Piece(rows, keys, masks[key])
+
+    for residue in range(min(step, length)):
         for first in range(residue, length, BLOCK * step):
             rows = slice(first, min(first + BLOCK * step, length), step)
-            band = slice(max(first - span + 1, residue), rows.stop, step)
-            here = tokens.at(rows)
-            sinks = None
-            outside = min(visibility.sinks, length)
-            if outside:
-                seen = visibility.visible(here, tokens.at(slice(0, outside)))
-                sinks = Piece(rows, slice(0, outside), seen[:, None, None])
-            near = tokens.at(band)
-            seen = visibility.visible(here, near) & (near.positions >= outside)[:, None, :]
-            yield rows, sinks, Piece(rows, band, seen[:, None, None])
-
-
-def _scores(q: Tensor, k: Tensor, piece: Piece, scale: float) -> Tensor:
-    """(B, H_kv, G, n_queries, n_keys) float32, minus infinity where a key is not visible."""
-    scores = (q[..., piece.queries, :] @ k[:, :, None, piece.keys].transpose(-2, -1)).float() * scale
-    return scores.masked_fill_(~piece.visible, -math.inf)
+            pieces = [piece(rows, slice(max(first - span + 1, residue), rows.stop, step), n_sinks)]
+            if n_sinks:
+                pieces.append(piece(rows, slice(0, n_sinks), 0))
+            yield pieces
 
 
 class _Banded(torch.autograd.Function):
@@ -91,39 +98,69 @@ class _Banded(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, visibility: Visibility, tokens: Tokens
     ) -> Tensor:
-        scale = 1 / math.sqrt(q.shape[-1])
+        group = q.shape[1] // k.shape[1]
         y = torch.empty_like(q)
-        total = q.new_empty(q.shape[:-1], dtype=torch.float32)  # log-sum-exp of each query's scores
-        for rows, sinks, band in _pieces(visibility, tokens):
-            scores = _scores(q, k, band, scale)
-            if sinks is not None:
-                scores = torch.cat([_scores(q_sinks, k, sinks, scale), scores], dim=-1)
-            total[..., rows] = scores.logsumexp(-1)
-            weights = (scores - total[..., rows, None]).exp_().to(v.dtype)
-            values = v[:, :, None, band.keys]
-            if sinks is not None:
-                values = torch.cat([v[:, :, None, sinks.keys], values], dim=-2)
-            y[..., rows, :] = weights @ values
+        total = q.new_empty(q.shape[:-1], dtype=torch.float32)  # (B, H, T), log-sum-exp of each query's scores
+        for pieces in _blocks(visibility, tokens):
+            rows = pieces[0].rows
+            out, lse = _attend(_fold(q, rows, group), k, v, pieces[0], group)
+            for sinks in pieces[1:]:
+                other, other_lse = _attend(_fold(q_sinks, rows, group), k, v, sinks, group)
+                both = torch.logaddexp(lse, other_lse)
+                share, other_share = ((part - both).exp()[..., None] for part in (lse, other_lse))
+                out, lse = (out * share + other * other_share).to(q.dtype), both
+            _unfold(y, rows, group)[:] = out.unflatten(2, (group, -1))
+            _unfold(total, rows, group)[:] = lse.unflatten(2, (group, -1))
         ctx.save_for_backward(q, q_sinks, k, v, y, total)
-        ctx.visibility, ctx.tokens = visibility, tokens
+        ctx.visibility, ctx.tokens, ctx.group = visibility, tokens, group
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, q_sinks, k, v, y, total = ctx.saved_tensors
-        scale = 1 / math.sqrt(q.shape[-1])
         dq, dq_sinks = torch.zeros_like(q), torch.zeros_like(q_sinks)
-        dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-        delta = (dy.float() * y.float()).sum(-1)  # (B, H_kv, G, T)
-        for rows, sinks, band in _pieces(ctx.visibility, ctx.tokens):
-            for piece, queries, gradient in ((sinks, q_sinks, dq_sinks), (band, q, dq)):
-                if piece is None:
-                    continue
-                weights = (_scores(queries, k, piece, scale) - total[..., rows, None]).exp_()
-                slope = dy[..., rows, :]
-                dv[:, :, piece.keys] += (weights.to(v.dtype).transpose(-2, -1) @ slope).sum(2)
-                inner = (slope @ v[:, :, None, piece.keys].transpose(-2, -1)).float() - delta[..., rows, None]
-                dscores = (weights * inner * scale).to(q.dtype)
-                gradient[..., rows, :] = dscores @ k[:, :, None, piece.keys]
-                dk[:, :, piece.keys] += (dscores.transpose(-2, -1) @ queries[..., rows, :]).sum(2)
+        dk, dv = (torch.zeros(x.shape, device=x.device) for x in (k, v))  # sums of many blocks: float32
+        for pieces in _blocks(ctx.visibility, ctx.tokens):
+            for piece, queries, slope in zip(pieces, (q, q_sinks), (dq, dq_sinks), strict=False):
+                dy_, q_, y_, total_ = (_fold(x, piece.rows, ctx.group) for x in (dy, queries, y, total))
+                dq_, dk_, dv_ = _attend_backward(dy_, q_, k, v, y_, total_, piece, ctx.group)
+                _unfold(slope, piece.rows, ctx.group)[:] = dq_.unflatten(2, (ctx.group, -1))
+                dk[:, :, piece.keys] += dk_
+                dv[:, :, piece.keys] += dv_
         return dq, dq_sinks, dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def _unfold(x: Tensor, rows: slice, group: int) -> Tensor:
+    """A view of some queries: (B, H, T, ...) -> (B, H_kv, G, n_rows, ...)."""
+    return x.unflatten(1, (-1, group))[:, :, :, rows]
+
+
+def _fold(x: Tensor, rows: slice, group: int) -> Tensor:
+    """Some queries, those of a group one below the other: (B, H, T, ...) -> (B, H_kv, G * n_rows, ...)."""
+    return _unfold(x, rows, group).flatten(2, 3)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, piece: Piece, group: int) -> tuple[Tensor, Tensor]:
+    """Return the output (B, H_kv, G * n_rows, D) for one set of keys, and the log-sum-exp of the scores, float32."""
+    k, v, mask = k[:, :, piece.keys], v[:, :, piece.keys], piece.mask_for(group)
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
+    scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.shape[-1]) + mask
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
+
+
+def _attend_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, piece: Piece, group: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q and of one set of keys and values; ``y`` and ``lse`` are those of all sets together."""
+    k, v, mask = k[:, :, piece.keys], v[:, :, piece.keys], piece.mask_for(group)
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dy, q, k, v, y, lse, 0.0, False, attn_mask=mask
+        )
+    scale = 1 / math.sqrt(q.shape[-1])
+    weights = ((q @ k.transpose(-2, -1)).float() * scale + mask - lse[..., None]).exp()
+    inner = (dy @ v.transpose(-2, -1)).float() - (dy.float() * y.float()).sum(-1, keepdim=True)
+    dscores = (weights * inner * scale).to(q.dtype)
+    return dscores @ k, dscores.transpose(-2, -1) @ q, weights.to(dy.dtype).transpose(-2, -1) @ dy
