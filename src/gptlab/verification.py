@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from gptlab import language_model
@@ -127,7 +128,17 @@ def _small(**overrides: Any) -> GPT:
     return model
 
 
-def _ids(model: GPT, batch: int, length: int) -> torch.Tensor:
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"position": "rope"},
+    {"n_kv_head": 2},
+    {"window": 9},
+    {"position": "rope", "n_kv_head": 2, "window": [9, 5], "sinks": 2, "dilation": [1, 2]},
+)
+"""Plain GPT-2, each change alone, and everything at once."""
+
+
+def _ids(model: GPT, batch: int, length: int) -> Tensor:
     return torch.randint(model.config.vocab_size, (batch, length))
 
 
@@ -162,70 +173,76 @@ def initial_loss() -> Outcome:
 @torch.inference_mode()
 def causality() -> Outcome:
     """Change each token in turn; nothing before it may move."""
-    model = _small()
-    ids = _ids(model, 1, 32)
-    before = model(ids)
     leak, effect = 0.0, math.inf
-    for t in range(ids.shape[1]):
-        changed = ids.clone()
-        changed[0, t] = (changed[0, t] + 1) % model.config.vocab_size
-        moved = (model(changed) - before).abs().amax(-1)[0]  # (T,)
-        leak = max(leak, moved[:t].max().item() if t else 0.0)
-        effect = min(effect, moved[t].item())
+    for variant in VARIANTS:
+        model = _small(**variant)
+        ids = _ids(model, 1, 32)
+        before = model(ids)
+        for t in range(ids.shape[1]):
+            changed = ids.clone()
+            changed[0, t] = (changed[0, t] + 1) % model.config.vocab_size
+            moved = (model(changed) - before).abs().amax(-1)[0]  # (T,)
+            leak = max(leak, moved[:t].max().item() if t else 0.0)
+            effect = min(effect, moved[t].item())
     name = "changing token t moves no logit before t"
     return name, f"{leak:.1e} before, at least {effect:.1e} at t", "0 before, more at t", leak == 0.0 and effect > 1e-3
 
 
 @torch.inference_mode()
 def cached_prefill() -> Outcome:
-    """Whole, in chunks of several sizes, and token by token."""
-    model = _small()
-    ids = _ids(model, 2, 48)
-    whole = model(ids)
+    """Whole, in chunks of several sizes, and token by token; the rings of windows wrap several times."""
     worst = 0.0
-    for sizes in ([48], [16] * 3, [1, 30, 17], [1] * 48):
-        cache = model.make_cache(2, 48)
-        parts = [model(chunk, cache=cache) for chunk in ids.split(sizes, dim=1)]
-        worst = max(worst, (torch.cat(parts, 1) - whole).abs().max().item())
+    for variant in VARIANTS:
+        model = _small(**variant)
+        ids = _ids(model, 2, 48)
+        whole = model(ids)
+        for sizes in ([48], [16] * 3, [1, 30, 17], [1] * 48):
+            cache = model.make_cache(2, 48, chunk=max(sizes))
+            parts = [model(chunk, cache=cache) for chunk in ids.split(sizes, dim=1)]
+            worst = max(worst, (torch.cat(parts, 1) - whole).abs().max().item())
     return "with a cache == without (whole, chunks, tokens)", f"{worst:.1e} apart", "below 1e-5", worst < 1e-5
 
 
 def kernels_agree() -> Outcome:
-    """Every kernel against the explicit softmax: logits and gradients."""
-    model = _small()
-    ids = _ids(model, 2, 48)
-    documents = torch.arange(48).expand(2, 48) // 20
+    """Every kernel against the explicit softmax: logits and gradients, with and without several documents."""
+    worst = 0.0
+    for variant in VARIANTS:
+        model = _small(**variant)
+        ids = _ids(model, 2, 48)
+        documents = torch.arange(48).expand(2, 48) // 20
 
-    def run(kernel: str) -> list[torch.Tensor]:
-        out = []
-        with kernels.use(kernel):
-            for d in (None, documents):
-                model.zero_grad()
-                logits = model(ids, documents=d)
-                logits.logsumexp(-1).mean().backward()
-                out += [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-        return out
+        def run(kernel: str, model: GPT = model, ids: Tensor = ids, documents: Tensor = documents) -> list[Tensor]:
+            out = []
+            with kernels.use(kernel):
+                for d in (None, documents):
+                    model.zero_grad()
+                    logits = model(ids, documents=d)
+                    logits.logsumexp(-1).mean().backward()
+                    out += [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+            return out
 
-    expected = run("reference")
-    others = [name for name in kernels.KERNELS if name != "reference"]
-    worst = max((a - b).abs().max().item() for name in others for a, b in zip(run(name), expected, strict=True))
-    return "fused attention == the explicit softmax", f"{worst:.1e} apart", "logits, gradients below 1e-5", worst < 1e-5
+        expected = run("reference")
+        for name in ["sdpa", "banded"] if "window" in variant else ["sdpa"]:
+            pairs = zip(run(name), expected, strict=True)
+            worst = max(worst, *((a - b).abs().max().item() for a, b in pairs))
+    return "fast attention == the explicit softmax", f"{worst:.1e} apart", "logits, gradients below 1e-5", worst < 1e-5
 
 
 @torch.inference_mode()
 def ragged_batch() -> Outcome:
     """Prompts of different lengths in one padded batch against each alone, with a cache, over several steps."""
-    model = _small()
-    prompts = [_ids(model, 1, n)[0].tolist() for n in (1, 7, 20)]
-    more = _ids(model, 3, 5)
-    ids, positions = pad_left(prompts, torch.device("cpu"))
-    cache = model.make_cache(3, 25)
-    model(ids, positions=positions, cache=cache)
-    together = torch.cat([model(more[:, i : i + 1], cache=cache) for i in range(5)], 1)
     worst = 0.0
-    for row, prompt in enumerate(prompts):
-        alone = model(torch.tensor([prompt + more[row].tolist()]))[0, -5:]
-        worst = max(worst, (together[row] - alone).abs().max().item())
+    for variant in VARIANTS:
+        model = _small(**variant)
+        prompts = [_ids(model, 1, n)[0].tolist() for n in (1, 7, 20)]
+        more = _ids(model, 3, 5)
+        ids, positions = pad_left(prompts, torch.device("cpu"))
+        cache = model.make_cache(3, 25)
+        model(ids, positions=positions, cache=cache)
+        together = torch.cat([model(more[:, i : i + 1], cache=cache) for i in range(5)], 1)
+        for row, prompt in enumerate(prompts):
+            alone = model(torch.tensor([prompt + more[row].tolist()]))[0, -5:]
+            worst = max(worst, (together[row] - alone).abs().max().item())
     return "a padded batch == each row alone", f"{worst:.1e} apart", "below 1e-5", worst < 1e-5
 
 

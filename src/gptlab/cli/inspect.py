@@ -116,6 +116,7 @@ def _describe(config: ModelConfig) -> str:
     dilation = "" if set(config.dilations) == {1} else f", dilation {config.dilation}"
     heads = f"{config.n_head} heads of {config.head_dim} on {config.kv_heads} key/value heads"
     return (
-        f"{config.n_layer} layers, {heads}, width {config.n_embd}, feed-forward {config.inner}, vocabulary {config.vocab_size:,}, context"
-        f" {config.context_length:,}, {config.position} positions{window}{dilation}, output head {head}"
+        f"{config.n_layer} layers, {heads}, width {config.n_embd}, feed-forward {config.inner},"
+        f" vocabulary {config.vocab_size:,}, context {config.context_length:,}, {config.position} positions"
+        f"{window}{dilation}, output head {head}"
     )
