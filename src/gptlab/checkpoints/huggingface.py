@@ -85,8 +85,6 @@ def read(directory: Path, values: Mapping[str, Any], dtype: torch.dtype) -> Chec
         name = key.removeprefix("transformer.")
         if name in readers:
             raise GptlabError(f"the checkpoint {directory} holds {name} twice, with and without a prefix; restore it")
-        if name in readers:
-            raise GptlabError(f"the checkpoint {directory} holds {name} twice, with and without the prefix 'transformer.'")
         if not LEGACY.fullmatch(name):
             readers[name] = _transposed(get) if CONV1D.fullmatch(name) else get
     if config.tie_embeddings and "lm_head.weight" in readers and "wte.weight" in readers:
