@@ -28,7 +28,7 @@ def main(path: str) -> None:
         maps = lm.model.attention_maps(torch.tensor([ids]), layer)[0]
         for head, axis in enumerate(axes[layer]):
             seen = maps[head].masked_fill(hidden, torch.nan)
-            image = axis.imshow(seen, cmap="cividis_r", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+            image = axis.imshow(seen, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks(range(len(words)) if head == 0 else [], words if head == 0 else [], fontsize=6)
             axis.tick_params(length=0)
