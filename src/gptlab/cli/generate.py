@@ -62,7 +62,7 @@ def generate(
         print(_json(model, prompt, seed, continuations, seconds))
         return
     if live:
-        print()
+        print(flush=True)
     else:
         for i, continuation in enumerate(continuations, 1):
             print(f"--- {i} of {num_samples}\n{prompt or ''}{continuation.text}")
