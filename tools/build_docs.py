@@ -10,6 +10,7 @@ import ast
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,11 +39,22 @@ def verification() -> str:
 def generated() -> str:
     values = results("generate")
     text = values["prompt"] + values["continuations"][0]["text"]
-    return f'```\n$ gptlab generate "{values["prompt"]}" --seed {values["seed"]}\n{text}\n```'
+    wrapped = "\n".join(textwrap.fill(line, 110) for line in text.splitlines())
+    card = pocket_card()
+    return (
+        f'```\n$ gptlab generate "{values["prompt"]}" --seed {values["seed"]}\n{wrapped}\n```\n\n'
+        f"That is the built-in model: {card['parameters'] / 1e6:.1f} million parameters, trained on"
+        f" {card['tokens_trained'] / 1e6:.1f} million tokens of Wikipedia in {card['seconds'] / 60:.0f} minutes on two"
+        " processor cores. It has learned\nthe sound of an encyclopaedia, not its facts."
+    )
+
+
+def pocket_card() -> dict:
+    return json.loads((ROOT / "src/gptlab/assets/pocket/card.json").read_text(encoding="utf-8"))
 
 
 def pocket() -> str:
-    card = json.loads((ROOT / "src/gptlab/assets/pocket/card.json").read_text(encoding="utf-8"))
+    card = pocket_card()
     epochs = card["tokens_trained"] / card["training_tokens_available"]
     rows = {
         "parameters": f"{card['parameters']:,}",

@@ -15,8 +15,8 @@ Position = Literal["learned", "rope", "none", "blend"]
 Scaling = Literal["linear", "ntk", "yarn"]
 
 LARGEST = {
-    "vocab_size": 2**31,
-    "context_length": 2**31,
+    "vocab_size": 2**31 - 1,
+    "context_length": 2**31 - 1,
     "n_layer": 1000,
     "n_head": 2**16,
     "n_kv_head": 2**16,

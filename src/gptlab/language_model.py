@@ -155,7 +155,8 @@ def load(
 
     Args:
         name: a built-in model (``pocket``), a directory (Hugging Face's GPT-2 layout or gptlab's own), ``gpt2``,
-            ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``, or ``owner/name`` on the Hugging Face hub.
+            ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``, or ``owner/name`` on the Hugging Face hub. A `Path` is always
+            a directory.
         dtype: of the weights in memory; norms, softmax and logits are computed in float32 in any case.
         device: where to put the model.
         tokenizer: ``"gpt2"``, ``"bytes"`` or a `Tokenizer`, in place of the one beside the weights.
@@ -163,7 +164,7 @@ def load(
     Raises:
         GptlabError: nothing of that name, no network, or a checkpoint that is damaged or does not fit.
     """
-    checkpoint = checkpoints.read(hub.locate(str(name)), dtype)
+    checkpoint = checkpoints.read(name if isinstance(name, Path) else hub.locate(name), dtype)
     with torch.device("meta"):
         model = GPT(checkpoint.config)
     model.load_state_dict(checkpoint.state, strict=not checkpoint.config.tie_embeddings, assign=True)

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,7 +78,7 @@ def run(code: str, home: Path, cwd: Path, **env: str) -> subprocess.CompletedPro
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
     environment = {**inherited, "HF_HOME": str(home), **env}
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
 
 
 LOAD = """
@@ -160,14 +159,16 @@ def test_without_huggingface_hub_the_sentence_says_what_to_install(monkeypatch: 
     ids=["offline", "nobody listens", "no proxy"],
 )
 def test_an_unreachable_hub_fails_fast_with_the_way_out(tmp_path: Path, network: dict[str, str]) -> None:
-    started = time.monotonic()
-    done = run(LOAD.format(name="gpt2"), tmp_path / "home", tmp_path, **network)
-    seconds = time.monotonic() - started
+    # The clock starts after the imports, which are not what a network can delay.
+    code = "import time, huggingface_hub, gptlab.language_model\nstarted = time.monotonic()\n" + LOAD.format(
+        name="gpt2"
+    )
+    done = run(code + "print(time.monotonic() - started, file=sys.stderr)", tmp_path / "home", tmp_path, **network)
     for part in ("config.json, model.safetensors, vocab.json and merges.txt", "./gpt2", "same command", "'pocket'"):
         assert part in done.stdout, done.stdout + done.stderr
     assert done.stdout.count("\n") == 1
     assert "Traceback" not in done.stderr
-    assert seconds < 20  # torch's import included; retries would take minutes
+    assert float(done.stderr.split()[-1]) < 15  # trying again and again would take minutes
 
 
 # --- the hub's cache ------------------------------------------------------------------------------------------

@@ -145,9 +145,10 @@ def test_other_floating_types_are_read(tmp_path: Path, stored: torch.dtype) -> N
         ("n_embd", 32.5, "n_embd must be"),
         ("n_layer", "two", "n_layer must be"),
         ("n_layer", True, "n_layer must be"),
-        ("n_layer", 2_000_000_000, "n_layer must be at most 1,000"),  # at once: nobody builds that many layers first
+        ("n_layer", 2_000_000_000, "n_layer must be at most"),
+        ("n_layer", 1000, "lacks h.2."),
         ("vocab_size", 2**63, "vocab_size must be"),
-        ("n_inner", 2**31 - 1, "n_inner must be at most 4,194,304"),
+        ("n_inner", 2**31 - 1, "n_inner must be at most"),
         ("layer_norm_epsilon", 0, "norm_eps must be above 0"),
         ("layer_norm_epsilon", float("nan"), "norm_eps must be a finite number"),
         ("tie_word_embeddings", None, "tie_embeddings must be true or false"),

@@ -66,7 +66,7 @@ def sentence(err: str) -> str:
 
 def in_a_new_process(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gptlab", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, timeout=300, check=False)
 
 
 # --- which model ----------------------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def test_head_takes_five_bytes_and_nobody_complains(tiny: Path) -> None:
     assert process.stderr is not None
     assert process.stdout.read(5) == b"Hello"
     process.stdout.close()  # as `head -c 5` does
-    killer = threading.Timer(60, process.kill)
+    killer = threading.Timer(300, process.kill)
     killer.start()
     err = process.stderr.read().decode()
     process.wait()

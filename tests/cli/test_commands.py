@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def peaked_model() -> gptlab.GPT:
 
 def shell(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gptlab", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 # --- help and version -----------------------------------------------------------------------------------------
@@ -72,13 +72,14 @@ def test_help_and_version_do_not_wait_for_torch(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_help_comes_within_a_second() -> None:
-    seconds = []
-    for _ in range(3):  # the best of three: the machine may be busy with something else
-        started = time.perf_counter()
-        assert shell("--help").returncode == 0
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 1
+@pytest.mark.skipif(sys.platform == "win32", reason="no processor time of children there")
+def test_help_takes_less_than_a_second() -> None:
+    # Processor time, since a busy machine says nothing about the program.
+    before = os.times()
+    assert shell("--help").returncode == 0
+    after = os.times()
+    seconds = after.children_user - before.children_user + after.children_system - before.children_system
+    assert 0 < seconds < 1
 
 
 def test_python_m_gptlab_version() -> None:
@@ -128,7 +129,7 @@ def test_json_is_one_valid_object(run: Run, tiny: Path) -> None:
     assert (values["model"], values["prompt"], values["seed"]) == (str(tiny), "Hello", 1)
     assert [len(row["tokens"]) for row in values["continuations"]] == [5, 5, 5]
     assert {row["finish"] for row in values["continuations"]} == {"length"}
-    again = gptlab.load(tiny).generate(["Hello"] * 3, max_new_tokens=5, temperature=0.8, seed=1)
+    again = gptlab.load(tiny).generate(["Hello"] * 3, max_new_tokens=5, temperature=0.8, top_k=40, seed=1)
     assert [row["text"] for row in values["continuations"]] == again
 
 

@@ -51,9 +51,6 @@ def main() -> None:
     except GptlabError as error:
         print(f"gptlab: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ngptlab: interrupted", file=sys.stderr)
-        sys.exit(130)
     except OSError as error:
         # What is still in the buffer must go nowhere, or Python complains about it at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -31,7 +31,7 @@ def generate(
     num_samples: Annotated[int, typer.Option(help="How many continuations.")] = 1,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     temperature: Annotated[float, typer.Option(help="Below 1 is safer, above 1 wilder.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k best tokens only.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k best tokens only.")] = 40,
     top_p: Annotated[float | None, typer.Option(help="Draw from the best tokens with probability p in all.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
@@ -62,7 +62,7 @@ def generate(
         print(_json(model, prompt, seed, continuations, seconds))
         return
     if live:
-        print()
+        print(flush=True)
     else:
         for i, continuation in enumerate(continuations, 1):
             print(f"--- {i} of {num_samples}\n{prompt or ''}{continuation.text}")
