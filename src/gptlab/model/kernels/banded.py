@@ -60,6 +60,7 @@ def banded(
     """
     if not applies(visibility, queries, keys, dropout):
         raise GptlabError("the banded kernel needs a window, whole sequences without padding or cache, and no dropout")
+    k, v = k.to(q.dtype), v.to(q.dtype)  # a cache may keep them in another
     y: Tensor = _Banded.apply(q, q if q_sinks is None else q_sinks, k, v, visibility, queries)  # type: ignore[no-untyped-call]
     return y
 
