@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # Two workers with one thread each are faster on small models than one worker with two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: setup demo test test-all lint bench results docs
+.PHONY: setup demo test test-all lint bench bench-attention results docs
 
 setup: $(VENV)/.gptlab
 
@@ -41,6 +41,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/decode.py
+
+bench-attention: setup
+	$(BIN)/python benchmarks/attention.py --out docs/results/attention.json
 
 # Measure again what the docs quote, on this machine.
 results: setup

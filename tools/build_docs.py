@@ -67,7 +67,34 @@ def pocket() -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"verification": verification, "generated": generated, "pocket": pocket}
+def attention() -> str:
+    values = results("attention")
+    kinds = list(dict.fromkeys(row["variant"] for row in values["rows"]))
+    rows = []
+    for backward in (False, True):
+        rows += [f"Milliseconds (extra peak memory, MB), {'forward and backward' if backward else 'forward'}:", ""]
+        rows += [f"| tokens | {' | '.join(kinds)} |", "|---:|" + "---:|" * len(kinds)]
+        found = {(r["length"], r["variant"]): r for r in values["rows"] if r["backward"] == backward}
+        for length in sorted({length for length, _ in found}):
+            cells = [found.get((length, kind)) for kind in kinds]
+            texts = ("" if c is None else f"{c['milliseconds']:,.0f} ({c['extra_megabytes']:,.0f})" for c in cells)
+            rows.append(f"| {length:,} | {' | '.join(texts)} |")
+        rows.append("")
+    growth = (f"{kind} {value:.2f}" for kind, value in values["exponent_4096_to_16384"].items() if value is not None)
+    rows.append(f"Time grows from 4,096 to 16,384 tokens with the exponent: {'; '.join(growth)}.")
+    rows.append(
+        f"\n{values['work']}; medians of {values['rounds']} rounds in turn; torch {values['torch']},"
+        f" {values['threads']} threads on {values['cores']} CPU cores; `make bench-attention`."
+    )
+    return "\n".join(rows)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "verification": verification,
+    "generated": generated,
+    "pocket": pocket,
+    "attention": attention,
+}
 
 
 def definitions(source: str) -> dict[str, int]:
