@@ -17,7 +17,7 @@ from torch import Tensor
 from gptlab import GptlabError
 from gptlab.model import GPT, PADDING, Cache
 from gptlab.model.cache import Full, Ring
-from gptlab.model.kernels import use
+from gptlab.model.kernels import KERNELS, use
 
 LENGTH = 60
 WINDOWS: list[dict[str, Any]] = [
@@ -310,3 +310,15 @@ def test_a_ring_of_low_precision_is_read_alike_by_every_kernel() -> None:
             with use(kernel):
                 found = in_chunks(model, ids, [20] * 3, cache)
         assert (found - expected).norm() / expected.norm() < 0.01
+
+
+def test_the_first_chunk_of_a_cached_prompt_is_read_by_banded(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    banded = KERNELS["banded"]
+    monkeypatch.setitem(KERNELS, "banded", lambda *args: called.append(args[0].shape[2]) or banded(*args))  # type: ignore[func-returns-value]
+    model = noisy(position="rope", window=4, sinks=1)
+    ids = random_ids(model, 1, LENGTH)
+    found = in_chunks(model, ids, [40, 20], model.make_cache(1, 1000, chunk=40))
+    assert called == [40, 40]  # both layers; the second chunk also needs what the cache holds
+    with use("reference"):
+        close(found, model(ids))
