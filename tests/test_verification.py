@@ -135,10 +135,8 @@ def kernel_with_a_wrong_gradient(patch: pytest.MonkeyPatch) -> None:
 def kernel_that_ignores_documents(patch: pytest.MonkeyPatch) -> None:
     right = kernels.KERNELS["sdpa"]
 
-    def blind(
-        q: Any, k: Any, v: Any, visibility: Any, queries: masks.Tokens, keys: masks.Tokens, dropout: float
-    ) -> Any:
-        return right(q, k, v, visibility, dataclasses.replace(queries, documents=None), keys, dropout)
+    def blind(q: Any, k: Any, v: Any, visibility: Any, queries: masks.Tokens, keys: masks.Tokens, *rest: Any) -> Any:
+        return right(q, k, v, visibility, dataclasses.replace(queries, documents=None), keys, *rest)
 
     patch.setitem(kernels.KERNELS, "sdpa", blind)
 

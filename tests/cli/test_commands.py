@@ -198,7 +198,7 @@ def test_the_cache_costs_what_a_real_cache_holds(run: Run) -> None:
     values = json.loads(run("inspect", "tiny", "--json")[1])
     model = gptlab.GPT(gptlab.ModelConfig.preset("tiny"))
     for dtype in ("float32", "bfloat16"):
-        held = model.make_cache(1, 10, getattr(torch, dtype)).nbytes
+        held = model.make_cache(1, 10, dtype=getattr(torch, dtype)).nbytes
         assert 10 * values["cache_bytes_per_token"][dtype] == held
 
 
@@ -219,7 +219,53 @@ def test_the_table_shows_the_published_total(run: Run) -> None:
     code, out, _ = run("inspect", "gpt2")
     assert code == 0
     assert "124,439,808" in out
-    assert "12 layers, 12 heads of 64, width 768" in out
+    assert "12 layers, 12 heads of 64 on 12 key/value heads, width 768" in out
+
+
+def test_inspect_shows_changes_beside_the_plain_model(run: Run) -> None:
+    flags = ["--position", "rope", "--n-kv-head", 4, "--window", 256, "--context", 16384]
+    values = json.loads(run("inspect", "gpt2", *flags, "--json")[1])
+    changed = gptlab.ModelConfig.preset("gpt2", position="rope", n_kv_head=4, window=256)
+    assert gptlab.ModelConfig.from_dict(values["config"]) == gptlab.ModelConfig.preset("gpt2")
+    assert gptlab.ModelConfig.from_dict(values["changed"]["config"]) == changed
+    assert values["changed"]["parameters"]["total"] == count(changed)
+    with torch.device("meta"):
+        held = gptlab.GPT(changed).make_cache(1, 16384, chunk=1, dtype=torch.bfloat16).nbytes
+    assert values["changed"]["cache_bytes"]["bfloat16"] == held
+    code, out, _ = run("inspect", "gpt2", *flags)
+    assert code == 0
+    assert f"{count(changed):,}" in out
+    assert "learned positions end at 1,024" in out
+
+
+def test_windows_may_differ_from_layer_to_layer(run: Run) -> None:
+    flags = ["--position", "rope", "--window", "8,none", "--sinks", 2, "--dilation", "2,1"]
+    values = json.loads(run("inspect", "tiny", *flags, "--json")[1])["changed"]["config"]
+    assert (values["window"], values["sinks"], values["dilation"]) == ([8, None], 2, [2, 1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--n-kv-head", 5], "valid n_kv_head: 1, 2, 3, 4, 6, 12"),
+        (["--window", "12,x"], "--window takes a number"),
+        (["--window", "8,8"], "window lists 2 layers"),
+        (["--sinks", 4], "without a window"),
+        (["--context", 0], "--context must be at least 1"),
+    ],
+)
+def test_impossible_changes_are_refused(run: Run, flags: list[object], said: str) -> None:
+    code, out, err = run("inspect", "gpt2", *flags)
+    assert (code, out) == (2, "")
+    assert err.startswith("gptlab: ")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_a_window_without_effect_is_one_line_of_warning() -> None:
+    command = [sys.executable, "-m", "gptlab", "inspect", "gpt2", "--window", "2000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == "gptlab: window=2000 hides nothing within the context_length of 1024\n"
 
 
 # --- verify ---------------------------------------------------------------------------------------------------

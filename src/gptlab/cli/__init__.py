@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 import typer
 
@@ -41,8 +42,16 @@ def options(
     """GPT-2 from scratch in PyTorch: generate, inspect, verify, train."""
 
 
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning as the user should see it, without the place in the source that gave it."""
+    return f"gptlab: {message}\n" if category is UserWarning else f"gptlab: {category.__name__}: {message}\n"
+
+
 def main() -> None:
     """Run the command line; a `GptlabError` becomes one sentence and exit code 2."""
+    warnings.formatwarning = _one_line
     try:
         try:
             app()
