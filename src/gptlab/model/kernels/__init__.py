@@ -24,7 +24,7 @@ __all__ = ["KERNELS", "Kernel", "attention_weights", "banded", "reference", "sdp
 Kernel = Callable[..., Tensor]
 KERNELS: dict[str, Kernel] = {"reference": reference, "sdpa": sdpa, "banded": banded}
 
-LONG = 4
+LONG = 2
 """From this many spans of a window on, `banded` is faster than a masked `sdpa`."""
 
 _forced: str | None = None  # a plain global: torch.compile cannot trace a ContextVar

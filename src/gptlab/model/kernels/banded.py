@@ -61,7 +61,7 @@ def banded(
     if not applies(visibility, queries, keys, dropout):
         raise GptlabError("the banded kernel needs a window, whole sequences without padding or cache, and no dropout")
     k, v = k.to(q.dtype), v.to(q.dtype)  # a cache may keep them in another
-    y: Tensor = _Banded.apply(q, q if q_sinks is None else q_sinks, k, v, visibility, queries)  # type: ignore[no-untyped-call]
+    y: Tensor = _Banded.apply(q, q_sinks, k, v, visibility, queries)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -97,7 +97,7 @@ def _blocks(visibility: Visibility, tokens: Tokens) -> Iterator[list[Piece]]:
 class _Banded(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, q_sinks: Tensor, k: Tensor, v: Tensor, visibility: Visibility, tokens: Tokens
+        ctx: Any, q: Tensor, q_sinks: Tensor | None, k: Tensor, v: Tensor, visibility: Visibility, tokens: Tokens
     ) -> Tensor:
         group = q.shape[1] // k.shape[1]
         y = torch.empty_like(q)
@@ -106,7 +106,8 @@ class _Banded(torch.autograd.Function):
             rows = pieces[0].rows
             out, lse = _attend(_fold(q, rows, group), k, v, pieces[0], group)
             for sinks in pieces[1:]:
-                other, other_lse = _attend(_fold(q_sinks, rows, group), k, v, sinks, group)
+                to_sinks = q if q_sinks is None else q_sinks
+                other, other_lse = _attend(_fold(to_sinks, rows, group), k, v, sinks, group)
                 both = torch.logaddexp(lse, other_lse)
                 share, other_share = ((part - both).exp()[..., None] for part in (lse, other_lse))
                 out, lse = (out * share + other * other_share).to(q.dtype), both
@@ -119,13 +120,16 @@ class _Banded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, q_sinks, k, v, y, total = ctx.saved_tensors
-        dq, dq_sinks = torch.zeros_like(q), torch.zeros_like(q_sinks)
+        dq = torch.zeros_like(q)
+        dq_sinks = None if q_sinks is None else torch.zeros_like(q_sinks)
+        # For the band, for the sinks: queries, and where their gradient goes.
+        of_kind = ((q, dq), (q, dq) if q_sinks is None or dq_sinks is None else (q_sinks, dq_sinks))
         dk, dv = (torch.zeros(x.shape, device=x.device) for x in (k, v))  # sums of many blocks: float32
         for pieces in _blocks(ctx.visibility, ctx.tokens):
-            for piece, queries, slope in zip(pieces, (q, q_sinks), (dq, dq_sinks), strict=False):
+            for piece, (queries, slope) in zip(pieces, of_kind, strict=False):
                 dy_, q_, y_, total_ = (_fold(x, piece.rows, ctx.group) for x in (dy, queries, y, total))
                 dq_, dk_, dv_ = _attend_backward(dy_, q_, k, v, y_, total_, piece, ctx.group)
-                _unfold(slope, piece.rows, ctx.group)[:] = dq_.unflatten(2, (ctx.group, -1))
+                _unfold(slope, piece.rows, ctx.group)[:] += dq_.unflatten(2, (ctx.group, -1))
                 dk[:, :, piece.keys] += dk_
                 dv[:, :, piece.keys] += dv_
         return dq, dq_sinks, dk.to(k.dtype), dv.to(v.dtype), None, None
