@@ -62,7 +62,7 @@ def activations(model: GPT, ids: Tensor) -> dict[str, Tensor]:
     logits = model(ids)
     for handle in handles:
         handle.remove()
-    seen["q"], seen["k"], seen["v"] = block.attn.project(seen["ln1"])
+    seen["q"], seen["k"], seen["v"], _ = block.attn.project(seen["ln1"], None)
     seen["tok_emb"] = model.wte(ids)
     seen["pos_emb"] = model.wpe(torch.arange(ids.shape[1]))[None]
     seen["attSm"] = model.attention_maps(ids, 0)
