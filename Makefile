@@ -44,6 +44,7 @@ bench: setup
 
 bench-attention: setup
 	$(BIN)/python benchmarks/attention.py --out docs/results/attention.json
+	$(BIN)/python benchmarks/decode_attention.py --out docs/results/decode_attention.json
 
 # Measure again what the docs quote, on this machine.
 results: setup

@@ -89,11 +89,29 @@ def attention() -> str:
     return "\n".join(rows)
 
 
+def decode_attention() -> str:
+    values = results("decode_attention")
+    kinds = list(dict.fromkeys(row["variant"] for row in values["rows"]))
+    rows = [f"| batch | cached tokens | {' | '.join(kinds)} |", "|---:|---:|" + "---:|" * len(kinds)]
+    found = {(row["batch"], row["context"], row["variant"]): row for row in values["rows"]}
+    for batch, context in dict.fromkeys((row["batch"], row["context"]) for row in values["rows"]):
+        cells = (found[batch, context, kind] for kind in kinds)
+        texts = (f"{cell['milliseconds']:,.1f} ({cell['megabytes_read']:,.0f})" for cell in cells)
+        rows.append(f"| {batch} | {context:,} | {' | '.join(texts)} |")
+    rows.append(
+        f"\nMilliseconds a step (MB of keys and values to read). {values['work'].capitalize()}; medians of"
+        f" {values['rounds']}; torch {values['torch']}, {values['threads']} threads on {values['cores']} CPU cores;"
+        " `make bench-attention`."
+    )
+    return "\n".join(rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "verification": verification,
     "generated": generated,
     "pocket": pocket,
     "attention": attention,
+    "decode_attention": decode_attention,
 }
 
 
