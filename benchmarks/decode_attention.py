@@ -2,9 +2,9 @@
 
     python benchmarks/decode_attention.py [--out docs/results/decode_attention.json]
 
-GPT-2 small's 12 layers of 12 heads of 64, bfloat16 cache, the kernel that gptlab selects. Layers have keys and values of
-their own, so that none is found in the processor's caches; where all 12 do not fit the memory allowed, fewer run and the
-time is scaled up.
+GPT-2 small's 12 layers of 12 heads of 64, bfloat16 cache, the kernel that gptlab selects. Layers have keys and values
+of their own, so that none is found in the processor's caches; where all 12 do not fit the memory allowed, fewer run
+and the time is scaled up.
 """
 
 from __future__ import annotations
