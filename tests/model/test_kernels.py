@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 from collections.abc import Callable
@@ -8,6 +9,7 @@ import pytest
 import torch
 from models import close, noisy, random_ids
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gptlab import GptlabError
 from gptlab.model import PADDING, Tokens, Visibility, kernels
@@ -18,6 +20,7 @@ OTHERS = [name for name in KERNELS if name not in ("reference", "banded")]
 EVERY = ["reference", *OTHERS]
 """Those that compute anything; `banded` computes windows only, and is tested in test_windows.py."""
 H, D, B = 6, 8, 2
+flex_module, varlen_module = (importlib.import_module(f"gptlab.model.kernels.{name}") for name in ("flex", "varlen"))
 
 Case = tuple[Tokens, Tokens]
 
@@ -269,3 +272,78 @@ def test_the_choice_is_logged(caplog: pytest.LogCaptureFixture) -> None:
         case = known(3)
         attend(*inputs(case, H), Visibility(), case[0])
     assert "reference" in caplog.text
+
+
+GPU = {"flash attention": True, "triton": True}
+LONG = {"length": kernels.WORTH_COMPILING}
+
+
+def chosen_on(device: str, patch: pytest.MonkeyPatch, **changes: object) -> str:
+    """The choice for half-precision inference with a window, on a pretended device, with some changes."""
+    case = GPU | {"length": 600, "dtype": torch.bfloat16, "width": 64, "rule": Visibility(256), "training": False}
+    case |= {"own_queries": False, "dropout": 0.0, "known": {"plain": True, "in_order": True}} | changes
+    patch.setattr(varlen_module, "_has_flash_attention", lambda device: case["flash attention"])
+    patch.setattr(flex_module, "TRITON", case["triton"])
+    with FakeTensorMode():
+        shapes = [(B, n, case["length"], case["width"]) for n in (H, 2, 2, H)[: 4 if case["own_queries"] else 3]]
+        tensors = [torch.empty(s, device=device, dtype=case["dtype"]) for s in shapes]
+    for x in tensors:
+        x.requires_grad_(case["training"])
+    tokens = Tokens(torch.arange(case["length"]).expand(B, -1), **case["known"])
+    kernel = select(case["rule"], tokens, tokens, case["dropout"], *tensors)
+    return next(name for name, one in (KERNELS | kernels.SPECIAL).items() if one is kernel)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel"),
+    [
+        ({}, "varlen"),
+        ({"training": True}, "varlen"),
+        ({"dtype": torch.float16}, "varlen"),
+        ({"length": 511}, "sdpa"),  # not two windows: one masked product
+        ({"rule": Visibility()}, "sdpa"),
+        ({"dtype": torch.float32}, "banded"),  # nothing to repay the compilation
+        ({"dtype": torch.float32} | LONG, "flex"),
+        ({"dtype": torch.float32, "training": True}, "flex"),
+        ({"rule": Visibility(256, sinks=4), "own_queries": True}, "banded"),
+        ({"rule": Visibility(256, sinks=4), "own_queries": True} | LONG, "flex"),
+        ({"rule": Visibility(100, sinks=4), "training": True}, "flex"),
+        ({"rule": Visibility(100, dilation=2)} | LONG, "flex"),
+        ({"flash attention": False} | LONG, "flex"),
+        ({"flash attention": False, "triton": False} | LONG, "banded"),
+        ({"dtype": torch.float32, "width": 8} | LONG, "banded"),
+        ({"dtype": torch.float64} | LONG, "banded"),
+        ({"dropout": 0.1, "training": True}, "sdpa"),
+        ({"known": {}}, "sdpa"),  # may hold padding
+        ({"known": {}} | LONG, "flex"),
+        ({"known": {}, "triton": False} | LONG, "sdpa"),
+    ],
+    ids=str,
+)
+def test_the_choice_on_cuda(changes: dict[str, object], kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen_on("cuda", monkeypatch, **changes) == kernel
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [600, kernels.WORTH_COMPILING])
+@pytest.mark.parametrize("training", [False, True])
+def test_nothing_that_compiles_is_chosen_elsewhere(
+    device: str, dtype: torch.dtype, length: int, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"dtype": dtype, "length": length, "training": training}
+    assert chosen_on(device, monkeypatch, **changes) == "banded"
+    assert chosen_on(device, monkeypatch, **changes, known={}) == "sdpa"
+    assert chosen_on(device, monkeypatch, **changes, rule=Visibility()) == "sdpa"
+
+
+def test_where_the_tensors_are_not_shown_nothing_special_is_chosen() -> None:
+    tokens = Tokens(torch.arange(8192)[None], plain=True, in_order=True)
+    assert select(Visibility(256), tokens, tokens, 0.0) is KERNELS["banded"]
+
+
+@pytest.mark.parametrize("name", kernels.SPECIAL)
+def test_a_special_kernel_is_forced_even_where_it_can_only_refuse(name: str) -> None:
+    model = noisy(window=3, dropout=0.1).train()
+    with use(name), pytest.raises(GptlabError, match=f"the {name} kernel knows no dropout; choose another kernel"):
+        model(random_ids(model, 1, 20))

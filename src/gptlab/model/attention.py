@@ -71,14 +71,18 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
+    @property
+    def sinks_at_most(self) -> int | None:
+        """The position beyond which sinks see a query as if it stood there, or None where all keys see it alike."""
+        return self.visibility.farthest_sink if self.visibility.sinks else None
+
     def project(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(B, T, C) -> q (B, H, T, D), k (B, H_kv, T, D), v (B, H_kv, T, D), and q as the sinks see it or None."""
         heads = self.c_attn(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
         if rotary is None:
             return q, k, v, None
-        farthest = self.visibility.farthest_sink
-        q_sinks = rotary.turn(q, at_most=farthest) if self.visibility.sinks and farthest is not None else None
+        q_sinks = None if self.sinks_at_most is None else rotary.turn(q, at_most=self.sinks_at_most)
         return rotary.turn(q), rotary.turn(k), v, q_sinks
 
     def forward(

@@ -229,7 +229,8 @@ class GPT(nn.Module):
         if self.config.position == "learned":
             x = x + self.wpe(tokens.positions.clamp(min=0)).float()
         elif self.config.position == "rope":
-            rotary = Rotary(tokens.positions, *self._frequencies)
+            seen_as = {block.attn.sinks_at_most for block in self.blocks}
+            rotary = Rotary(tokens.positions, *self._frequencies, limits={None} | seen_as)
         return self.drop(x), tokens, rotary
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ projection between the two.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -66,11 +67,14 @@ class Rotary:
         positions: (B, T) int64.
         turns: (D/2,) float64, from `frequencies`.
         factor: multiplies cos and sin.
+        limits: every ``at_most`` that `turn` will be asked for; None is for no limit.
     """
 
-    def __init__(self, positions: Tensor, turns: Tensor, factor: float = 1.0) -> None:
+    def __init__(
+        self, positions: Tensor, turns: Tensor, factor: float = 1.0, limits: Collection[int | None] = (None,)
+    ) -> None:
         self.positions, self.turns, self.factor = positions, turns, factor
-        self._tables: dict[int | None, tuple[Tensor, Tensor]] = {}
+        self._tables = {at_most: self._table(at_most) for at_most in limits}
 
     def turn(self, x: Tensor, at_most: int | None = None) -> Tensor:
         """Turn queries or keys (B, H, T, D) to their positions; computed in float32, returned in x's dtype.
@@ -80,8 +84,6 @@ class Rotary:
             at_most: positions beyond this count as this. Attention sinks see their queries so: at a distance that
                 never grows past the end of the window.
         """
-        if at_most not in self._tables:
-            self._tables[at_most] = self._table(at_most)
         cos, sin = self._tables[at_most]
         a, b = x.float().chunk(2, dim=-1)  # each (B, H, T, D/2)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)

@@ -15,17 +15,38 @@ from torch import Tensor
 from gptlab.errors import GptlabError, nearest
 from gptlab.model.kernels.banded import applies as banded_applies
 from gptlab.model.kernels.banded import banded
+from gptlab.model.kernels.flex import flex
+from gptlab.model.kernels.flex import obstacle as flex_obstacle
 from gptlab.model.kernels.reference import attention_weights, reference
 from gptlab.model.kernels.sdpa import sdpa
+from gptlab.model.kernels.varlen import obstacle as varlen_obstacle
+from gptlab.model.kernels.varlen import varlen
 from gptlab.model.masks import Tokens, Visibility
 
-__all__ = ["KERNELS", "Kernel", "attention_weights", "banded", "reference", "sdpa", "select", "use"]
+__all__ = [
+    "KERNELS",
+    "SPECIAL",
+    "Kernel",
+    "attention_weights",
+    "banded",
+    "flex",
+    "reference",
+    "sdpa",
+    "select",
+    "use",
+    "varlen",
+]
 
 Kernel = Callable[..., Tensor]
 KERNELS: dict[str, Kernel] = {"reference": reference, "sdpa": sdpa, "banded": banded}
+"""Those that compute on every device, forward and backward."""
+SPECIAL: dict[str, Kernel] = {"flex": flex, "varlen": varlen}
+"""Those that need a certain device or dtype, or know no gradients there."""
 
 LONG = 2
 """From this many spans of a window on, `banded` is faster than a masked `sdpa`."""
+WORTH_COMPILING = 4096
+"""Tokens of a single prefill from which on `flex` may take its seconds of compilation; not measured."""
 
 _forced: str | None = None  # a plain global: torch.compile cannot trace a ContextVar
 _log = logging.getLogger(__name__)
@@ -35,11 +56,14 @@ _log = logging.getLogger(__name__)
 def use(name: str) -> Iterator[None]:
     """Force one kernel for all attention inside the ``with`` block, in every thread.
 
+    A kernel that cannot do what it is then asked says so by a `GptlabError` of its own.
+
     Raises:
         GptlabError: there is no kernel of that name.
     """
-    if name not in KERNELS:
-        raise GptlabError(f"unknown kernel {name!r}{nearest(name, KERNELS)}; there are {', '.join(KERNELS)}")
+    names = KERNELS | SPECIAL
+    if name not in names:
+        raise GptlabError(f"unknown kernel {name!r}{nearest(name, names)}; there are {', '.join(names)}")
     global _forced
     before, _forced = _forced, name
     try:
@@ -48,16 +72,38 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
-def select(visibility: Visibility, queries: Tokens, keys: Tokens, dropout: float) -> Kernel:
+def select(visibility: Visibility, queries: Tokens, keys: Tokens, dropout: float, *tensors: Tensor) -> Kernel:
     """Return the kernel for the attention at hand: the forced one, else the fastest that can do it.
 
     The choice is logged at level DEBUG under ``gptlab.model.kernels``.
+
+    Args:
+        visibility: which keys a query may see.
+        queries: where the queries stand.
+        keys: where the keys stand.
+        dropout: probability with which a weight is dropped.
+        tensors: queries, keys, values and, where they differ, the queries of the sinks; their device, dtype, shape
+            and need of gradients count. Without them none of `SPECIAL` is chosen.
     """
-    name = _forced
-    if name is None:
-        span, length = visibility.span, queries.positions.shape[1]
-        long = span is not None and length >= LONG * span
-        name = "banded" if long and banded_applies(visibility, queries, keys, dropout) else "sdpa"
+    name = _forced or _fastest(visibility, queries, keys, dropout, *tensors)
     if not torch.compiler.is_compiling():
         _log.debug("attention kernel: %s", name)
-    return KERNELS[name]
+    return KERNELS[name] if name in KERNELS else SPECIAL[name]
+
+
+def _fastest(visibility: Visibility, queries: Tokens, keys: Tokens, dropout: float, *tensors: Tensor) -> str:
+    span, length = visibility.span, queries.positions.shape[1]
+    if span is None or length < LONG * span:
+        return "sdpa"
+    # On the CPU `flex` is never chosen: it would hold back the first text by the seconds that it takes to compile, for
+    # a prefill that takes `banded` a fraction of one. On CUDA these rules follow the operators' documentation; none
+    # was timed.
+    if tensors and tensors[0].device.type == "cuda":
+        if varlen_obstacle(visibility, queries, keys, dropout, *tensors) is None:
+            return "varlen"
+        # A training step comes again thousands of times, a prefill may not.
+        often = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        worth = often or length >= WORTH_COMPILING
+        if worth and flex_obstacle(visibility, queries, keys, dropout, *tensors) is None:
+            return "flex"
+    return "banded" if banded_applies(visibility, queries, keys, dropout) else "sdpa"

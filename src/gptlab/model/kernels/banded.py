@@ -145,10 +145,15 @@ def _fold(x: Tensor, rows: slice, group: int) -> Tensor:
     return _unfold(x, rows, group).flatten(2, 3)
 
 
+def _fused(q: Tensor) -> bool:
+    """Is there one operator for a block's scores, softmax and values? Elsewhere they are written out."""
+    return q.device.type == "cpu"
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, piece: Piece, group: int) -> tuple[Tensor, Tensor]:
     """Return the output (B, H_kv, G * n_rows, D) for one set of keys, and the log-sum-exp of the scores, float32."""
     k, v, mask = k[:, :, piece.keys], v[:, :, piece.keys], piece.mask_for(group)
-    if q.device.type == "cpu":
+    if _fused(q):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
     scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.shape[-1]) + mask
     lse = scores.logsumexp(-1)
@@ -160,7 +165,7 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q and of one set of keys and values; ``y`` and ``lse`` are those of all sets together."""
     k, v, mask = k[:, :, piece.keys], v[:, :, piece.keys], piece.mask_for(group)
-    if q.device.type == "cpu":
+    if _fused(q):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dy, q, k, v, y, lse, 0.0, False, attn_mask=mask
         )

@@ -26,10 +26,7 @@ def sdpa(
     mask = visibility.visible(queries, keys)[:, None] if shape is None else None  # (B, 1, Tq, Tk)
     scale, k, v = 1 / math.sqrt(q.shape[-1]), k.to(q.dtype), v.to(q.dtype)
     if q_sinks is not None:
-        # Two kinds of scores in one product: sinks meet the second half of a query, all other keys the first.
-        is_sink = ((keys.positions >= 0) & (keys.positions < visibility.sinks))[:, None, :, None]  # (B, 1, Tk, 1)
-        q = torch.cat([q, q_sinks], dim=-1)
-        k = torch.cat([k.masked_fill(is_sink, 0.0), k.masked_fill(~is_sink, 0.0)], dim=-1)
+        q, k = two_kinds_of_scores(q, q_sinks, k, visibility, keys)
     batch, n_head, n_queries, _ = q.shape
     n_kv_head = k.shape[1]
     if n_queries == 1 and n_head != n_kv_head:
@@ -46,3 +43,15 @@ def sdpa(
         enable_gqa=q.shape[1] != n_kv_head,
     )
     return y.reshape(batch, n_head, n_queries, -1)
+
+
+def two_kinds_of_scores(
+    q: Tensor, q_sinks: Tensor, k: Tensor, visibility: Visibility, keys: Tokens
+) -> tuple[Tensor, Tensor]:
+    """Return q (B, H, Tq, 2D) and k (B, H_kv, Tk, 2D), whose product is q_sinks k^T for sinks and q k^T for other keys.
+
+    Sinks meet the second half of a query, all other keys the first.
+    """
+    is_sink = ((keys.positions >= 0) & (keys.positions < visibility.sinks))[:, None, :, None]  # (B, 1, Tk, 1)
+    k = torch.cat([k.masked_fill(is_sink, 0.0), k.masked_fill(~is_sink, 0.0)], dim=-1)
+    return torch.cat([q, q_sinks], dim=-1), k

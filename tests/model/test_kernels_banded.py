@@ -1,0 +1,121 @@
+"""The banded kernel's branch for devices without the fused operators of the CPU, computed on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import close
+from torch import Tensor
+
+from gptlab.model import Tokens, Visibility
+from gptlab.model.kernels import banded, reference
+
+banded_module = importlib.import_module("gptlab.model.kernels.banded")  # the package's name `banded` is the function
+H, D = 6, 8
+
+
+@pytest.fixture
+def written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fused operator may be used."""
+    monkeypatch.setattr(banded_module, "_fused", lambda q: False)
+
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the fused operator was called")
+
+    for name in ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"):
+        monkeypatch.setattr(torch.ops.aten, name, forbidden)
+
+
+def case(
+    batch: int, length: int, n_kv_head: int, documents: bool, own_queries: bool, seed: int = 0
+) -> tuple[list[Tensor], Tokens]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, H, length, D), *[(batch, n_kv_head, length, D)] * 2, *[(batch, H, length, D)] * own_queries]
+    tensors = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    numbers = torch.randint(0, 2, (batch, length), generator=generator).cumsum(1) if documents else None
+    return tensors, Tokens(torch.arange(length).expand(batch, -1), numbers, plain=not documents, in_order=True)
+
+
+def assert_agrees(rule: Visibility, tensors: list[Tensor], tokens: Tokens) -> None:
+    """Forward within 1e-5 of the reference, gradients within 1e-4."""
+    results = []
+    for compute in (reference, banded):
+        q, k, v, *q_sinks = tensors
+        out = compute(q, k, v, rule, tokens, tokens, 0.0, *q_sinks)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device)
+        results.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), tensors)])
+    close(results[1][0], results[0][0], 1e-5)
+    for found, expected in zip(results[1][1:], results[0][1:], strict=True):
+        close(found, expected, 1e-4)
+
+
+W = 5
+RULES = [Visibility(W), Visibility(W, sinks=2), Visibility(W, dilation=3, sinks=3), Visibility(1, sinks=1)]
+
+
+@pytest.mark.usefixtures("written_out")
+@pytest.mark.parametrize("n_kv_head", [6, 2, 1])
+@pytest.mark.parametrize("length", [1, W - 1, W, W + 1, 2 * W, 23])
+def test_without_the_fused_operators_banded_is_the_reference(length: int, n_kv_head: int) -> None:
+    for rule in RULES:
+        for documents in (False, True):
+            for own_queries in {False, rule.sinks > 0}:
+                assert_agrees(rule, *case(2, length, n_kv_head, documents, own_queries))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rule=st.builds(Visibility, st.integers(1, 9), sinks=st.integers(0, 5), dilation=st.integers(1, 4)),
+    batch=st.integers(1, 3),
+    length=st.integers(1, 70),
+    n_kv_head=st.sampled_from([6, 3, 2, 1]),
+    documents=st.booleans(),
+    own_queries=st.booleans(),
+    block=st.integers(1, 20),
+    seed=st.integers(0, 9),
+)
+def test_without_the_fused_operators_banded_is_the_reference_on_anything(
+    rule: Visibility,
+    batch: int,
+    length: int,
+    n_kv_head: int,
+    documents: bool,
+    own_queries: bool,
+    block: int,
+    seed: int,
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(banded_module, "_fused", lambda q: False)
+        patch.setattr(banded_module, "BLOCK", block)
+        assert_agrees(rule, *case(batch, length, n_kv_head, documents, own_queries and rule.sinks > 0, seed))
+
+
+@pytest.mark.usefixtures("written_out")
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_without_the_fused_operators_bfloat16_stays_within_its_rounding(rule: Visibility) -> None:
+    tensors, tokens = case(2, 200, 2, documents=False, own_queries=rule.sinks > 0)
+    rounded = [t.detach().bfloat16().requires_grad_() for t in tensors]
+    results = []
+    for compute, inputs in ((reference, [t.detach().float().requires_grad_() for t in rounded]), (banded, rounded)):
+        q, k, v, *q_sinks = inputs
+        out = compute(q, k, v, rule, tokens, tokens, 0.0, *q_sinks)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device)
+        results.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), inputs)])
+    for expected, found in zip(*results, strict=True):
+        assert found.dtype == torch.bfloat16
+        # A bfloat16 is off by 2^-9; a handful of such roundings follow one another.
+        assert (found.float() - expected).norm() / expected.norm() < 0.01
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_banded_is_the_reference() -> None:
+    for rule in RULES:
+        tensors, tokens = case(2, 300, 2, documents=True, own_queries=rule.sinks > 0)
+        on_gpu = [t.detach().cuda().requires_grad_() for t in tensors]
+        assert tokens.documents is not None
+        there = Tokens(tokens.positions.cuda(), tokens.documents.cuda(), in_order=True)
+        assert_agrees(rule, on_gpu, there)
