@@ -7,13 +7,17 @@ read too; GPT-2's own is written with its original `vocab.json` and `merges.txt`
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.resources
 import json
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gptlab.errors import GptlabError, nearest
 
@@ -25,7 +29,14 @@ GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|
 _SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 # tiktoken's regular expression recurses once per character of white space and overflows its stack between
 # 100,000 and 1,000,000 of them. Runs this long are cut out and encoded as the single piece that they are.
-_LONG_SPACE = re.compile(_SPACE + "{20000,}")
+_LONG = 20_000
+_LONG_SPACE = re.compile(f"{_SPACE}{{{_LONG},}}")
+
+
+def _may_have_long_space(text: str) -> bool:
+    """Could `_LONG_SPACE` match? Such a run fills a block between two multiples of half its length."""
+    step = _LONG // 2
+    return len(text) >= _LONG and any(text[i : i + step].isspace() for i in range(0, len(text), step))
 
 
 class Tokenizer(ABC):
@@ -34,10 +45,12 @@ class Tokenizer(ABC):
     Attributes:
         vocab_size: ids are 0 to ``vocab_size - 1``.
         end_of_text: the id that ends a document, or None.
+        splits_as_gpt2: texts are cut into words by GPT-2's pattern, or into something smaller, before anything else.
     """
 
     vocab_size: int
     end_of_text: int | None
+    splits_as_gpt2: bool
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Return the token ids of ``text``.
@@ -67,6 +80,17 @@ class Tokenizer(ABC):
             joined.append(ids)
         return joined
 
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return what `encode` returns for each text as uint32 arrays; several threads may do so at a time."""
+        for text in texts:
+            refuse_surrogates(text)
+        return self._encode_arrays(texts)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """What tells this tokenizer from others: the hash of its `tokenizer.json`, in hexadecimal."""
+        return hashlib.sha256(self.files()["tokenizer.json"]).hexdigest()
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ``ids``; bytes that are no valid UTF-8 become U+FFFD.
 
@@ -85,6 +109,9 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode_ordinary(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def _encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(ids, dtype=np.uint32) for ids in self._encode_ordinary(texts)]
 
     @abstractmethod
     def _decode(self, ids: list[int]) -> bytes: ...
@@ -134,30 +161,55 @@ def gpt2_vocab() -> dict[str, int]:
     return {token: i for i, token in enumerate(tokens)}
 
 
+@functools.cache
+def _gpt2_encoding() -> Any:
+    """GPT-2's BPE as a ``tiktoken.Encoding``, which takes half a second to make."""
+    import tiktoken
+
+    alphabet = byte_alphabet()
+    ranks = {bytes(alphabet[c] for c in token): i for token, i in gpt2_vocab().items() if token != END_OF_TEXT}
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=GPT2_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: len(ranks)},
+        explicit_n_vocab=len(ranks) + 1,
+    )
+
+
+@functools.cache
+def _gpt2_files() -> dict[str, bytes]:
+    return {
+        "tokenizer.json": _byte_level(gpt2_vocab(), gpt2_merges()).to_str().encode(),
+        "vocab.json": json.dumps(gpt2_vocab()).encode(),
+        "merges.txt": _asset("vocab.bpe"),
+    }
+
+
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-level BPE, from the ranks that the package carries, through tiktoken."""
 
-    def __init__(self) -> None:
-        import tiktoken
+    splits_as_gpt2 = True
 
-        alphabet = byte_alphabet()
-        ranks = {bytes(alphabet[c] for c in token): i for token, i in gpt2_vocab().items() if token != END_OF_TEXT}
-        self.end_of_text = len(ranks)
-        self.vocab_size = len(ranks) + 1
-        self._encoding = tiktoken.Encoding(
-            "gpt2",
-            pat_str=GPT2_PATTERN,
-            mergeable_ranks=ranks,
-            special_tokens={END_OF_TEXT: self.end_of_text},
-            explicit_n_vocab=self.vocab_size,
-        )
+    def __init__(self) -> None:
+        self._encoding = _gpt2_encoding()
+        self.end_of_text = self._encoding.eot_token
+        self.vocab_size = self._encoding.n_vocab
 
     def _encode_ordinary(self, texts: Sequence[str]) -> list[list[int]]:
-        if any(_LONG_SPACE.search(text) for text in texts):
+        if any(_may_have_long_space(text) for text in texts):
             return [self._encode_around_long_space(text) for text in texts]
         if len(texts) == 1:
             return [self._encoding.encode_ordinary(texts[0])]
         return self._encoding.encode_ordinary_batch(list(texts))
+
+    def _encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [
+            np.array(self._encode_around_long_space(text), dtype=np.uint32)
+            if _may_have_long_space(text)
+            else self._encoding.encode_to_numpy(text, disallowed_special=())
+            for text in texts
+        ]
 
     def _encode_around_long_space(self, text: str) -> list[int]:
         """Encode ``text`` with its very long runs of white space cut out.
@@ -178,11 +230,7 @@ class GPT2Tokenizer(Tokenizer):
         return self._encoding.decode_bytes(ids)
 
     def files(self) -> dict[str, bytes]:
-        return {
-            "tokenizer.json": _byte_level(gpt2_vocab(), gpt2_merges()).to_str().encode(),
-            "vocab.json": json.dumps(gpt2_vocab()).encode(),
-            "merges.txt": _asset("vocab.bpe"),
-        }
+        return dict(_gpt2_files())
 
 
 class FileTokenizer(Tokenizer):
@@ -202,7 +250,8 @@ class FileTokenizer(Tokenizer):
         engine.no_padding()
         self.vocab_size = engine.get_vocab_size()
         self.end_of_text = engine.token_to_id(END_OF_TEXT)
-        decoder = json.loads(engine.to_str())["decoder"]
+        values = json.loads(engine.to_str())
+        decoder = values["decoder"]
         if decoder is not None and decoder["type"] not in ("ByteLevel", "Fuse"):
             raise GptlabError(
                 f"a tokenizer.json with a {decoder['type']} decoder is not supported; GPT-2's is ByteLevel"
@@ -215,6 +264,8 @@ class FileTokenizer(Tokenizer):
             plain = token in special or not byte_level
             self._bytes[i] = token.encode() if plain else bytes(alphabet[c] for c in token)
         self._characters = None if byte_level else {token for token in engine.get_vocab() if token not in special}
+        self.splits_as_gpt2 = _splits_as_gpt2(values)
+        self._table = _table_of(values)
 
     def _encode_ordinary(self, texts: Sequence[str]) -> list[list[int]]:
         if self._characters is not None:
@@ -226,11 +277,62 @@ class FileTokenizer(Tokenizer):
                     )
         return [encoding.ids for encoding in self._engine.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def _encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._table is None:
+            return super()._encode_arrays(texts)
+        codec, table = self._table
+        arrays = []
+        for text in texts:
+            units = np.frombuffer(text.encode(codec), dtype=np.uint8 if codec == "utf-8" else "<u4")
+            ids = table[np.minimum(units, len(table) - 1)]
+            if len(ids) and ids.max() == _UNKNOWN:
+                self._encode_ordinary([text])  # refuses the character in words
+            arrays.append(ids)
+        return arrays
+
     def _decode(self, ids: list[int]) -> bytes:
         return b"".join(self._bytes[token] for token in ids)
 
     def files(self) -> dict[str, bytes]:
         return {"tokenizer.json": self._engine.to_str().encode()}
+
+
+_UNKNOWN = np.uint32(2**32 - 1)
+_EVERY_CHARACTER = "(?m)."
+
+
+def _splits_as_gpt2(values: dict[str, Any]) -> bool:
+    """Does this `tokenizer.json` cut texts into GPT-2's words, or into characters, and look at nothing else?"""
+    splitter = values["pre_tokenizer"] or {}
+    words = (
+        splitter.get("type") == "ByteLevel" and not splitter.get("add_prefix_space") and splitter.get("use_regex", True)
+    )
+    characters = splitter.get("type") == "Split" and splitter["pattern"] == {"Regex": _EVERY_CHARACTER}
+    special_alone = all(token["special"] for token in values["added_tokens"])
+    return (words or characters) and values["normalizer"] is None and special_alone
+
+
+def _table_of(values: dict[str, Any]) -> tuple[str, np.ndarray] | None:
+    """Return what this `tokenizer.json` does as a table, when it gives each byte or each character an id.
+
+    Returns:
+        The codec that turns a text into indices, and the ids (uint32) by index. The last one serves for all indices
+        beyond.
+    """
+    if not _splits_as_gpt2(values):
+        return None
+    model, splitter = values["model"], values["pre_tokenizer"]["type"]
+    if (splitter, model["type"]) == ("Split", "WordLevel"):
+        ids = {ord(token): i for token, i in model["vocab"].items() if len(token) == 1}
+        table = np.full(max(ids) + 2, _UNKNOWN)
+        table[list(ids)] = list(ids.values())
+        return "utf-32-le", table
+    more = ("merges", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    if (splitter, model["type"]) == ("ByteLevel", "BPE") and not any(model.get(name) for name in more):
+        by_byte = sorted(byte_alphabet().items(), key=lambda item: item[1])
+        if all(character in model["vocab"] for character, _ in by_byte):
+            return "utf-8", np.array([model["vocab"][character] for character, _ in by_byte], dtype=np.uint32)
+    return None
 
 
 def _byte_level(vocab: dict[str, int], merges: Sequence[tuple[str, str]]) -> Any:
@@ -255,14 +357,15 @@ def char_tokenizer(texts: Iterable[str]) -> FileTokenizer:
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Engine
 
-    characters: set[str] = set()
+    seen = np.zeros(sys.maxunicode + 1, dtype=bool)
     for text in texts:
         refuse_surrogates(text)
-        characters.update(text)
+        seen[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")] = True
+    characters = [chr(i) for i in np.flatnonzero(seen)]
     if not characters:
         raise GptlabError("there is no text to take characters from; check the corpus")
-    engine = Engine(models.WordLevel({c: i for i, c in enumerate(sorted(characters))}, unk_token=END_OF_TEXT))
-    engine.pre_tokenizer = pre_tokenizers.Split(Regex("(?m)."), "isolated")
+    engine = Engine(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token=END_OF_TEXT))
+    engine.pre_tokenizer = pre_tokenizers.Split(Regex(_EVERY_CHARACTER), "isolated")
     engine.decoder = decoders.Fuse()
     engine.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     return FileTokenizer(engine)

@@ -1,0 +1,300 @@
+"""Token shards: a corpus as ids on disk, made by `prepare` and read through memory maps.
+
+A dataset is a directory with the tokenizer's files, raw little-endian ids in `training-00000.bin`,
+`validation-00000.bin` and so on, where each document ends in `training-ends-00000.bin` and `validation-ends-00000.bin`
+(int64, the first position after the document), and `index.json`, which says what belongs to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptlab.errors import GptlabError
+from gptlab.text.splits import SPLITS
+from gptlab.text.tokenizers import GPT2Tokenizer, Tokenizer, read_tokenizer
+
+FORMAT = "gptlab-tokens"
+VERSION = 1
+INDEX = "index.json"
+
+_HEADER = 256  # int32 values before the ids in a file of llm.c
+_MAGIC = 20240520
+
+
+class Shard(NamedTuple):
+    """A file of ids, of which the first is ``offset`` bytes into it; ``sha256`` is "" where nobody wrote it down."""
+
+    path: Path
+    n_tokens: int
+    offset: int = 0
+    sha256: str = ""
+
+
+class Split:
+    """The ids of one part of a dataset, one after the other, read from disk where they are asked for.
+
+    Attributes:
+        n_tokens: ids in all, the ends of documents among them.
+        n_documents: documents; 0 where the format does not say.
+        n_bytes: bytes of UTF-8 text, or None where the format does not say.
+        dtype: of the ids.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        dtype: np.dtype[Any],
+        vocab_size: int,
+        *,
+        n_documents: int = 0,
+        n_bytes: int | None = None,
+        ends: Shard | None = None,
+    ) -> None:
+        self.shards, self.dtype, self.vocab_size = tuple(shards), dtype, vocab_size
+        self.n_tokens = sum(shard.n_tokens for shard in shards)
+        self.n_documents, self.n_bytes = n_documents, n_bytes
+        self._ends = ends
+        self._starts = np.cumsum([0, *(shard.n_tokens for shard in shards)])
+        self._maps: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self.n_tokens
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return ids ``start`` to ``stop`` (exclusive), one dimension; read-only where they lie in one shard.
+
+        Raises:
+            IndexError: not a range of this split.
+        """
+        if not 0 <= start <= stop <= self.n_tokens:
+            raise IndexError(f"tokens {start} to {stop} of a split of {self.n_tokens}")
+        parts = []
+        i = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while start < stop:
+            first, end = int(self._starts[i]), min(stop, int(self._starts[i + 1]))
+            parts.append(self._map(i)[start - first : end - first])
+            start, i = end, i + 1
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty(0, self.dtype)
+
+    @cached_property
+    def document_ends(self) -> np.ndarray | None:
+        """The position after each document's last token (n_documents,), int64, on disk; None where nobody wrote it."""
+        return None if self._ends is None else _mapped(self._ends, np.dtype("<i8"))
+
+    def verify(self) -> None:
+        """Read everything and compare it with its checksums.
+
+        Raises:
+            GptlabError: a file was changed or damaged, or holds an id that the tokenizer does not know.
+        """
+        for i, shard in enumerate(self.shards):
+            _verify(shard)
+            if (largest := int(self._map(i).max(initial=0))) >= self.vocab_size:
+                raise GptlabError(
+                    f"{shard.path} holds the id {largest}, but its tokenizer has {self.vocab_size:,}; prepare it again"
+                )
+        if self._ends is not None:
+            _verify(self._ends)
+
+    def _map(self, i: int) -> np.ndarray:
+        if i not in self._maps:
+            self._maps[i] = _mapped(self.shards[i], self.dtype)
+        return self._maps[i]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A tokenized corpus.
+
+    Attributes:
+        directory: where it lies.
+        name: of the corpus.
+        tokenizer: whose ids these are.
+        training: to learn from.
+        validation: held out.
+        items: each document is an item to be learned and sampled as a whole, as a name is.
+        held_out: the share of documents that goes to the validation part, or None in other programs' formats.
+        forced: the rank of a document that is on the other side than its rank says, so that neither side is empty.
+        tokenizer_sha256: as the index has it; another version of a library may write the same tokenizer otherwise.
+    """
+
+    directory: Path
+    name: str
+    tokenizer: Tokenizer
+    training: Split
+    validation: Split
+    items: bool = False
+    held_out: float | None = None
+    forced: float | None = None
+    tokenizer_sha256: str = ""
+
+    @cached_property
+    def sha256(self) -> str:
+        """What tells this dataset from others: a hash over the tokenizer's and the shards', in hexadecimal."""
+        digest = hashlib.sha256((self.tokenizer_sha256 or self.tokenizer.sha256).encode())
+        for split in (self.training, self.validation):
+            digest.update(split.dtype.str.encode())
+            for shard in split.shards:
+                digest.update((shard.sha256 or _sha256(shard.path)).encode())
+        return digest.hexdigest()
+
+    def verify(self) -> None:
+        """Read both splits and compare them with their checksums; see `Split.verify`."""
+        self.training.verify()
+        self.validation.verify()
+
+
+def open_dataset(path: Path) -> Dataset:
+    """Open a dataset of `prepare`, a directory with nanoGPT's `train.bin` and `val.bin`, or llm.c's shards.
+
+    The sizes of all files are checked, their contents by `Dataset.verify`. The other programs' ids are GPT-2's.
+
+    Raises:
+        GptlabError: no dataset there, one of a later version, or one with a file missing, truncated or damaged.
+    """
+    if (path / INDEX).is_file():
+        return _open_own(path)
+    if (path / "train.bin").is_file() or (path / "val.bin").is_file():
+        return _open_nanogpt(path)
+    if any(path.glob("*_train*.bin")) or any(path.glob("*_val*.bin")):
+        return _open_llmc(path)
+    raise GptlabError(f"{path} is no dataset: it has no {INDEX}; make one with gptlab prepare TEXTS --out {path}")
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """Return the contents of a dataset's index.
+
+    Raises:
+        GptlabError: damaged, or of a later version.
+    """
+    try:
+        values = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        known, version = values["format"] == FORMAT, values["version"]
+    except OSError as error:
+        raise GptlabError(f"{path / INDEX} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, LookupError) as error:
+        raise GptlabError(f"{path / INDEX} is damaged ({error}); prepare the data again") from None
+    if not known or version != VERSION:
+        raise GptlabError(
+            f"{path / INDEX} is of format {values['format']!r}, version {version!r}; this program reads version"
+            f" {VERSION} of {FORMAT!r}: install a newer gptlab, or prepare the data again"
+        )
+    return values
+
+
+def _open_own(path: Path) -> Dataset:
+    values = read_index(path)
+    tokenizer = read_tokenizer(path)
+    if tokenizer is None:
+        raise GptlabError(f"the dataset {path} has lost its tokenizer.json; restore it, or prepare the data again")
+    try:
+        if _sha256(path / "tokenizer.json") != values["tokenizer"]["sha256"]:
+            raise GptlabError(f"{path / 'tokenizer.json'} is not the one that made the ids; prepare the data again")
+        dtype = np.dtype(values["dtype"]).newbyteorder("<")
+        splits = []
+        for split in (values["splits"][name] for name in SPLITS):
+            shards = [Shard(path / s["file"], int(s["tokens"]), 0, s["sha256"]) for s in split["shards"]]
+            ends = Shard(path / split["ends"]["file"], int(split["documents"]), 0, split["ends"]["sha256"])
+            for shard, itemsize in [*((shard, dtype.itemsize) for shard in shards), (ends, 8)]:
+                _check_size(shard, itemsize)
+            n_documents, n_bytes = int(split["documents"]), int(split["bytes"])
+            splits.append(
+                Split(shards, dtype, tokenizer.vocab_size, n_documents=n_documents, n_bytes=n_bytes, ends=ends)
+            )
+        return Dataset(
+            path,
+            values["name"],
+            tokenizer,
+            splits[0],
+            splits[1],
+            bool(values["items"]),
+            float(values["held_out"]),
+            values["forced"],
+            values["tokenizer"]["sha256"],
+        )
+    except (ValueError, TypeError, LookupError) as error:
+        if isinstance(error, GptlabError):
+            raise
+        raise GptlabError(f"{path / INDEX} is damaged ({error!r}); prepare the data again") from None
+
+
+def _open_nanogpt(path: Path) -> Dataset:
+    """nanoGPT's format: nothing but uint16 ids, of GPT-2 unless `meta.pkl` says otherwise."""
+    if (path / "meta.pkl").exists():
+        raise GptlabError(
+            f"{path} has its alphabet in meta.pkl, a pickle, which cannot be read without running what is in it;"
+            f" make the same data with gptlab prepare {path / 'input.txt'} --tokenizer chars --held-out 0.1 --out DIR"
+        )
+    shards = []
+    for name in ("train.bin", "val.bin"):
+        file = path / name
+        if not file.is_file():
+            raise GptlabError(f"{path} has no {name}; nanoGPT's data are train.bin and val.bin")
+        n_bytes = file.stat().st_size
+        if n_bytes == 0 or n_bytes % 2:
+            raise GptlabError(f"{file} is truncated: {n_bytes:,} bytes are no whole number of ids; copy it again")
+        shards.append([Shard(file, n_bytes // 2)])
+    return _of_gpt2_ids(path, *shards)
+
+
+def _open_llmc(path: Path) -> Dataset:
+    """llm.c's format, which modded-nanogpt shares: 256 int32 (magic number, version, ids), then uint16 ids of GPT-2."""
+    parts = []
+    for pattern in ("*_train*.bin", "*_val*.bin"):
+        shards = []
+        for file in sorted(path.glob(pattern)):
+            header = np.fromfile(file, "<i4", _HEADER)
+            if len(header) < _HEADER or header[0] != _MAGIC or header[1] != 1:
+                raise GptlabError(
+                    f"{file} is none of llm.c's files of GPT-2 ids: it does not begin with {_MAGIC} and version 1"
+                )
+            shards.append(Shard(file, int(header[2]), 4 * _HEADER))
+            _check_size(shards[-1], 2)
+        if not shards:
+            raise GptlabError(f"{path} has no file {pattern}; a dataset needs a training and a validation part")
+        parts.append(shards)
+    return _of_gpt2_ids(path, *parts)
+
+
+def _of_gpt2_ids(path: Path, training: Sequence[Shard], validation: Sequence[Shard]) -> Dataset:
+    tokenizer = GPT2Tokenizer()
+    splits = [Split(shards, np.dtype("<u2"), tokenizer.vocab_size) for shards in (training, validation)]
+    return Dataset(path, path.resolve().name, tokenizer, splits[0], splits[1])
+
+
+def _mapped(shard: Shard, dtype: np.dtype[Any]) -> np.ndarray:
+    if shard.n_tokens == 0:  # an empty file cannot be mapped
+        return np.empty(0, dtype)
+    return np.memmap(shard.path, dtype, "r", shard.offset, (shard.n_tokens,)).view(np.ndarray)
+
+
+def _check_size(shard: Shard, itemsize: int) -> None:
+    try:
+        found = shard.path.stat().st_size
+    except OSError:
+        raise GptlabError(f"{shard.path} is missing; restore it, or prepare the data again") from None
+    expected = shard.offset + shard.n_tokens * itemsize
+    if found != expected:
+        raise GptlabError(
+            f"{shard.path} has {found:,} bytes instead of {expected:,}; restore it, or prepare the data again"
+        )
+
+
+def _verify(shard: Shard) -> None:
+    if shard.sha256 and _sha256(shard.path) != shard.sha256:
+        raise GptlabError(f"{shard.path} fails its checksum; restore it, or prepare the data again")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
