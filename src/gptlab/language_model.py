@@ -10,6 +10,7 @@ import torch
 
 from gptlab import checkpoints
 from gptlab.checkpoints import hub, native
+from gptlab.checkpoints.runs import is_run, model_of
 from gptlab.errors import GptlabError
 from gptlab.generation.continuation import Continuation
 from gptlab.generation.engine import decode
@@ -156,7 +157,7 @@ def load(
     Args:
         name: a built-in model (``pocket``), a directory (Hugging Face's GPT-2 layout or gptlab's own), ``gpt2``,
             ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``, or ``owner/name`` on the Hugging Face hub. A `Path` is always
-            a directory.
+            a directory. The directory of a training run stands for its best checkpoint, ``"runs/a@last"`` for the last.
         dtype: of the weights in memory; norms, softmax and logits are computed in float32 in any case.
         device: where to put the model.
         tokenizer: ``"gpt2"``, ``"bytes"`` or a `Tokenizer`, in place of the one beside the weights.
@@ -164,6 +165,8 @@ def load(
     Raises:
         GptlabError: nothing of that name, no network, or a checkpoint that is damaged or does not fit.
     """
+    if isinstance(name, Path) and is_run(name):
+        name = model_of(name)
     checkpoint = checkpoints.read(name if isinstance(name, Path) else hub.locate(name), dtype)
     with torch.device("meta"):
         model = GPT(checkpoint.config)

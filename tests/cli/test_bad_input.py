@@ -271,65 +271,6 @@ def test_weights_without_a_tokenizer(refused: Refused, tmp_path: Path) -> None:
     assert "came without a tokenizer" in refused("generate", "Hello", "--model", tmp_path)
 
 
-# --- training -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("one line\n" * 200)
-    return path
-
-
-def test_an_output_directory_that_cannot_be_written(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], text: Path
-) -> None:
-    # Below a file: nobody may write there, not even root.
-    monkeypatch.setattr(sys, "argv", ["gptlab", "train", "--corpus", str(text), "--out", str(text / "model")])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    out, err = capfd.readouterr()
-    assert caught.value.code == 2
-    assert "cannot write to" in sentence(err)
-    assert "step" not in out  # said before the training, not after
-
-
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [(None, "no corpus at"), (b"", "there is no text in"), (b"caf\xe9 " * 100, "is no UTF-8 text")],
-)
-def test_a_corpus_that_cannot_be_read(refused: Refused, tmp_path: Path, content: bytes | None, complaint: str) -> None:
-    path = tmp_path / "corpus.txt"
-    if content is not None:
-        path.write_bytes(content)
-    assert complaint in refused("train", "--corpus", path, "--out", tmp_path / "out")
-
-
-def test_a_directory_without_text(refused: Refused, tmp_path: Path) -> None:
-    (tmp_path / "x.jpg").write_bytes(b"")
-    assert "holds no .txt" in refused("train", "--corpus", tmp_path, "--out", tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["--set", "train.learning_rat=1"], "unknown setting 'train.learning_rat' in the recipe (did you mean"),
-        (["--set", "trian.steps=1"], "unknown setting 'trian' in the recipe (did you mean 'train'?)"),
-        (["--set", "model.n_laier=2"], "unknown model setting 'n_laier' (did you mean 'n_layer'?)"),
-        (["--set", "model.n_head=5"], "n_embd=192 cannot be split evenly over n_head=5"),
-        (["--set", "model.vocab_size=300"], "the tokenizer decides it"),
-        (["--set", "train.steps=0"], "impossible value for train.steps"),
-        (["--set", "train.steps=many"], "impossible value for train.steps"),
-        (["--set", "steps=5"], "--set takes section.key=value"),
-        (["--set", "train.steps"], "--set takes section.key=value"),
-        (["pokcet"], "no recipe 'pokcet' (did you mean 'pocket'?)"),
-    ],
-)
-def test_recipes_and_settings(refused: Refused, text: Path, arguments: list[str], complaint: str) -> None:
-    assert complaint in refused("train", *arguments, "--corpus", text, "--out", text.parent / "out")
-    assert not (text.parent / "out").exists()
-
-
 # --- verify ---------------------------------------------------------------------------------------------------
 
 

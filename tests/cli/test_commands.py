@@ -90,7 +90,7 @@ def test_python_m_gptlab_version() -> None:
 def test_every_command_is_in_the_help(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    assert all(command in out for command in ("generate", "inspect", "verify", "train"))
+    assert all(command in out for command in ("generate", "inspect", "verify", "prepare", "train", "plot"))
 
 
 # --- generate -------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import importlib.resources
 import re
 from pathlib import Path
 
+from gptlab.checkpoints.runs import is_run, model_of
 from gptlab.errors import GptlabError, nearest
 
 ORIGINALS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -32,8 +33,9 @@ def locate(name: str) -> Path:
     """Return the directory of a model, downloading it when it is a name on the hub.
 
     Args:
-        name: a built-in model, a directory, ``gpt2`` ... ``gpt2-xl``, or ``owner/name``. A directory that is
-            here comes before a name on the hub; built-in names come first (write ``./pocket`` for a directory).
+        name: a built-in model, a directory, a training run (``runs/a`` is its best checkpoint, ``runs/a@last`` the
+            last), ``gpt2`` ... ``gpt2-xl``, or ``owner/name``. A directory that is here comes before a name on the
+            hub; built-in names come first (write ``./pocket`` for a directory).
 
     Raises:
         GptlabError: nothing of that name, or the hub cannot be reached.
@@ -42,8 +44,11 @@ def locate(name: str) -> Path:
         raise GptlabError("the name of the model is empty; give a directory, or a name such as 'pocket' or 'gpt2'")
     if name in built_in():
         return built_in()[name]
+    directory, at, which = name.rpartition("@")
+    if at and is_run(Path(directory)):
+        return model_of(Path(directory), which)
     if Path(name).is_dir():
-        return Path(name)
+        return model_of(Path(name)) if is_run(Path(name)) else Path(name)
     if Path(name).exists():
         raise GptlabError(f"{name} is a file; name the directory that holds config.json and the weights")
     if name in ORIGINALS:

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-import json
-import time
+import os
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gptlab.cli.model_options import DilationFlag, KvHeadFlag, PositionFlag, SinksFlag, WindowFlag, overrides
+from gptlab.errors import GptlabError
+
+if TYPE_CHECKING:
+    from gptlab.training.loop import Result
+    from gptlab.training.recipe import Recipe
 
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe that the package carries, or a .toml file.")] = "pocket",
+    data: Annotated[
+        Path | None, typer.Option(help="Token shards of gptlab prepare, or nanoGPT's or llm.c's .bin files.")
+    ] = None,
     corpus: Annotated[
-        str, typer.Option(help="A text file, a directory of them, or stdlib (Python's own sources).")
-    ] = "stdlib",
-    out: Annotated[Path, typer.Option(help="Directory for the model and its figures.")] = Path("runs/model"),
+        list[str] | None,
+        typer.Option(
+            help="Texts to prepare first: files, directories, or a name such as stdlib (default: the recipe's)."
+        ),
+    ] = None,
+    base: Annotated[str | None, typer.Option("--from", help="A trained model to go on from.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory of the run (default runs/RECIPE).")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
     position: PositionFlag = None,
     n_kv_head: KvHeadFlag = None,
     window: WindowFlag = None,
@@ -26,51 +39,99 @@ def train(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value; may be given several times.")
     ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; by default a GPU where there is one.")] = None,
 ) -> None:
-    """Train a model from scratch (a plain loop in one process)."""
+    """Train a model, go on training one (--from), or go on with a run that was stopped (--resume)."""
+    flags = overrides(position, n_kv_head, window, sinks, dilation)
+    if resume is not None:
+        given = [data, corpus, base, out, *flags.values()]
+        if recipe != "pocket" or any(value is not None for value in given):
+            raise GptlabError(
+                "--resume takes recipe and data from the run; of the other options only --set goes with it"
+            )
+        _finish(_resume(resume, settings, device), resume)
+        return
     from gptlab.training.recipe import read_recipe
 
-    flags = overrides(position, n_kv_head, window, sinks, dilation)
-    plan = read_recipe(recipe, settings, flags)  # refuse a wrong setting before torch is loaded
+    plan = read_recipe(recipe, settings, flags, base)  # refuse a wrong setting before torch is loaded
+    if data is not None and corpus is not None:
+        raise GptlabError("--data and --corpus both say what to train on; give one of them")
+    run = out or Path("runs") / Path(recipe).stem
+    _finish(_start(plan, data, corpus or plan.data.corpus, run, device), run)
 
+
+def _start(plan: Recipe, data: Path | None, corpus: list[str], run: Path, device: str | None) -> Result:
     import gptlab
-    from gptlab.checkpoints.files import write_files
-    from gptlab.text.corpora import read_corpus
-    from gptlab.training.loop import train as run
+    from gptlab.checkpoints.runs import is_run
+    from gptlab.cli.prepare import prepare_with_progress
+    from gptlab.cli.progress import Progress
+    from gptlab.text.shards import open_dataset
+    from gptlab.training.loop import train as run_training
+    from gptlab.training.parallel import find_device
 
-    texts = read_corpus(corpus)
-    print(f"corpus {texts.name}: {len(texts.documents):,} documents, {texts.n_bytes / 1e6:.1f} MB", flush=True)
-    resolved = plan.model_dump_json(indent=2).encode() + b"\n"
-    write_files(out, {"recipe.json": resolved})  # also says now, not in an hour, whether this place can be written
-    result = run(plan, texts, _Progress(), keep=lambda lm: gptlab.save(lm, out))
-    figures = json.dumps({"metrics": result.metrics, "history": result.history}, indent=2).encode() + b"\n"
-    write_files(out, {"result.json": figures})
+    if is_run(run):
+        raise GptlabError(f"{run} holds a run already; go on with it by --resume {run}, or choose another --out")
+    find_device(device)  # before the corpus is prepared
+    lm = gptlab.load(plan.base) if plan.base is not None else None
+    first = os.environ.get("RANK", "0") == "0"
+    if data is None:
+        data = run / "data"
+        if first:
+            if data.exists():
+                raise GptlabError(
+                    f"{data} is left from a run that did not begin; train on it with --data {data}, or remove it"
+                )
+            tokenizer = plan.tokenizer if lm is None else lm.needs_tokenizer()
+            prepare_with_progress(corpus, tokenizer, data, plan.data.held_out, plan.data.items)
+        else:
+            _wait_for(data / "index.json")
+    with Progress() as progress:
+        return run_training(plan, open_dataset(data), run, base=lm, device=device, report=progress)
+
+
+def _resume(run: Path, settings: list[str] | None, device: str | None) -> Result:
+    import gptlab
+    from gptlab.checkpoints.runs import read_run, run_checkpoints
+    from gptlab.cli.progress import Progress
+    from gptlab.text.shards import open_dataset
+    from gptlab.training.loop import train as run_training
+    from gptlab.training.recipe import change_recipe, make_recipe
+
+    about = read_run(run)
+    recipe, data = make_recipe(about["recipe"]), Path(about["data"]["path"])
+    if not data.exists() and (run / "data").exists():  # the run was moved, with the data that it prepared
+        data = run / "data"
+    recipe = change_recipe(recipe, settings or [])
+    from_start = recipe.base is not None and not run_checkpoints(run)
+    lm = gptlab.load(str(recipe.base)) if from_start else None
+    with Progress() as progress:
+        return run_training(recipe, open_dataset(data), run, base=lm, resume=True, device=device, report=progress)
+
+
+def _finish(result: Result, run: Path) -> None:
+    """Say what is there now and how to go on."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if result.stopped_by is not None:
+        print(
+            f"stopped by {result.stopped_by.name} and saved; go on with: gptlab train --resume {run}", file=sys.stderr
+        )
+        raise typer.Exit(128 + result.stopped_by)
+    figures = result.metrics
+    bits = figures.get("validation_bits_per_byte")
     print(
-        f"held out: {result.metrics['held_out_nats_per_token']:.4f} nats a token,"
-        f" {result.metrics['held_out_bits_per_byte']:.4f} bits a byte\nsaved: {out}"
-        f"\ntry it: gptlab generate --model {out}"
+        f"validation: {figures['validation_loss']:.4f} nats a token"
+        + ("" if bits is None else f", {bits:.4f} bits a byte")
+        + f" ({figures['protocol']})"
     )
+    if "new_share" in figures:
+        print(f"{figures['new_share']:.0%} of {figures['sampled']} sampled items are new: not in the training data")
+    print(f"saved: {run}\ntry it: gptlab generate --model {run}")
 
 
-class _Progress:
-    """Prints the plan, then one line every evaluation and every ten seconds."""
+def _wait_for(path: Path) -> None:
+    """Wait for the first process to prepare the data."""
+    import time
 
-    def __init__(self) -> None:
-        self.total = self.steps = 0
-        self.shown = 0.0
-
-    def __call__(self, row: dict[str, Any]) -> None:
-        if row["event"] == "start":
-            self.total, self.steps = row["tokens"], row["steps"]
-            print(f"{self.steps:,} steps, {self.total:,} tokens", flush=True)
-            return
-        rate = row["tokens"] / row["seconds"]
-        if row["event"] == "evaluate" or time.monotonic() - self.shown > 10:
-            self.shown = time.monotonic()
-            end = time.strftime("%H:%M", time.localtime(time.time() + (self.total - row["tokens"]) / rate))
-            held = f"  held out {row['held_out_loss']:.4f}" if "held_out_loss" in row else ""
-            print(
-                f"step {row['step']:>6,} of {self.steps:,}  loss {row['loss']:.4f}{held}"
-                f"  {rate:,.0f} tokens a second, done at {end}",
-                flush=True,
-            )
+    while not path.exists():
+        time.sleep(0.2)

@@ -1,77 +1,196 @@
-"""Token streams and the batches that a step number names."""
+"""The batches that a step number names, and the validation stream in order."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gptlab.errors import GptlabError
-from gptlab.text.corpora import Corpus
-from gptlab.text.tokenizers import Tokenizer
+from gptlab.text.shards import Split
+from gptlab.training.loss import IGNORED
 
 
-def tokenize(corpus: Corpus, tokenizer: Tokenizer) -> np.ndarray:
-    """Return all documents as one stream of ids, each followed by the end of text where there is one."""
-    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    parts = [np.array(ids + end, dtype=dtype) for ids in tokenizer.encode_batch(corpus.documents)]
-    return np.concatenate(parts)
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens with what to predict.
+
+    Attributes:
+        ids: (B, T) int64.
+        targets: (B, T) int64, the next tokens; `IGNORED` where there is none to predict.
+        documents: (B, T) int64, which document each token is in, or None: one document a row.
+        origins: (B,) int64, where each row begins in the stream, or which item it is; to name a batch in messages.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    documents: Tensor | None
+    origins: Tensor
+
+    def rows(self, where: slice) -> Batch:
+        """Return some of the rows."""
+        documents = None if self.documents is None else self.documents[where]
+        return Batch(self.ids[where], self.targets[where], documents, self.origins[where])
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on another device."""
+        documents = None if self.documents is None else self.documents.to(device, non_blocking=True)
+        ids, targets = (x.to(device, non_blocking=True) for x in (self.ids, self.targets))
+        return Batch(ids, targets, documents, self.origins)
+
+    @property
+    def n_targets(self) -> int:
+        """How many tokens are predicted."""
+        return int((self.targets != IGNORED).sum())
+
+
+class Windows:
+    """Stretches of a token stream, side by side; each predicts its own tokens but the first and the one after it.
+
+    Args:
+        split: the stream.
+        length: tokens of a window that are predicted, T.
+        documents: tell which document each token is in, so that attention can stay inside.
+
+    Raises:
+        GptlabError: documents asked for where the data does not say where they end.
+    """
+
+    def __init__(self, split: Split, length: int, documents: bool = False) -> None:
+        self.split, self.length = split, length
+        self.ends = split.document_ends if documents else None
+        if documents and self.ends is None:
+            raise GptlabError(
+                "the data does not say where its documents end, so data.documents has no effect;"
+                " prepare it with gptlab prepare, or leave the setting out"
+            )
+
+    def __len__(self) -> int:
+        """How many whole windows there are."""
+        return max(self.split.n_tokens - 1, 0) // self.length
+
+    @property
+    def n_targets(self) -> int:
+        """Tokens that `in_order` predicts."""
+        return max(self.split.n_tokens - 1, 0)
+
+    def take(self, which: np.ndarray) -> Batch:
+        """Return the windows of these numbers, (B,) int64."""
+        return self._batch(which * self.length, self.length)
+
+    def in_order(self, batch_size: int, n_tokens: int | None = None) -> Iterator[Batch]:
+        """Yield batches that together predict every token but the first, once.
+
+        The last batch may have fewer rows, and the very last window fewer tokens.
+
+        Args:
+            batch_size: most windows of a batch.
+            n_tokens: of the stream's beginning; None is all of it.
+        """
+        n_tokens = self.split.n_tokens if n_tokens is None else min(n_tokens, self.split.n_tokens)
+        n_full, rest = divmod(max(n_tokens - 1, 0), self.length)
+        for first in range(0, n_full, batch_size):
+            yield self.take(np.arange(first, min(first + batch_size, n_full)))
+        if rest:
+            yield self._batch(np.array([n_full * self.length]), rest)
+
+    def _batch(self, starts: np.ndarray, length: int) -> Batch:
+        rows = np.stack([self.split.read(int(start), int(start) + length + 1) for start in starts])
+        tokens = torch.from_numpy(rows.astype(np.int64))
+        documents = None
+        if self.ends is not None:
+            places = starts[:, None] + np.arange(length)
+            documents = torch.from_numpy(np.searchsorted(self.ends, places, side="right").astype(np.int64))
+        return Batch(tokens[:, :-1], tokens[:, 1:], documents, torch.from_numpy(starts.astype(np.int64)))
+
+
+class Items:
+    """One short document a row: the end-of-text token, the item, the end again, and padding that counts nothing.
+
+    Args:
+        split: the items, each followed by the end of text.
+        length: tokens of a row, T; the longest item with its end must fit.
+        end_of_text: the token that begins each row.
+
+    Raises:
+        GptlabError: an item that is too long, or a tokenizer without an end of text.
+    """
+
+    def __init__(self, split: Split, length: int, end_of_text: int | None) -> None:
+        if split.document_ends is None or end_of_text is None:
+            raise GptlabError(
+                "data.items needs data whose items end with <|endoftext|>; prepare it with gptlab prepare --per-line"
+            )
+        self.split, self.length, self.end_of_text = split, length, end_of_text
+        self.ends = np.asarray(split.document_ends)
+        self.starts = np.concatenate([[0], self.ends[:-1]])
+        sizes = self.ends - self.starts
+        if len(sizes) and sizes.max() > length:
+            raise GptlabError(
+                f"item {int(sizes.argmax()) + 1} has {sizes.max()} tokens with its end, the context is {length};"
+                f" set model.context_length={sizes.max()}, or leave long items out"
+            )
+
+    def __len__(self) -> int:
+        """How many items there are."""
+        return len(self.ends)
+
+    @property
+    def n_targets(self) -> int:
+        """Tokens that `in_order` predicts: those of every item and its end."""
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def take(self, which: np.ndarray) -> Batch:
+        """Return the items of these numbers, (B,) int64."""
+        ids = torch.full((len(which), self.length), self.end_of_text)
+        targets = torch.full((len(which), self.length), IGNORED)
+        for row, item in enumerate(which):
+            tokens = torch.from_numpy(self.split.read(int(self.starts[item]), int(self.ends[item])).astype(np.int64))
+            targets[row, : len(tokens)] = tokens
+            ids[row, 1 : len(tokens)] = tokens[:-1]
+        return Batch(ids, targets, None, torch.from_numpy(which.astype(np.int64)))
+
+    def in_order(self, batch_size: int, n_tokens: int | None = None) -> Iterator[Batch]:
+        """Yield every item once; with ``n_tokens``, only those that begin before that many tokens."""
+        n = len(self) if n_tokens is None else int(np.searchsorted(self.starts, n_tokens))
+        for first in range(0, n, batch_size):
+            yield self.take(np.arange(first, min(first + batch_size, n)))
 
 
 class Batches:
-    """Windows of a token stream, each seen once an epoch in a random order.
-
-    Batch ``step`` is a function of the seed and the step alone, so any step can be reached at once.
+    """Each row seen once an epoch, in a random order. Batch ``step`` is a function of the seed and the step alone.
 
     Args:
-        stream: token ids, one dimension.
-        length: tokens of a window that are predicted, T.
-        batch_size: windows of a batch, B.
+        rows: `Windows` or `Items` of the training split.
+        size: rows of a batch.
         seed: of the order.
 
     Raises:
-        GptlabError: a stream too short for one batch.
+        GptlabError: fewer rows than a batch has.
     """
 
-    def __init__(self, stream: np.ndarray, length: int, batch_size: int, seed: int) -> None:
-        self.stream, self.length, self.batch_size, self.seed = stream, length, batch_size, seed
-        self.n_windows = (len(stream) - 1) // length
-        if self.n_windows < batch_size:
+    def __init__(self, rows: Windows | Items, size: int, seed: int) -> None:
+        self.rows, self.size, self.seed = rows, size, seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        if len(rows) < size:
+            kind = "items" if isinstance(rows, Items) else f"windows of {rows.length} tokens"
             raise GptlabError(
-                f"the corpus gives {len(stream):,} training tokens, too few for one batch of {batch_size} x {length};"
-                " add text, or lower train.batch_size or model.context_length"
+                f"the training data has {rows.split.n_tokens:,} tokens, which give {len(rows):,} {kind}, too few for"
+                f" one batch of {size}; add text, or lower batch.size or model.context_length"
             )
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return (ids, targets) of batch ``step``, each (B, T) int64; targets are the next tokens."""
-        picks = []
-        for k in range(step * self.batch_size, (step + 1) * self.batch_size):
-            epoch, i = divmod(k, self.n_windows)
-            picks.append(int(self._order(epoch)[i]) * self.length)
-        rows = np.stack([self.stream[start : start + self.length + 1] for start in picks])
-        tokens = torch.from_numpy(rows.astype(np.int64))
-        return tokens[:, :-1], tokens[:, 1:]
+    def __getitem__(self, step: int) -> Batch:
+        """Return batch ``step``, counted from 0."""
+        numbers = np.arange(step * self.size, (step + 1) * self.size)
+        epochs = numbers // len(self.rows)
+        parts = [self._permutation(int(e))[numbers[epochs == e] % len(self.rows)] for e in np.unique(epochs)]
+        return self.rows.take(np.concatenate(parts))
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if getattr(self, "_epoch", None) != epoch:
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
             self._epoch = epoch
-            self._permutation = np.random.default_rng([self.seed, epoch]).permutation(self.n_windows)
-        return self._permutation
-
-
-def windows(stream: np.ndarray, length: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (ids, targets), each (B, T) int64, that together predict every token but the first, once.
-
-    The last batch may have fewer rows, and the very last window fewer tokens.
-    """
-    n_full = (len(stream) - 1) // length
-    for first in range(0, n_full, batch_size):
-        n = min(batch_size, n_full - first)
-        span = torch.from_numpy(stream[first * length : (first + n) * length + 1].astype(np.int64))
-        yield span[:-1].view(n, length), span[1:].view(n, length)
-    if (len(stream) - 1) % length:
-        rest = torch.from_numpy(stream[n_full * length :].astype(np.int64))
-        yield rest[None, :-1], rest[None, 1:]
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+        return self._order

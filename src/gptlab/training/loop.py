@@ -1,29 +1,57 @@
-"""A plain training loop: one process, AdamW, warm-up and cosine."""
+"""Training: from a recipe and a dataset to a run directory, resumable at any moment."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import platform
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+import gptlab
+from gptlab.checkpoints import Checkpoint
+from gptlab.checkpoints.files import write_files
+from gptlab.checkpoints.runs import is_run, read_run, run_checkpoints
 from gptlab.errors import GptlabError
 from gptlab.language_model import LanguageModel
+from gptlab.model import cost
 from gptlab.model.gpt import GPT
-from gptlab.text.corpora import Corpus
-from gptlab.text.tokenizers import make_tokenizer
-from gptlab.training.data import Batches, tokenize, windows
-from gptlab.training.recipe import Recipe, TrainSettings
+from gptlab.text.shards import Dataset
+from gptlab.training import metrics, state
+from gptlab.training.data import Batches, Items, Windows
+from gptlab.training.hardware import memory_bytes, peak_flops
+from gptlab.training.items import novelty
+from gptlab.training.optimizer import clip, learning_rate_share, make_optimizers
+from gptlab.training.parallel import Group, join, spread
+from gptlab.training.recipe import Recipe, differences, make_recipe
+from gptlab.training.step import (
+    DTYPES,
+    compile_blocks,
+    gradients,
+    recompute_blocks,
+    seed_step,
+    stream_loss,
+    worth_compiling,
+)
 
 Report = Callable[[dict[str, Any]], None]
-Keep = Callable[[LanguageModel], None]
+
+ROW_EVERY = 10
+"""Steps from one row of the metrics to the next."""
+
+NOVELTY_SAMPLES = 200
+"""Items sampled at the end of a run on items."""
+
+FREE = ("batch.micro", "train.recompute", "train.compile", "train.keep_last", "train.save_every", "parallel")
+"""Settings that a resumed run may change: they change its numbers by rounding at most."""
 
 
 @dataclass
@@ -31,146 +59,377 @@ class Result:
     """What a run leaves.
 
     Attributes:
-        language_model: the trained model with its tokenizer.
-        metrics: final figures, plain values for JSON.
-        history: one row per evaluation.
+        language_model: the model after the last step, with its tokenizer.
+        metrics: final figures, plain values for JSON; empty when the run was stopped.
+        stopped_by: the signal that stopped the run before its end, or None.
     """
 
     language_model: LanguageModel
-    metrics: dict[str, Any]
-    history: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    stopped_by: signal.Signals | None = None
 
 
-def mean_loss(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy in nats of ``targets`` (B, T) given ``ids`` (B, T)."""
-    loss: Tensor = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
-    return loss
+def rows_of(dataset: Dataset, recipe: Recipe, length: int) -> tuple[Windows | Items, Windows | Items]:
+    """Return the rows of the training split and of the validation split, for a context of ``length`` tokens."""
+    if recipe.data.items:
+        if not dataset.items:
+            raise GptlabError(
+                f"the data {dataset.name} is no list of items; prepare it with gptlab prepare --per-line, or leave"
+                " data.items out"
+            )
+        end = dataset.tokenizer.end_of_text
+        return Items(dataset.training, length, end), Items(dataset.validation, length, end)
+    inside = recipe.data.documents
+    return Windows(dataset.training, length, inside), Windows(dataset.validation, length, inside)
 
 
-def learning_rate(settings: TrainSettings, step: int) -> float:
-    """Linear warm-up, then half a cosine from ``learning_rate`` to ``final_learning_rate``."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    share = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)
-    swing = 0.5 * (1 + math.cos(math.pi * share))
-    return settings.final_learning_rate + swing * (settings.learning_rate - settings.final_learning_rate)
-
-
-def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """Return AdamW that decays matrices and leaves biases and norms alone."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
-
-
-def total_loss(model: nn.Module, stream: np.ndarray, length: int, batch_size: int = 8) -> float:
-    """Return the summed cross-entropy in nats of every token of ``stream`` but the first.
-
-    Windows of ``length`` do not overlap, so the first tokens of each have little context.
-    """
-    model.eval()
-    total = 0.0
-    with torch.inference_mode():
-        for ids, targets in windows(stream, length, batch_size):
-            total += mean_loss(model, ids, targets).double().item() * targets.numel()
-    return total
-
-
-def train(recipe: Recipe, corpus: Corpus, report: Report = lambda row: None, keep: Keep = lambda lm: None) -> Result:
-    """Train a model from scratch.
+def train(
+    recipe: Recipe,
+    dataset: Dataset,
+    run: Path,
+    *,
+    base: LanguageModel | None = None,
+    resume: bool = False,
+    device: str | None = None,
+    report: Report = lambda row: None,
+) -> Result:
+    """Train a model: from random weights, from a trained model, or on from where a run was stopped.
 
     Args:
-        recipe: model, tokenizer and loop.
-        corpus: the texts; a part of it is held out for evaluation.
-        report: called with plain values before the first step, at every evaluation, and every ten steps.
-        keep: called with the model as it is at every evaluation, so that an interrupted run leaves something.
+        recipe: everything that defines the run but the data.
+        dataset: the token shards.
+        run: the directory for checkpoints and metrics.
+        base: the model that ``recipe.base`` names; a run that goes on from a checkpoint does without.
+        resume: go on with the run in ``run``.
+        device: ``cpu``, ``cuda``, ...; None takes a GPU where there is one.
+        report: called on the first process with the rows of `metrics.jsonl`, with checkpoints and with notes.
 
     Raises:
-        GptlabError: a corpus too small for the recipe, or a loss that is no number.
+        GptlabError: data that does not fit the recipe, a loss that is no number, a disk that is full, or a run that
+            cannot be resumed as asked.
     """
-    settings = recipe.train
-    training, held_out = corpus.split(settings.held_out)
-    # An alphabet must hold the characters of both parts; merges are learned from the training part alone.
-    texts = corpus if recipe.tokenizer.kind == "chars" else training
-    tokenizer = make_tokenizer(recipe.tokenizer.kind, texts.documents, recipe.tokenizer.vocab_size)
-    stream, held = tokenize(training, tokenizer), tokenize(held_out, tokenizer)
-    config = recipe.model_for(tokenizer.vocab_size)
-    batches = Batches(stream, config.context_length, settings.batch_size, settings.seed)
-    model = GPT(config, seed=settings.seed)
-    torch.manual_seed(settings.seed)  # dropout
-    lm = LanguageModel(model, tokenizer)
+    with join(device) as group:
+        tell: Report = report if group.first else lambda row: None
+        note = lambda text: tell({"event": "note", "text": text})  # noqa: E731
+        saved = _read_saved(run, recipe, dataset, note) if resume else None
+        model = _start(recipe, dataset, base) if saved is None else GPT(saved[0].config)
+        training, validation = rows_of(dataset, recipe, model.config.context_length)
+        batches = Batches(training, recipe.batch.size, recipe.train.seed)
+        if recipe.batch.size < group.size:
+            raise GptlabError(f"batch.size={recipe.batch.size} leaves some of {group.size} processes idle; raise it")
+        if not validation.n_targets:
+            raise GptlabError("the validation data is empty; prepare the data again with a larger --held-out")
+        if not resume:
+            _begin(run, recipe, dataset, group)
+        compiled = _place(model, recipe, batches, group, note)
+        module = spread(model, recipe.parallel, group)
+        optimizers = make_optimizers(model, recipe.optimizer)
+        step, seconds, validation_loss = 0, 0.0, None
+        if saved is not None:
+            checkpoint, memory, facts = saved
+            state.restore(model, optimizers, checkpoint.state, memory)
+            step, seconds, validation_loss = facts["step"], facts["seconds"], facts["validation_loss"]
+        if group.first:
+            metrics.cut(run, step)
+        steps = recipe.steps(model.config.context_length, len(training))
+        loop = _Loop(
+            recipe,
+            dataset,
+            run,
+            group,
+            model,
+            module,
+            optimizers,
+            batches,
+            validation,
+            steps,
+            step,
+            seconds,
+            validation_loss,
+        )
+        return loop.go(tell, _plan(recipe, run.name, model, group, steps, step, compiled))
 
-    def evaluate() -> float:
-        keep(lm)
-        sample = held[: settings.evaluate_tokens]
-        return total_loss(model, sample, config.context_length) / (len(sample) - 1)
 
-    history = _run(model, batches, settings, evaluate, report)
+def _start(recipe: Recipe, dataset: Dataset, base: LanguageModel | None) -> GPT:
+    if base is not None:
+        if base.tokenizer is not None and base.tokenizer.sha256 != dataset.tokenizer.sha256:
+            raise GptlabError(
+                f"the data {dataset.name} was prepared with another tokenizer than {recipe.base} has; prepare it"
+                f" again with --tokenizer {recipe.base}"
+            )
+        return base.model.float()
+    return GPT(recipe.model_for(dataset.tokenizer.vocab_size), recipe.train.seed)
 
-    nats = total_loss(model, held, config.context_length)
-    metrics = {
-        "corpus": corpus.name,
-        "corpus_sha256": corpus.sha256,
-        "training_documents": len(training.documents),
-        "held_out_documents": len(held_out.documents),
-        "held_out_bytes": held_out.n_bytes,
-        "held_out_tokens": len(held),
-        "training_tokens_available": len(stream),
-        "tokens_trained": settings.steps * settings.batch_size * config.context_length,
-        "held_out_nats_per_token": nats / (len(held) - 1),
-        "held_out_bits_per_byte": nats / math.log(2) / held_out.n_bytes,
-        "protocol": f"non-overlapping windows of {config.context_length} tokens over the whole held-out part, float32",
+
+def _begin(run: Path, recipe: Recipe, dataset: Dataset, group: Group) -> None:
+    """Write what defines the run; refuse a directory that holds one already."""
+    taken = is_run(run)
+    group.wait()  # all look before the first one writes
+    if taken:
+        raise GptlabError(f"{run} holds a run already; go on with it by --resume {run}, or choose another --out")
+    if group.first:
+        where = {"path": str(dataset.directory.resolve()), "name": dataset.name, "sha256": dataset.sha256}
+        about = {"recipe": recipe.model_dump(mode="json"), "data": where, "made_with": _versions()}
+        write_files(run, {"run.json": json.dumps(about, indent=2).encode() + b"\n"})
+
+
+def _versions() -> dict[str, Any]:
+    return {
+        "gptlab": gptlab.__version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "seconds": history[-1]["seconds"],
+        "processor": platform.processor() or platform.machine(),
     }
-    return Result(lm, metrics, history)
 
 
-def _run(
-    model: GPT, batches: Batches, settings: TrainSettings, evaluate: Callable[[], float], report: Report
-) -> list[dict[str, Any]]:
-    """Take ``settings.steps`` steps; return a row per evaluation."""
-    step_model: nn.Module = torch.compile(model) if settings.compile else model  # type: ignore[assignment]
-    optimizer = make_optimizer(model, settings)
-    autocast: Any = contextlib.nullcontext
-    if settings.dtype == "bfloat16":
-        autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)  # noqa: E731
-    tokens_per_step = settings.batch_size * batches.length
-    report({"event": "start", "steps": settings.steps, "tokens": settings.steps * tokens_per_step})
-    history: list[dict[str, Any]] = []
-    started = time.perf_counter()
-    for step in range(settings.steps):
-        model.train()
-        ids, targets = batches[step]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
-        with autocast():
-            loss = mean_loss(step_model, ids, targets)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        done, last = step + 1, step + 1 == settings.steps
-        if done % 10 == 0 or last or done % settings.evaluate_every == 0:
-            row: dict[str, Any] = {
-                "event": "step",
-                "step": done,
-                "tokens": done * tokens_per_step,
-                "loss": loss.item(),
-                "gradient_norm": norm.item(),
-                "learning_rate": optimizer.param_groups[0]["lr"],
-                "seconds": time.perf_counter() - started,
-            }
-            if not math.isfinite(row["loss"]):
-                raise GptlabError(f"the loss is {row['loss']} at step {done}; lower train.learning_rate")
-            if done % settings.evaluate_every == 0 or last:
-                row["event"] = "evaluate"
-                row["held_out_loss"] = evaluate()
-                history.append(row)
-            report(row)
-    return history
+Saved = tuple[Checkpoint, dict[str, Tensor], dict[str, Any]]
+
+
+def _read_saved(run: Path, recipe: Recipe, dataset: Dataset, note: Callable[[str], None]) -> Saved | None:
+    """Return the checkpoint to go on from, after making sure that it belongs to this recipe and this data."""
+    about = read_run(run)
+    saved = state.read_latest(run, note)
+    if saved is None:
+        note("the run has no checkpoint yet, so it starts from the beginning")
+    facts = {"recipe": about["recipe"], "data_sha256": about["data"]["sha256"]} if saved is None else saved[2]
+    changed = {
+        name: pair for name, pair in differences(make_recipe(facts["recipe"]), recipe).items() if name not in FREE
+    }
+    if changed:
+        what = ", ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in changed.items())
+        raise GptlabError(
+            f"the run {run} cannot go on with another recipe: {what}; leave it as it was, or start a new run from this"
+            f" one with --from {run}"
+        )
+    if facts["data_sha256"] != dataset.sha256:
+        raise GptlabError(f"the data of the run {run} has changed since it began; restore it, or start a new run")
+    if saved is None:
+        return None
+    before, now = facts["made_with"], _versions()
+    if different := [name for name in ("torch", "threads", "processor") if before.get(name) != now[name]]:
+        was = ", ".join(f"{name} {before.get(name)} before, {now[name]} now" for name in different)
+        note(f"not bit for bit what an uninterrupted run would give: {was}")
+    return saved
+
+
+def _place(model: GPT, recipe: Recipe, batches: Batches, group: Group, note: Callable[[str], None]) -> bool:
+    """Move the model where it will train and compile it if asked; return whether it is compiled."""
+    settings, config = recipe.train, model.config
+    model.to(group.device)
+    steps = recipe.steps(config.context_length, len(batches.rows))
+    flops = cost.training_flops(config, config.context_length) * recipe.batch.size * steps / group.size
+    compiled = worth_compiling(flops, group.device) if settings.compile == "auto" else settings.compile
+    if compiled:
+        note("compiling: half a minute or so")
+        mine = batches[0].rows(group.share(recipe.batch.size))
+        part = mine.rows(slice(0, recipe.batch.micro)).to(group.device)
+        compiled = compile_blocks(model, part, DTYPES[settings.dtype], settings.compile is True, note)
+    if settings.recompute:
+        recompute_blocks(model)
+    return compiled
+
+
+def _plan(recipe: Recipe, name: str, model: GPT, group: Group, steps: int, step: int, compiled: bool) -> dict[str, Any]:
+    """The row that opens a run."""
+    length = model.config.context_length
+    peak, source = peak_flops(group.device, DTYPES[recipe.train.dtype])
+    return {
+        "event": "start",
+        "name": name,
+        "step": step,
+        "steps": steps,
+        "tokens_per_step": recipe.batch.size * length,
+        "parameters": sum(cost.parameters(model.config).values()),
+        "flops_per_token": cost.training_flops(model.config, length) / length,
+        "peak_flops": peak * group.size,
+        "peak_source": source,
+        "device": str(group.device),
+        "processes": group.size,
+        "dtype": recipe.train.dtype,
+        "compiled": compiled,
+        "resumed_from": step or None,
+    }
+
+
+@dataclass
+class _Loop:
+    recipe: Recipe
+    dataset: Dataset
+    run: Path
+    group: Group
+    model: GPT
+    module: torch.nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    batches: Batches
+    validation: Windows | Items
+    steps: int
+    step: int
+    seconds: float
+    validation_loss: float | None
+
+    def go(self, tell: Report, plan: dict[str, Any]) -> Result:
+        settings = self.recipe.train
+        save_every = settings.save_every or settings.evaluate_every
+        began = time.perf_counter() - self.seconds
+        stop: signal.Signals | None = None
+        with metrics.Metrics(self.run, tell, self.group.first) as rows, _signals() as caught:
+            rows.row(**plan)
+            pace = _Pace(self.step)
+            while self.step < self.steps and stop is None:
+                loss, norm, rate = self._take_step()
+                self.seconds, self.validation_loss = time.perf_counter() - began, None
+                last = self.step == self.steps
+                if self.step % ROW_EVERY == 0 or self.step == 1 or last:
+                    rows.row(
+                        **self._row("step"), loss=loss, gradient_norm=norm, learning_rate=rate, **pace.measure(self)
+                    )
+                if self.step % settings.evaluate_every == 0 or last:
+                    self._evaluate()
+                    self.seconds = time.perf_counter() - began
+                    rows.row(**self._row("evaluate"), validation_loss=self.validation_loss)
+                    pace.skip(self.step)
+                # A signal may have reached one process and not yet the others: all stop at the same step.
+                if self.group.any(bool(caught)):
+                    stop = caught[0] if caught else signal.SIGTERM
+                if last or stop is not None or self.step % save_every == 0:
+                    rows.sync()
+                    path = self._save()
+                    tell({"event": "checkpoint", "step": self.step, "path": str(path)})
+                    pace.skip(self.step)
+            stopped = stop if self.step < self.steps else None
+            if stopped is not None:
+                rows.row(**self._row("end"), reason=f"stopped by {stopped.name}")
+                return Result(self._language_model(), {}, stopped)
+            lm = self._language_model()
+            figures = self._figures(lm)
+            rows.row(**self._row("end"), reason="finished", **figures)
+        return Result(lm, figures)
+
+    def _row(self, event: str) -> dict[str, Any]:
+        tokens = self.step * self.recipe.batch.size * self.batches.rows.length
+        return {"event": event, "step": self.step, "tokens": tokens, "seconds": self.seconds}
+
+    def _take_step(self) -> tuple[float, float, float]:
+        """Take one step; return its loss, the norm of its gradient, and the learning rate."""
+        recipe = self.recipe
+        self.module.train()
+        seed_step(recipe.train.seed, self.step, self.group.rank)
+        batch = self.batches[self.step]
+        dtype = DTYPES[recipe.train.dtype]
+        loss = gradients(self.module, batch, recipe.batch.micro, dtype, self.group).item()
+        norm = clip(list(self.model.parameters()), recipe.optimizer.clip_norm).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._refuse(loss, norm, batch.origins.tolist())
+        share = learning_rate_share(recipe.schedule, self.step, self.steps)
+        rate = recipe.optimizer.learning_rate * share
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss, norm, rate
+
+    def _refuse(self, loss: float, norm: float, origins: list[int]) -> None:
+        """Stop before a step that would spoil the weights."""
+        kept = run_checkpoints(self.run)
+        good = f"the last good checkpoint is {kept[-1].path}" if kept else "there is no checkpoint yet"
+        kind = "items" if isinstance(self.batches.rows, Items) else "windows that begin at tokens"
+        where = ", ".join(str(origin) for origin in origins[:8]) + (", ..." if len(origins) > 8 else "")
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the loss is {loss:.4f} and its gradient {norm}"
+        raise GptlabError(
+            f"{what} in step {self.step + 1:,}, on the {kind} {where} of {self.dataset.name}; {good}; lower"
+            " optimizer.learning_rate, or look at that text"
+        )
+
+    def _evaluate(self) -> None:
+        settings = self.recipe.train
+        size = self.recipe.batch.micro or max(self.recipe.batch.size // self.group.size, 1)
+        self.validation_loss = stream_loss(
+            self.module,
+            self.validation,
+            batch_size=size,
+            n_tokens=settings.evaluate_tokens,
+            dtype=DTYPES[settings.dtype],
+            group=self.group,
+        )
+
+    def _save(self) -> Path | None:
+        weights, memory = state.model_state(self.model), state.optimizer_state(self.model, self.optimizers)
+        facts = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "validation_loss": self.validation_loss,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "data_sha256": self.dataset.sha256,
+            "made_with": _versions(),
+        }
+        path = None
+        if self.group.first:
+            keep = self.recipe.train.keep_last
+            path = state.write_checkpoint(self.run, self.model, self.dataset.tokenizer, weights, memory, facts, keep)
+        self.group.wait()
+        return path
+
+    def _language_model(self) -> LanguageModel:
+        weights = state.model_state(self.model)
+        model = GPT(self.model.config)
+        model.load_state_dict(weights, strict=not self.model.config.tie_embeddings)
+        model.tie()
+        return LanguageModel(model.eval(), self.dataset.tokenizer)
+
+    def _figures(self, lm: LanguageModel) -> dict[str, Any]:
+        """The figures of a finished run, with the protocol that gave them."""
+        split, seen, loss = self.dataset.validation, self.recipe.train.evaluate_tokens, self.validation_loss
+        n_targets = self.validation.n_targets
+        whole = seen is None or seen >= split.n_tokens
+        rows = "items" if isinstance(self.validation, Items) else f"windows of {self.validation.length} tokens"
+        figures: dict[str, Any] = {
+            "validation_loss": loss,
+            "validation_tokens": n_targets if whole else seen,
+            "protocol": f"non-overlapping {rows}, {self.recipe.train.dtype}",
+        }
+        if whole and split.n_bytes and loss is not None:
+            figures["validation_bits_per_byte"] = loss * n_targets / math.log(2) / split.n_bytes
+        if isinstance(self.batches.rows, Items) and self.group.first:
+            figures |= novelty(lm, self.dataset, NOVELTY_SAMPLES, self.recipe.train.seed)
+        return figures
+
+
+class _Pace:
+    """Tokens a second between two rows, without the time that evaluation and saving take."""
+
+    def __init__(self, step: int) -> None:
+        self.skip(step)
+
+    def skip(self, step: int) -> None:
+        self._at, self._step = time.perf_counter(), step
+
+    def measure(self, loop: _Loop) -> dict[str, Any]:
+        now = time.perf_counter()
+        tokens = (loop.step - self._step) * loop.recipe.batch.size * loop.batches.rows.length
+        rate = tokens / (now - self._at)
+        self._at, self._step = now, loop.step
+        return {"tokens_per_second": rate, "memory_bytes": memory_bytes(loop.group.device)}
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[signal.Signals]]:
+    """Collect SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once."""
+    caught: list[signal.Signals] = []
+
+    def remember(number: int, frame: object) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(signal.Signals(number))
+
+    try:
+        before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: signals stay with whoever owns them
+        yield caught
+        return
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.resources
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError, nearest
@@ -19,47 +20,147 @@ class _Section(BaseModel):
 
 
 class TokenizerSettings(_Section):
-    """Which tokenizer; `vocab_size` counts for ``bpe`` only."""
+    """Which tokenizer, where the data or the base model do not bring one; `vocab_size` counts for ``bpe`` only."""
 
     kind: Literal["gpt2", "bytes", "chars", "bpe"] = "bpe"
     vocab_size: int = Field(4096, ge=257)
 
 
-class TrainSettings(_Section):
-    """The loop. Lengths are in tokens, rates in parameters per step (AdamW, Loshchilov and Hutter 2019)."""
+class DataSettings(_Section):
+    """How a corpus becomes batches.
 
-    steps: int = Field(1000, ge=1)
-    batch_size: int = Field(8, ge=1)
+    Attributes:
+        corpus: what `gptlab train` prepares where it is given neither prepared data nor a corpus.
+        held_out: share of the documents kept for validation; counts where the corpus is not prepared already.
+        items: every line is a document and a row of its own, as in makemore's names.
+        documents: attention stays inside documents where a window holds several.
+    """
+
+    corpus: list[str] = Field(default_factory=lambda: ["stdlib"], min_length=1)
+    held_out: float = Field(0.01, gt=0, lt=0.5)
+    items: bool = False
+    documents: bool = False
+
+
+class BatchSettings(_Section):
+    """The global batch, in windows of the model's context.
+
+    Attributes:
+        size: windows of one step, over all processes.
+        micro: windows at once on one process; None is all of its share. Changes memory, and results by rounding only.
+    """
+
+    size: int = Field(8, ge=1)
+    micro: int | None = Field(None, ge=1)
+
+
+class OptimizerSettings(_Section):
+    """AdamW (Loshchilov and Hutter 2019), or Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for the rest.
+
+    Muon's update is scaled to the size of AdamW's (Liu et al. 2025, *Muon is scalable for LLM training*), so that one
+    learning rate serves both.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(1e-3, gt=0, le=1)
-    final_learning_rate: float = Field(1e-4, ge=0, le=1)
-    warmup_steps: int = Field(100, ge=0)
     weight_decay: float = Field(0.1, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
+    momentum: float = Field(0.95, ge=0, lt=1)
     clip_norm: float = Field(1.0, gt=0)
-    held_out: float = Field(0.01, gt=0, lt=0.5)
-    evaluate_every: int = Field(500, ge=1)
-    evaluate_tokens: int = Field(200_000, ge=2)  # the first one is not predicted
+
+
+class ScheduleSettings(_Section):
+    """The learning rate over the run: a linear warm-up, then ``kind``.
+
+    Attributes:
+        kind: ``cosine`` to the end; ``wsd``, constant with a linear decay at the end (Hu et al. 2024, *MiniCPM*); or
+            ``constant``.
+        warmup_steps: steps of the warm-up.
+        final_share: the rate at the end, as a share of the full one.
+        decay_share: share of the run that ``wsd`` decays in.
+    """
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = Field(100, ge=0)
+    final_share: float = Field(0.1, ge=0, le=1)
+    decay_share: float = Field(0.2, gt=0, le=1)
+
+
+class BudgetSettings(_Section):
+    """How long to train: exactly one of the three."""
+
+    steps: int | None = Field(None, ge=1)
+    tokens: int | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> BudgetSettings:
+        given = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give one of budget.steps, budget.tokens and budget.epochs, got {' and '.join(given) or 'none'}"
+            )
+        return self
+
+
+class TrainSettings(_Section):
+    """The loop.
+
+    Attributes:
+        seed: of the initialisation, the order of the data and dropout.
+        dtype: of the products; weights, gradients and optimizer state are float32 in any case.
+        compile: ``auto`` compiles where the run is long enough to pay for it, and goes on without where it fails.
+        recompute: compute each block again in the backward pass instead of keeping what is inside it.
+        evaluate_every: steps from one look at the validation stream to the next.
+        evaluate_tokens: look at that many tokens of it only, always the first; None is all.
+        save_every: steps from one checkpoint to the next; None is ``evaluate_every``.
+        keep_last: how many of the latest checkpoints stay; the best one stays in any case.
+    """
+
+    seed: int = Field(0, ge=0, lt=2**63)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    compile: bool = False
-    seed: int = Field(0, ge=0)
+    compile: Literal["auto"] | bool = "auto"
+    recompute: bool = False
+    evaluate_every: int = Field(500, ge=1)
+    evaluate_tokens: int | None = Field(None, ge=2)  # the first one is not predicted
+    save_every: int | None = Field(None, ge=1)
+    keep_last: int = Field(2, ge=1)
 
 
 class Recipe(_Section):
-    """A model, a tokenizer and a loop.
+    """Everything that defines a run but the data.
 
     Attributes:
+        base: a trained model to go on from, or None to start from random weights; then `model` and `tokenizer` are its.
         model: fields of `ModelConfig`, and ``preset`` to start from; the tokenizer decides `vocab_size`.
-        tokenizer: which tokenizer, trained where it needs training.
+        tokenizer: which tokenizer.
+        data: how the corpus becomes batches.
+        batch: how large a step is.
+        optimizer: what a step does.
+        schedule: the learning rate over the run.
+        budget: how long the run is.
         train: the loop.
+        parallel: how several processes share the work: ``ddp`` copies the model, ``fsdp`` divides it (FSDP2).
     """
 
+    base: str | None = None
     model: dict[str, Any] = Field(default_factory=dict)
     tokenizer: TokenizerSettings = TokenizerSettings()
+    data: DataSettings = DataSettings()
+    batch: BatchSettings = BatchSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    budget: BudgetSettings = BudgetSettings(steps=1000)
     train: TrainSettings = TrainSettings()
+    parallel: Literal["ddp", "fsdp"] = "ddp"
 
     def model_for(self, vocab_size: int) -> ModelConfig:
-        """Return the model's configuration for a tokenizer of ``vocab_size`` ids."""
+        """Return the model's configuration for a tokenizer of ``vocab_size`` ids.
+
+        Raises:
+            GptlabError: an impossible model, or fields of one beside `base`.
+        """
         fields = dict(self.model)
         if "vocab_size" in fields:
             raise GptlabError(
@@ -68,6 +169,15 @@ class Recipe(_Section):
         preset = str(fields.pop("preset", "tiny"))
         return ModelConfig.preset(preset, **fields, vocab_size=vocab_size)
 
+    def steps(self, context_length: int, n_windows: int) -> int:
+        """Return the steps of the run, for windows of ``context_length`` tokens, ``n_windows`` of them an epoch."""
+        budget = self.budget
+        if budget.steps is not None:
+            return budget.steps
+        if budget.tokens is not None:
+            return max(budget.tokens // (self.batch.size * context_length), 1)
+        return max(int((budget.epochs or 0) * n_windows / self.batch.size), 1)
+
 
 def recipe_names() -> list[str]:
     """The recipes that the package carries."""
@@ -75,13 +185,19 @@ def recipe_names() -> list[str]:
     return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
 
 
-def read_recipe(name_or_path: str, settings: list[str] | None = None, model: Mapping[str, Any] | None = None) -> Recipe:
+def read_recipe(
+    name_or_path: str,
+    settings: list[str] | None = None,
+    model: Mapping[str, Any] | None = None,
+    base: str | None = None,
+) -> Recipe:
     """Read a recipe by name or from a file, with changes on top.
 
     Args:
         name_or_path: a recipe that the package carries, or a TOML file.
         settings: ``section.key=value``.
         model: further fields of `ModelConfig`.
+        base: a trained model to go on from.
 
     Raises:
         GptlabError: an unknown name, section or key (with the nearest right one), or an impossible value.
@@ -102,34 +218,103 @@ def read_recipe(name_or_path: str, settings: list[str] | None = None, model: Map
         raise GptlabError(f"the recipe {name_or_path} is no valid TOML: {error}") from None
     for setting in settings or []:
         _apply(values, setting)
-    values.setdefault("model", {}).update(model or {})
+    if model:
+        values.setdefault("model", {}).update(model)
+    if base is not None:
+        values["base"] = base
+    recipe = make_recipe(values)
+    if recipe.base is None:
+        recipe.model_for(recipe.tokenizer.vocab_size)  # refuse an impossible model now, not after reading the corpus
+    elif recipe.model:
+        fields = ", ".join(f"model.{name}" for name in recipe.model)
+        raise GptlabError(
+            f"the model comes from {recipe.base}, so {fields} cannot be set; leave it out, or train from scratch"
+        )
+    return recipe
+
+
+def make_recipe(values: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of plain values, as TOML and JSON give them.
+
+    Raises:
+        GptlabError: an unknown section or key (with the nearest right one), or an impossible value.
+    """
     try:
-        recipe = Recipe(**values)
+        return Recipe(**values)
     except ValidationError as error:
         raise GptlabError(_explain(error)) from None
-    recipe.model_for(recipe.tokenizer.vocab_size)  # refuse an impossible model now, not after reading the corpus
-    return recipe
+
+
+def change_recipe(recipe: Recipe, settings: list[str]) -> Recipe:
+    """Return the recipe with ``section.key=value`` settings on top.
+
+    Raises:
+        GptlabError: as `read_recipe`.
+    """
+    values = recipe.model_dump(mode="json")
+    for setting in settings:
+        _apply(values, setting)
+    return make_recipe(values)
+
+
+def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Return the settings, by dotted name, that differ between two recipes: (old, new)."""
+    before, after = (_flat(recipe.model_dump(mode="json")) for recipe in (old, new))
+    return {
+        name: (before.get(name), after.get(name))
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _apply(values: dict[str, Any], setting: str) -> None:
     key, equals, text = setting.partition("=")
     section, dot, name = key.strip().partition(".")
-    if not (equals and dot and name):
-        raise GptlabError(f"--set takes section.key=value, for instance train.steps=200, got {setting!r}")
+    single = not dot and section in Recipe.model_fields and not _is_section(section)
+    if not equals or not (name or single):
+        raise GptlabError(f"--set takes section.key=value, for instance budget.steps=200, got {setting!r}")
     try:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    if not isinstance(values.setdefault(section, {}), dict):
+    if single:
+        values[section] = value
+        return
+    target = values.setdefault(section, {})
+    if not isinstance(target, dict):
         raise GptlabError(f"{section!r} is no section of the recipe, so --set {setting} has nowhere to go")
-    values[section][name] = value
+    if section == "budget":  # another kind of budget takes the place of the recipe's
+        target.clear()
+    target[name] = value
+
+
+def _is_section(name: str) -> bool:
+    return name == "model" or hasattr(Recipe.model_fields[name].annotation, "model_fields")
 
 
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        sections: dict[str, type[BaseModel]] = {"tokenizer": TokenizerSettings, "train": TrainSettings}
-        home = sections.get(path[0], Recipe) if len(path) > 1 else Recipe
-        return f"unknown setting {'.'.join(path)!r} in the recipe{nearest(path[-1], home.model_fields)}"
+        home: Any = Recipe if len(path) == 1 else Recipe.model_fields[path[0]].annotation
+        everywhere = {
+            name: f"{section}.{name}"
+            for section, field in Recipe.model_fields.items()
+            for name in getattr(field.annotation, "model_fields", ())
+        }
+        hint = nearest(path[-1], home.model_fields)
+        if not hint and (elsewhere := difflib.get_close_matches(path[-1], everywhere, n=1, cutoff=0.8)):
+            hint = f" (did you mean {everywhere[elsewhere[0]]!r}?)"
+        return f"unknown setting {'.'.join(path)!r} in the recipe{hint}"
+    if first["type"] == "value_error":
+        return first["msg"].removeprefix("Value error, ")
+    # A field that may be one of several types names the type that failed after itself.
+    path = path[: 1 + (path[0] in Recipe.model_fields and _is_section(path[0]))]
     return f"impossible value for {'.'.join(path)} in the recipe: {first['msg'].lower()}, got {first['input']!r}"

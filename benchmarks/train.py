@@ -1,0 +1,211 @@
+"""Time a training step of GPT-2 124M: gptlab beside nanoGPT and transformers, the same shapes and the same optimizer.
+
+    python benchmarks/train.py --nanogpt path/to/nanoGPT --out docs/results/train.json
+
+Every program runs in a process of its own, so that its peak memory is its own; they take turns, one step at a time, and
+the figures are medians. A step is forward, backward, clipping and AdamW on one batch of random tokens. Without
+``--nanogpt`` that row is left out; "whole logits" is gptlab's own model with nanoGPT's way of computing the loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+SHAPES = ((4, 256), (1, 1024))
+DTYPES = ("float32", "bfloat16")
+PROGRAMS = (
+    "gptlab",
+    "gptlab compiled",
+    "gptlab recompute",
+    "whole logits",
+    "nanoGPT",
+    "nanoGPT compiled",
+    "transformers",
+    "transformers compiled",
+)
+ROUNDS = 5
+
+
+def adamw(torch: Any, model: Any) -> Any:
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=True)
+
+
+def make_step(program: str, batch: int, length: int, dtype: str, nanogpt: str | None) -> Callable[[], None]:
+    """Return one whole training step of a program, with random weights."""
+    import torch
+    from torch.nn import functional as F
+
+    torch.manual_seed(0)
+    name, _, mode = program.partition(" ")
+    low = getattr(torch, dtype)
+    tokens = torch.randint(50257, (batch, length + 1))
+    ids, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def autocast() -> Any:
+        return torch.autocast("cpu", dtype=low) if low != torch.float32 else contextlib.nullcontext()
+
+    if name == "gptlab":
+        import gptlab
+        from gptlab.training.data import Batch
+        from gptlab.training.optimizer import make_optimizers
+        from gptlab.training.parallel import Group
+        from gptlab.training.recipe import OptimizerSettings
+        from gptlab.training.step import compile_blocks, gradients, recompute_blocks
+
+        model = gptlab.GPT(gptlab.ModelConfig.preset("gpt2"))
+        rows = Batch(ids, targets, None, torch.zeros(batch))
+        if mode == "compiled":
+            compile_blocks(model, rows, low, True, print)
+        if mode == "recompute":
+            recompute_blocks(model)
+        optimizers = make_optimizers(model, OptimizerSettings(learning_rate=6e-4))
+        group = Group(0, 1, torch.device("cpu"))
+        backward = lambda: gradients(model, rows, None, low, group)  # noqa: E731
+    else:
+        if name == "whole":
+            import gptlab
+
+            model = gptlab.GPT(gptlab.ModelConfig.preset("gpt2"))
+            forward: Callable[[], Any] = lambda: F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())  # noqa: E731
+        elif name == "nanoGPT":
+            sys.path.insert(0, str(nanogpt))
+            from model import GPT, GPTConfig
+
+            model = GPT(GPTConfig(block_size=1024, vocab_size=50257, bias=True))
+            called = torch.compile(model) if mode else model
+            forward = lambda: called(ids, targets)[1]  # noqa: E731
+        else:
+            import transformers
+
+            settings = transformers.GPT2Config(
+                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None, use_cache=False
+            )
+            model = transformers.GPT2LMHeadModel(settings)
+            called = torch.compile(model) if mode else model
+
+            def forward() -> Any:
+                return F.cross_entropy(called(ids).logits.float().flatten(0, 1), targets.flatten())
+
+        optimizers = [adamw(torch, model)]
+
+        def backward() -> None:
+            with autocast():
+                loss = forward()
+            loss.backward()
+
+    model.train()
+
+    def step() -> None:
+        backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def serve(pipe: Connection, arguments: tuple[Any, ...]) -> None:
+    """Take a step whenever asked, and answer with its seconds and the peak memory so far in bytes."""
+    try:
+        step = make_step(*arguments)
+        for _ in range(2):  # the optimizer's state is made in the first
+            step()
+        pipe.send(None)
+        while pipe.recv():
+            started = time.perf_counter()
+            step()
+            seconds = time.perf_counter() - started
+            pipe.send((seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+
+
+def compare(programs: list[str], batch: int, length: int, dtype: str, nanogpt: str | None) -> list[dict[str, Any]]:
+    context = multiprocessing.get_context("spawn")
+    workers: dict[str, tuple[Any, Connection]] = {}
+    for program in programs:  # one after the other: starting is work, too
+        here, there = context.Pipe()
+        worker = context.Process(target=serve, args=(there, (program, batch, length, dtype, nanogpt)), daemon=True)
+        worker.start()
+        if (problem := here.recv()) is not None:
+            print(f"{program} does not run: {problem}", file=sys.stderr)
+            worker.kill()
+            continue
+        workers[program] = (worker, here)
+    seconds: dict[str, list[float]] = {program: [] for program in workers}
+    memory: dict[str, int] = {}
+    for _ in range(ROUNDS):
+        for program, (_, pipe) in workers.items():
+            pipe.send(True)
+            taken, memory[program] = pipe.recv()
+            seconds[program].append(taken)
+    for worker, pipe in workers.values():
+        pipe.send(False)
+        worker.join()
+    # Weights, gradients and AdamW's two moments in float32: what no program can do without.
+    state = 124_439_808 * 16
+    return [
+        {
+            "program": program,
+            "batch": batch,
+            "length": length,
+            "dtype": dtype,
+            "tokens_per_second": batch * length / statistics.median(taken),
+            "peak_gigabytes": memory[program] / 1e9,
+            "above_state_gigabytes": (memory[program] - state) / 1e9,
+        }
+        for program, taken in seconds.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--nanogpt", help="a clone of karpathy/nanoGPT")
+    parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS)
+    parser.add_argument("--shapes", nargs="+", type=int, default=[0, 1], help="0 is 4 x 256, 1 is 1 x 1024")
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    programs = [p for p in arguments.programs if arguments.nanogpt or not p.startswith("nanoGPT")]
+    rows = []
+    for shape in arguments.shapes:
+        for dtype in arguments.dtypes:
+            found = compare(programs, *SHAPES[shape], dtype, arguments.nanogpt)
+            rows += found
+            for row in found:
+                print(json.dumps(row), flush=True)
+    import torch
+    import transformers
+
+    result = {
+        "work": "one training step of GPT-2 124M on random tokens: forward, backward, clipping, AdamW",
+        "rounds": ROUNDS,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "rows": rows,
+    }
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""One training step, and the loss over a whole stream: the arithmetic of a run, without its files."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
+
+from gptlab.errors import GptlabError
+from gptlab.model.gpt import GPT
+from gptlab.model.linear import Linear
+from gptlab.training.data import Batch, Items, Windows
+from gptlab.training.loss import IGNORED, cross_entropy
+from gptlab.training.parallel import Group, synchronised
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def summed_loss(module: nn.Module, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """Return the summed cross-entropy in nats of a batch, products in ``dtype``, everything else in float32."""
+    device = batch.ids.device.type
+
+    def head(hidden: Tensor, lm_head: Linear) -> Tensor:
+        return cross_entropy(hidden, lm_head.weight, batch.targets)
+
+    with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+        loss: Tensor = module(batch.ids, documents=batch.documents, head=head)
+    return loss
+
+
+def gradients(module: nn.Module, batch: Batch, micro: int | None, dtype: torch.dtype, group: Group) -> Tensor:
+    """Compute the gradients of a global batch's mean loss; return that loss in nats a token.
+
+    Every process takes its rows, ``micro`` at a time. The mean is over all tokens of the batch, whatever row or process
+    they are on, so neither number changes the result by more than rounding.
+    """
+    rows = group.share(len(batch.ids))
+    mine, n_targets = batch.rows(rows).to(group.device), batch.n_targets
+    largest = -(-len(batch.ids) // group.size)
+    micro = micro or largest
+    passes = range(0, largest, micro)
+    total = torch.zeros((), device=group.device)
+    for first in passes:
+        part = mine.rows(slice(first, first + micro))
+        if not len(part.ids):  # another process has a row more; divided parameters are put together by all or none
+            part = mine.rows(slice(0, 1))
+            part = replace(part, targets=torch.full_like(part.targets, IGNORED))
+        with synchronised(module, first == passes[-1]):
+            loss = summed_loss(module, part, dtype)
+            # Engines average over processes; the sum is divided by the tokens of all of them.
+            (loss * (group.size / n_targets)).backward()
+        total += loss.detach()
+    return group.sum(total) / n_targets
+
+
+@torch.no_grad()
+def stream_loss(
+    module: nn.Module,
+    rows: Windows | Items,
+    *,
+    batch_size: int = 8,
+    n_tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    group: Group | None = None,
+) -> float:
+    """Return the mean cross-entropy in nats of a whole stream, in windows that do not overlap.
+
+    The first tokens of each window have little context: a figure to compare runs by, not a model's best.
+
+    Args:
+        module: the model, or what `spread` made of it; it is left in evaluation mode.
+        rows: the validation split.
+        batch_size: windows at once.
+        n_tokens: only that many tokens, from the beginning.
+        dtype: of the products.
+        group: processes that share the work.
+    """
+    group = group or Group(0, 1, next(module.parameters()).device)
+    module.eval()
+    sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
+    for i, batch in enumerate(rows.in_order(batch_size, n_tokens)):
+        if i % group.size == group.rank:
+            sums[0] += summed_loss(module, batch.to(group.device), dtype).item()
+            sums[1] += batch.n_targets
+        elif isinstance(module, FSDPModule):  # divided parameters are put together by all processes or none
+            summed_loss(module, batch.rows(slice(0, 1)).to(group.device), dtype)
+    if isinstance(module, FSDPModule):  # only a backward pass divides them again by itself
+        module.reshard()
+    sums = group.sum(sums.to(torch.float32 if group.device.type == "mps" else torch.float64).to(group.device))
+    return float(sums[0] / sums[1])
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed what dropout draws from: a function of the step, so that a resumed run draws the same."""
+    digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def recompute_blocks(model: GPT) -> None:
+    """Let each block keep its input alone and compute the rest again in the backward pass (Chen et al. 2016)."""
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def compile_blocks(model: GPT, batch: Batch, dtype: torch.dtype, must: bool, say: Callable[[str], None]) -> bool:
+    """Compile the blocks of a model with ``torch.compile`` and try them; say so in words where that fails.
+
+    All blocks of one shape share one compiled function.
+
+    Args:
+        model: on the device where it will train.
+        batch: of the size that it will train with, on the same device.
+        dtype: of the products.
+        must: raise where compiling fails, instead of going on without.
+        say: told in a sentence when the run goes on without.
+
+    Returns:
+        Whether the blocks are compiled now.
+    """
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
+    eager = [block.forward for block in model.blocks]
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+    model.train()
+    try:
+        with _quiet():
+            summed_loss(model, batch, dtype).backward()
+    except Exception as error:  # the compiler's own errors have no common type
+        for block, forward in zip(model.blocks, eager, strict=True):
+            block.forward = forward  # type: ignore[method-assign]
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if must:
+            raise GptlabError(
+                f"torch.compile does not work here ({reason}); set train.compile=false, or install a C++ compiler"
+            ) from None
+        say(f"torch.compile does not work here ({reason}); going on without, which is slower")
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+    return True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    import logging
+
+    log = logging.getLogger("torch._inductor")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def worth_compiling(flops: float, device: torch.device) -> bool:
+    """Is a run of so many floating-point operations long enough that compiling (half a minute or so) pays?"""
+    return device.type == "cuda" or flops > 3e13
