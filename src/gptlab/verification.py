@@ -6,13 +6,14 @@ slower and more obvious way to compute it, and says what it found.
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import json
 import math
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from gptlab import language_model
 from gptlab.checkpoints import hub
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
+from gptlab.evaluation.protocol import Protocol
+from gptlab.evaluation.tasks import TASKS, evaluate
 from gptlab.generation.engine import pad_left
 from gptlab.generation.sampling import Sampling, draw, probabilities
 from gptlab.language_model import LanguageModel
@@ -60,20 +63,24 @@ class Result:
 Check = Callable[[], Result]
 
 
-def checks(model: str | None = None, path: Path | None = None) -> Iterator[Check]:
+def checks(
+    model: str | None = None, path: Path | None = None, scores: bool = False, data: Mapping[str, Path] | None = None
+) -> Iterator[Check]:
     """Yield the checks that need nothing but the package, or those of original weights.
 
     Args:
         model: None, or one of the four original models.
         path: where its weights are; None looks for them as `load` does.
+        scores: of the 124M also the scores that others published, each by its protocol: hours on a CPU.
+        data: files for those by name of data set; others are looked for as `gptlab evaluate` does.
 
     Raises:
         GptlabError: not one of the four, or its weights cannot be had.
     """
     if model is None:
-        if path is not None:
+        if path is not None or scores:
             raise GptlabError(
-                "--path says where original weights are; name the model too: gptlab verify gpt2 --path DIR"
+                "--path and --scores are about original weights; name the model too: gptlab verify gpt2 --path DIR"
             )
         yield from map(_timed, OFFLINE)
         return
@@ -87,6 +94,32 @@ def checks(model: str | None = None, path: Path | None = None) -> Iterator[Check
         yield _timed(lambda: original_greedy(lm))
     yield _timed(lambda: original_prediction(lm))
     yield _timed(lambda: original_loss(lm))
+    if scores:
+        if model != "gpt2":
+            raise GptlabError(f"the published scores are those of gpt2 (124M), not of {model}; leave --scores out")
+        for protocol in TASKS.values():
+            if protocol.original:
+                yield _timed(functools.partial(published_scores, lm, protocol, data))
+
+
+SCORE_BOUNDS = {"accuracy": 0.005, "perplexity": 0.01}
+"""How far a score may be from the published one: accuracies absolutely, perplexities relatively."""
+
+
+def published_scores(lm: LanguageModel, protocol: Protocol, data: Mapping[str, Path] | None) -> Outcome:
+    """Measure the original 124M by a protocol and compare with what others obtained under the same."""
+    expected = "; ".join(f"{name} {value:g}" for name, value in protocol.original.items())
+    try:
+        found = evaluate(lm.model, lm.needs_tokenizer(), protocol.name, data=data).metrics
+    except GptlabError as error:
+        return protocol.name, f"not measured: {error}", expected, False
+    close = all(
+        abs(found[name] - value) <= SCORE_BOUNDS["perplexity"] * value
+        if "perplexity" in name
+        else abs(found[name] - value) <= SCORE_BOUNDS["accuracy"]
+        for name, value in protocol.original.items()
+    )
+    return protocol.name, "; ".join(f"{name} {found[name]:.4g}" for name in protocol.original), expected, close
 
 
 def line(result: Result) -> str:

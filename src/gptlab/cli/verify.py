@@ -13,18 +13,23 @@ import typer
 def verify(
     model: Annotated[str | None, typer.Argument(help="gpt2: check the original weights as well.")] = None,
     path: Annotated[Path | None, typer.Option(help="Where those weights are; else the hub.")] = None,
+    scores: Annotated[
+        bool, typer.Option("--scores", help="Of gpt2 also the published scores, each by its protocol: hours on a CPU.")
+    ] = False,
+    data: Annotated[list[str] | None, typer.Option(help="name=FILE, as in lambada=lambada_test.jsonl.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Let the program prove itself: a table of what was checked, PASS or FAIL."""
     from gptlab import verification
     from gptlab.errors import GptlabError
+    from gptlab.evaluation.data import parse_paths
 
     if model is not None and path is not None:
         if not path.is_dir():
             raise GptlabError(f"no directory {path}; check --path")
         path = path.absolute()  # a directory, even one that has the name of a model
     results = []
-    for check in verification.checks(model, path):
+    for check in verification.checks(model, path, scores, parse_paths(data or [])):
         result = check()
         results.append(result)
         if not as_json:

@@ -1,0 +1,1 @@
+"""EleutherAI's lm-evaluation-harness on gptlab's models: ``python -m gptlab.harness --model gptlab ...``."""
