@@ -49,7 +49,7 @@ bench-attention: setup
 # Measure again what the docs quote, on this machine.
 results: setup
 	$(BIN)/gptlab verify --json > docs/results/verification.json
-	$(BIN)/gptlab generate "The city of" --seed 1 --json > docs/results/generate.json
+	$(BIN)/gptlab generate --model pocket-rope-gqa-swa "The city of" --seed 1 --json > docs/results/generate.json
 
 # Write the tables and figures of the docs from the result files.
 docs: setup

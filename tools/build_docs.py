@@ -40,31 +40,50 @@ def generated() -> str:
     values = results("generate")
     text = values["prompt"] + values["continuations"][0]["text"]
     wrapped = "\n".join(textwrap.fill(line, 110) for line in text.splitlines())
-    card = pocket_card()
+    card = card_of(values["model"])
     return (
-        f'```\n$ gptlab generate "{values["prompt"]}" --seed {values["seed"]}\n{wrapped}\n```\n\n'
-        f"That is the built-in model: {card['parameters'] / 1e6:.1f} million parameters, trained on"
-        f" {card['tokens_trained'] / 1e6:.1f} million tokens of Wikipedia in {card['seconds'] / 60:.0f} minutes on two"
-        " processor cores. It has learned\nthe sound of an encyclopaedia, not its facts."
+        f'```\n$ gptlab generate --model {values["model"]} "{values["prompt"]}" --seed {values["seed"]}\n'
+        f"{wrapped}\n```\n\n"
+        f"That is a built-in model: {card['parameters'] / 1e6:.1f} million parameters, trained on"
+        f" {card['tokens_trained'] / 1e6:.1f} million tokens of Wikipedia on two processor cores. It has learned\nthe"
+        " sound of an encyclopaedia, not its facts."
     )
 
 
-def pocket_card() -> dict:
-    return json.loads((ROOT / "src/gptlab/assets/pocket/card.json").read_text(encoding="utf-8"))
+def card_of(name: str) -> dict:
+    return json.loads((ROOT / f"src/gptlab/assets/{name}/card.json").read_text(encoding="utf-8"))
 
 
-def pocket() -> str:
-    card = pocket_card()
-    epochs = card["tokens_trained"] / card["training_tokens_available"]
+def cards() -> dict[str, dict]:
+    names = sorted((path.parent.name for path in ROOT.glob("src/gptlab/assets/*/card.json")), key=len)
+    return {name: card_of(name) for name in names}
+
+
+def card(name: str) -> str:
+    values = card_of(name)
+    epochs = values["tokens_trained"] / values["training_tokens"]
     rows = {
-        "parameters": f"{card['parameters']:,}",
-        "tokens trained": f"{card['tokens_trained']:,} ({epochs:.2f} epochs)",
-        "held out": f"{card['held_out_documents']} articles, {card['held_out_bytes']:,} bytes",
-        "bits per byte, held out": f"{card['held_out_bits_per_byte']:.4f}",
-        "nats per token, held out": f"{card['held_out_nats_per_token']:.4f} ({card['protocol']})",
-        "file": f"{card['file_bytes'] / 1e6:.2f} MB, bfloat16",
+        "parameters": f"{values['parameters']:,}",
+        "tokens trained": f"{values['tokens_trained']:,} ({epochs:.2f} epochs)",
+        "validation split": f"{values['validation_documents']} articles, {values['validation_bytes']:,} bytes",
+        "bits per byte": f"{values['bits_per_byte']:.4f}",
+        "nats per token": f"{values['nats_per_token']:.4f} ({values['protocol']})",
+        "file": f"{values['file_bytes'] / 1e6:.2f} MB, bfloat16",
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
+
+
+def built_ins() -> str:
+    rows = ["| model | parameters | nats a token | bits a byte |", "|---|---:|---:|---:|"]
+    for name, values in cards().items():
+        figures = f"{values['parameters']:,} | {values['nats_per_token']:.3f} | {values['bits_per_byte']:.4f}"
+        rows.append(f"| [`{name}`](src/gptlab/assets/{name}/README.md) | {figures} |")
+    values = card_of("pocket")
+    rows.append(
+        f"\nThe same {values['tokens_trained'] / 1e6:.1f} million tokens of Wikipedia, the same order and start, one"
+        f" seed; validation split of {values['validation_documents']} articles, {values['protocol']}."
+    )
+    return "\n".join(rows)
 
 
 def attention() -> str:
@@ -109,7 +128,7 @@ def decode_attention() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "verification": verification,
     "generated": generated,
-    "pocket": pocket,
+    "built-ins": built_ins,
     "attention": attention,
     "decode_attention": decode_attention,
 }
@@ -143,7 +162,10 @@ def current(path: Path) -> str:
         return f"[`{name}`]({target}#L{lines[name]})"
 
     text = path.read_text(encoding="utf-8")
-    for name, make in BLOCKS.items():
+    made = dict(BLOCKS)
+    if path.parent.parent.name == "assets":
+        made["card"] = lambda: card(path.parent.name)
+    for name, make in made.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
         if begin in text:
             head, rest = text.split(begin, 1)
