@@ -8,21 +8,26 @@ import warnings
 
 import typer
 
+from gptlab.cli.evaluate import evaluate
 from gptlab.cli.generate import generate
 from gptlab.cli.inspect import inspect
+from gptlab.cli.plot import plot
+from gptlab.cli.prepare import prepare
+from gptlab.cli.report import report
+from gptlab.cli.study import study
 from gptlab.cli.train import train
 from gptlab.cli.verify import verify
 from gptlab.errors import GptlabError
 
 app = typer.Typer(
     name="gptlab",
-    help="GPT-2 from scratch in PyTorch: generate, inspect, verify, train.",
+    help="GPT-2 from scratch in PyTorch: generate, inspect, verify, prepare, train, evaluate, plot, study, report.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (generate, inspect, verify, train):
+for command in (generate, inspect, evaluate, verify, prepare, train, plot, study, report):
     app.command()(command)
 
 
@@ -39,7 +44,7 @@ def version(show: bool = False) -> None:
 def options(
     version: bool = typer.Option(False, "--version", callback=version, is_eager=True, help="Print the version."),
 ) -> None:
-    """GPT-2 from scratch in PyTorch: generate, inspect, verify, train."""
+    """GPT-2 from scratch in PyTorch: generate, inspect, verify, prepare, train, evaluate, plot, study, report."""
 
 
 def _one_line(

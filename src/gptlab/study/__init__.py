@@ -1,0 +1,1 @@
+"""The comparison: variants of one model under the same conditions, measured, and written up."""

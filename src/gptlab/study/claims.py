@@ -1,0 +1,242 @@
+"""Claims of papers that a study can look at: what they say, what was obtained here, and whether it holds.
+
+A claim holds when the 95% intervals of all differences that it is about are on its side of zero, and does not when one
+is on the other side. In every other case the study cannot tell: more seeds or longer training might.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gptlab.study.results import Claim, Interval, Results, Timings
+from gptlab.study.statistics import Scored, contrast, seeds_interval
+
+Verdict = tuple[str, bool | None, str]
+"""What was obtained, whether the claim holds, and a note."""
+
+SMOOTHED = 10
+"""Points of a loss curve that are averaged before it is said to have reached a loss."""
+TIE = 1.15
+"""Ratios of times nearer to 1 than this are noise on a shared machine."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A claim and how to look at it.
+
+    Attributes:
+        paper: who says it.
+        claim: what they say.
+        variants: names of the variants that it is about.
+        judge: from results and scores, for claims about quality.
+        clock: from results and timings, for claims about speed.
+    """
+
+    paper: str
+    claim: str
+    variants: tuple[str, ...]
+    judge: Callable[[Results, Scored], Verdict] | None = None
+    clock: Callable[[Timings], Verdict] | None = None
+
+
+def claims_of_results(names: list[str], results: Results, scored: Scored) -> list[Claim]:
+    """Return the verdicts on those of the claims that are about quality."""
+    rules = [CLAIMS[name] for name in names]
+    return [_claim(rule, results, functools.partial(rule.judge, results, scored)) for rule in rules if rule.judge]
+
+
+def claims_of_timings(names: list[str], results: Results, timings: Timings) -> list[Claim]:
+    """Return the verdicts on those of the claims that a clock decides."""
+    rules = [CLAIMS[name] for name in names]
+    return [_claim(rule, results, functools.partial(rule.clock, timings)) for rule in rules if rule.clock]
+
+
+def _claim(rule: Rule, results: Results, verdict: Callable[[], Verdict]) -> Claim:
+    absent = [name for name in rule.variants if name not in results["variants"]]
+    ours, holds, note = verdict() if not absent else ("not obtained", None, f"{', '.join(absent)} was not trained")
+    return Claim(paper=rule.paper, claim=rule.claim, ours=ours, holds=holds, note=note)
+
+
+def _rope_falls_faster(results: Results, scored: Scored) -> Verdict:
+    curves = {name: _curves(results, name) for name in ("base", "rope")}
+    common = sorted(curves["base"].keys() & curves["rope"].keys())
+    if not common:
+        return "not obtained", None, "no seed was trained to the end in both"
+    gaps, earlier = [], []
+    for seed in common:
+        base, rope = curves["base"][seed], curves["rope"][seed]
+        gaps.append(math.fsum(r[1] - b[1] for r, b in zip(rope, base, strict=True)) / len(base))
+        reached = _reached(rope, _mean(base[-SMOOTHED:]))
+        if reached is not None:
+            earlier.append(reached / base[-1][0])
+    interval = seeds_interval(gaps)
+    ours = f"training loss over the whole run {_said(interval)} with RoPE"
+    if len(earlier) == len(common):
+        ours += f"; it reached the last loss of learned positions after {_mean_of(earlier):.0%} of the tokens"
+    return ours, _below(interval), _over(interval)
+
+
+def _grouped_between(results: Results, scored: Scored) -> Verdict:
+    near = contrast({"gqa": 1, "base": -1}, scored)
+    far = contrast({"mqa": 1, "gqa": -1}, scored)
+    if near is None or far is None:
+        return "not obtained", None, "no seed was trained to the end in all"
+    ours = f"grouped minus multi-head {_said(near)}; multi-query minus grouped {_said(far)}"
+    order = _all(_above(near), _above(far))
+    if order is None and near["mean"] < far["mean"]:
+        return ours, None, f"the order or the gaps are within the noise; {_over(near)}"
+    return ours, order and near["mean"] < far["mean"], _over(near)
+
+
+def _windows_grow(results: Results, scored: Scored) -> Verdict:
+    fixed = contrast({"swa": 1, "swa-increasing": -1}, scored)
+    falling = contrast({"swa-decreasing": 1, "swa": -1}, scored)
+    if fixed is None or falling is None:
+        return "not obtained", None, "no seed was trained to the end in all"
+    ours = f"fixed minus increasing {_said(fixed)}; decreasing minus fixed {_said(falling)}"
+    return ours, _all(_above(fixed), _above(falling)), f"equal mean window; {_over(fixed)}"
+
+
+def _windows_linear(timings: Timings) -> Verdict:
+    growth = {name: _growth(timings, name) for name in ("base", "swa")}
+    if growth["base"] is None or growth["swa"] is None:
+        return "not obtained", None, "fewer than two lengths were timed"
+    (first, last, full), (_, _, windowed) = growth["base"], growth["swa"]
+    span = f"from {first:,} to {last:,} tokens"
+    ours = f"{span} the time of reading grows as T^{windowed:.2f} with windows, T^{full:.2f} without"
+    note = (
+        "forward passes with everything around attention, which is linear in any case; PyTorch's fused attention keeps"
+        " memory linear without windows too, and windows keep the cache constant"
+    )
+    return ours, windowed < TIE and full > windowed + 0.2, note
+
+
+def _grouped_time(timings: Timings) -> Verdict:
+    points = [
+        {(row["context"], row["batch"]): row["milliseconds"] for row in timings["variants"][name]["decode"]}
+        for name in ("base", "gqa", "mqa")
+    ]
+    common = set.intersection(*(set(found) for found in points))
+    if not common:
+        return "not obtained", None, "no point was timed"
+    context, batch = point = max(common, key=lambda p: (p[0] * p[1], p[0]))
+    full, grouped, single = (found[point] for found in points)
+    ours = (
+        f"{full:.1f} ms multi-head, {grouped:.1f} grouped, {single:.1f} multi-query for a token in each of {batch}"
+        f" sequences with {context:,} tokens in the cache"
+    )
+    if full < TIE * single:
+        return ours, None, "the times are too near to each other to tell"
+    return ours, grouped - single < full - grouped, "one decoding step, median of alternating rounds"
+
+
+def _rope_cost(timings: Timings) -> Verdict:
+    rates = [timings["variants"][name]["training_tokens_per_second"] for name in ("base", "rope")]
+    if not rates[0] or not rates[1]:
+        return "not obtained", None, "training was not timed"
+    ratio = rates[0] / rates[1]
+    note = f"differences under {TIE - 1:.0%} are within the noise of a shared machine"
+    return f"a step takes {ratio - 1:+.1%} of the time", None if 1.03 < ratio < TIE else ratio <= 1.03, note
+
+
+CLAIMS = {
+    "rope-falls-faster": Rule(
+        "RoFormer (Su et al. 2021)",
+        "with rotary positions the training loss falls faster than with learned ones",
+        ("base", "rope"),
+        judge=_rope_falls_faster,
+    ),
+    "rope-cost": Rule(
+        "Rotary embeddings (EleutherAI 2021)",
+        "rotary positions cost 1 to 3% of the time of a step",
+        ("base", "rope"),
+        clock=_rope_cost,
+    ),
+    "gqa-between": Rule(
+        "GQA (Ainslie et al. 2023)",
+        "quality lies between multi-head and multi-query attention, closer to multi-head",
+        ("base", "gqa", "mqa"),
+        judge=_grouped_between,
+    ),
+    "gqa-time": Rule(
+        "GQA (Ainslie et al. 2023)",
+        "the time of inference is closer to multi-query than to multi-head attention",
+        ("base", "gqa", "mqa"),
+        clock=_grouped_time,
+    ),
+    "windows-linear": Rule(
+        "Longformer (Beltagy et al. 2020)",
+        "time and memory are linear in the length, where full attention is quadratic",
+        ("base", "swa"),
+        clock=_windows_linear,
+    ),
+    "windows-grow": Rule(
+        "Longformer (Beltagy et al. 2020)",
+        "windows that grow from layer to layer are better than fixed ones, and these than shrinking ones",
+        ("swa", "swa-increasing", "swa-decreasing"),
+        judge=_windows_grow,
+    ),
+}
+"""Claims by the names that study files use."""
+
+
+def _curves(results: Results, name: str) -> dict[int, list[list[float]]]:
+    runs = results["variants"][name]["runs"]
+    return {run["seed"]: run["curve"] for run in runs if run["status"] == "done"}
+
+
+def _reached(curve: list[list[float]], loss: float) -> float | None:
+    """Return the tokens after which the smoothed curve is at ``loss``, or None."""
+    for end in range(SMOOTHED, len(curve) + 1):
+        if _mean(curve[end - SMOOTHED : end]) <= loss:
+            return curve[end - 1][0]
+    return None
+
+
+def _mean(points: list[list[float]]) -> float:
+    return _mean_of([point[1] for point in points])
+
+
+def _mean_of(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _growth(timings: Timings, name: str) -> tuple[int, int, float] | None:
+    """Return the exponent with which the time of reading grows over the upper half of the lengths."""
+    rows = sorted(
+        (row["context"], row["context"] / row["tokens_per_second"]) for row in timings["variants"][name]["prefill"]
+    )
+    rows = rows[len(rows) // 2 - 1 :] if len(rows) > 3 else rows
+    if len(rows) < 2:
+        return None
+    (first, short), (last, long) = rows[0], rows[-1]
+    return first, last, math.log(long / short) / math.log(last / first)
+
+
+def _below(interval: Mapping[str, Any]) -> bool | None:
+    """Is the difference below zero, beyond its interval?"""
+    if interval["low"] is None:
+        return None
+    return True if interval["high"] < 0 else False if interval["low"] > 0 else None
+
+
+def _above(interval: Mapping[str, Any]) -> bool | None:
+    below = _below(interval)
+    return None if below is None else not below
+
+
+def _all(*found: bool | None) -> bool | None:
+    return False if False in found else None if None in found else True
+
+
+def _said(interval: Interval) -> str:
+    ends = "" if interval["low"] is None else f" [{interval['low']:+.4f}, {interval['high']:+.4f}]"
+    return f"{interval['mean']:+.4f}{ends} {interval['unit']}"
+
+
+def _over(interval: Interval) -> str:
+    return f"95% interval {interval['method']}, n = {interval['n']}" if interval["low"] is not None else "a single seed"

@@ -1,0 +1,291 @@
+"""What is asked of every model of a study: the same text, the same strings, the same prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from gptlab.checkpoints.files import write_files
+from gptlab.errors import GptlabError
+from gptlab.evaluation.heads import diagnose
+from gptlab.evaluation.positions import loss_by_position
+from gptlab.evaluation.probes import copy_at_distance, induction
+from gptlab.evaluation.scoring import Result, Score
+from gptlab.evaluation.tasks import evaluate as run_task
+from gptlab.evaluation.tasks import identity
+from gptlab.language_model import LanguageModel
+from gptlab.study import stages
+from gptlab.study.files import EvaluationSettings
+from gptlab.study.results import AttentionMap, ByPosition, Copy, Heads, Induction, LayerHeads
+from gptlab.text.documents import open_documents, sha256_of_documents
+from gptlab.text.shards import Dataset, Split
+from gptlab.text.tokenizers import END_OF_TEXT, Tokenizer
+
+HELD_OUT = "held_out.txt"
+STRING = 16
+"""Tokens of a string that is to be copied."""
+TEMPERATURE, TOP_K, SAMPLE_SEED = 0.8, 50, 0
+HEAD_TOKENS = 256
+MAP_TOKENS = 320
+"""At most so many tokens of an attention map."""
+
+
+class Questions:
+    """The text of a study and what else is asked, prepared once for all its models.
+
+    Args:
+        text: the held-out text, a file of documents.
+        name: what to call it.
+        settings: of the study.
+        length: tokens that all models of the study can read, the least trained length.
+        cache: the directory of results.
+    """
+
+    def __init__(self, text: Path, name: str, settings: EvaluationSettings, length: int, cache: Path) -> None:
+        self.text, self.name, self.settings, self.length, self.cache = text, name, settings, length, cache
+        self.documents = tuple(open_documents([str(text)]))
+        self.sha256 = sha256_of_documents(self.documents)
+
+    @property
+    def protocol(self) -> str:
+        """How the held-out text is scored, in words."""
+        return (
+            f"every token, each document from <|endoftext|>, windows of {self.length} tokens without overlap, float32"
+        )
+
+    def score(self, lm: LanguageModel, model: str) -> Result:
+        """Return the model's score on the text; ``model`` is its `model_key`."""
+
+        def compute() -> dict[str, Any]:
+            task = f"text:{self.text}"
+            result = run_task(lm.model, lm.needs_tokenizer(), task, context=self.length)
+            return result.to_dict() | {"protocol": "text", "seconds": 0.0}
+
+        return _result(self._cached("quality", lm, model, compute, length=self.length, text=self.sha256))
+
+    def by_position(self, lm: LanguageModel, model: str) -> ByPosition | None:
+        """Return the loss by position, to several times the trained length; None where the text is too short.
+
+        Up to the trained length all models read the same pieces; what lies beyond is measured on longer ones.
+        """
+        trained, settings = lm.config.context_length, self.settings
+
+        def compute() -> dict[str, Any]:
+            stream = self._stream(lm.needs_tokenizer())[: settings.pieces * settings.positions * trained + 1]
+            if len(stream) <= trained:
+                return {}
+            rows = loss_by_position(lm.model, [stream], length=trained)
+            how = f"{(len(stream) - 1) // trained} texts of {trained} tokens"
+            length = trained if lm.config.position == "learned" else settings.positions * trained
+            while length >= len(stream):
+                length //= 2
+            if length > trained:
+                rows += [row for row in loss_by_position(lm.model, [stream], length=length) if row.first > trained]
+                how += f"; beyond, {(len(stream) - 1) // length} of {length} tokens"
+            return {
+                "protocol": f"{how}, cut from the documents one after the other, float32",
+                "buckets": [[row.first, row.last] for row in rows],
+                "nats": [row.nats for row in rows],
+                "trained_length": trained,
+            }
+
+        what = {"positions": settings.positions, "pieces": settings.pieces, "text": self.sha256}
+        return cast(ByPosition, self._cached("by_position", lm, model, compute, **what)) or None
+
+    def copying(self, lm: LanguageModel, model: str) -> list[Copy]:
+        """Return how well random strings are reproduced, by distance."""
+        distances = self.settings.distances
+        if distances is None:
+            distances = [STRING << i for i in range(32) if (STRING << i) + STRING <= self.length]
+        n, words = self.settings.strings, _words(lm)
+        length = min(STRING, (len(words) - 1) // 2)  # two strings and something between them, of different tokens
+        if length < 2:
+            return []
+
+        def compute() -> dict[str, Any]:
+            found = copy_at_distance(lm.model, distances, n=n, length=length, vocabulary=words)
+            names = ("distance", "accuracy", "logprob", "accuracy_without", "logprob_without")
+            rows = [dict(zip(Copy.__annotations__, (getattr(c, n) for n in names), strict=True)) for c in found]
+            return {"rows": rows}
+
+        what = {"distances": distances, "n": n, "length": length}
+        return cast(list[Copy], self._cached("copy", lm, model, compute, **what)["rows"])
+
+    def induction(self, lm: LanguageModel, model: str) -> Induction:
+        """Return the losses over random sequences that come twice, and the best induction head."""
+        found = self._passes(lm, model)
+        return cast(Induction, {name: found[name] for name in Induction.__annotations__})
+
+    def _passes(self, lm: LanguageModel, model: str) -> dict[str, Any]:
+        n, words = self.settings.strings, _words(lm)
+        period = max(min(64, self.length // 4, len(words)), 2)
+
+        def compute() -> dict[str, Any]:
+            found = induction(lm.model, period=period, n=n, vocabulary=words)
+            return {
+                "first": found.first,
+                "second": found.second,
+                "best_head_score": found.prefix_matching.max().item(),
+                "best_head": list(divmod(int(found.prefix_matching.argmax()), lm.config.n_head)),
+                "period": period,
+                "prefix_matching": _rounded(found.prefix_matching),
+            }
+
+        return self._cached("induction", lm, model, compute, period=period, n=n)
+
+    def heads(self, lm: LanguageModel, model: str) -> Heads:
+        """Return what the heads do on the beginning of the text, and how well each matches prefixes."""
+        tokens = min(HEAD_TOKENS, self.length)
+
+        def compute() -> dict[str, Any]:
+            stream = self._stream(lm.needs_tokenizer())[:tokens]
+            layers = diagnose(lm.model, torch.tensor([stream], device=lm.model.wte.weight.device))
+            return {"layers": [{name: _rounded(value) for name, value in vars(one).items()} for one in layers]}
+
+        layers = self._cached("heads", lm, model, compute, tokens=tokens, text=self.sha256)["layers"]
+        matching = self._passes(lm, model)["prefix_matching"]
+        rows = [{**layer, "prefix_matching": row} for layer, row in zip(layers, matching, strict=True)]
+        return Heads(tokens=tokens, layers=cast(list[LayerHeads], rows))
+
+    def samples(self, lm: LanguageModel, model: str) -> list[dict[str, str]]:
+        """Return continuations of the study's prompts, or else of the first words of three documents."""
+        beginnings = [_first_words(text, lm.needs_tokenizer(), self.length // 2) for text in self.documents[:3]]
+        prompts = self.settings.prompts or beginnings
+
+        def compute() -> dict[str, Any]:
+            n = self.settings.sample_tokens
+            texts = lm.generate(prompts, max_new_tokens=n, temperature=TEMPERATURE, top_k=TOP_K, seed=SAMPLE_SEED)
+            return {"rows": [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]}
+
+        what = {"temperature": TEMPERATURE, "top_k": TOP_K, "seed": SAMPLE_SEED, "n": self.settings.sample_tokens}
+        found = self._cached("samples", lm, model, compute, prompts=prompts, **what)
+        return cast(list[dict[str, str]], found["rows"])
+
+    def attention_map(self, lm: LanguageModel, model: str, layer: int, head: int, tokens: int) -> AttentionMap | None:
+        """Return what one head looks at on the beginning of the text; None where the model has no such head."""
+        if layer >= lm.config.n_layer or head >= lm.config.n_head:
+            return None
+        tokens = min(tokens, self.length, MAP_TOKENS)
+
+        def compute() -> dict[str, Any]:
+            tokenizer = lm.needs_tokenizer()
+            ids = self._stream(tokenizer)[:tokens]
+            maps = lm.model.attention_maps(torch.tensor([ids], device=lm.model.wte.weight.device), layer)[0, head]
+            weights = [[round(w, 3) for w in row[: i + 1]] for i, row in enumerate(maps.tolist())]
+            return {"layer": layer, "head": head, "tokens": [tokenizer.decode([i]) for i in ids], "weights": weights}
+
+        what = {"layer": layer, "head": head, "tokens": tokens, "text": self.sha256}
+        return cast(AttentionMap, self._cached("map", lm, model, compute, **what))
+
+    def _cached(self, what: str, lm: LanguageModel, model: str, compute: Any, **settings: Any) -> dict[str, Any]:
+        return stages.cached(self.cache, stages.key("evaluate", what=what, model=model, **settings), compute)
+
+    def _stream(self, tokenizer: Tokenizer) -> list[int]:
+        """The documents one after the other, as in training."""
+        end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+        return [token for ids in tokenizer.encode_batch(list(self.documents)) for token in (*end, *ids)]
+
+
+def check_settings(settings: EvaluationSettings, length: int, tokenizer: Tokenizer | None) -> None:
+    """Refuse, before anything is trained, what models of this length and with this tokenizer cannot be asked.
+
+    Args:
+        settings: of the study.
+        length: tokens that all of its models can read.
+        tokenizer: of those that are trained, or None where none is.
+    """
+    for distance in settings.distances or ():
+        if not STRING <= distance <= length - STRING:
+            raise GptlabError(
+                f"evaluate.distances has {distance}, but strings of {STRING} tokens in a context of {length} can stand"
+                f" {STRING} to {length - STRING} tokens from each other"
+            )
+    for prompt in settings.prompts if tokenizer is not None else ():
+        try:
+            n_tokens = len(tokenizer.encode(prompt)) if tokenizer is not None else 0
+        except GptlabError as error:
+            raise GptlabError(f"evaluate.prompts has {prompt!r}, which cannot be encoded: {error}") from None
+        if not 0 < n_tokens < length:
+            raise GptlabError(f"evaluate.prompts has {prompt!r} of {n_tokens} tokens; the context holds {length}")
+
+
+def model_key(lm: LanguageModel) -> str:
+    """Return what a model's answers depend on: its weights, its configuration, its tokenizer."""
+    device = str(lm.model.wte.weight.device.type)
+    weights = identity(lm.model, "")["sha256"]
+    return stages.key(
+        "evaluate", weights=weights, config=lm.config.to_dict(), tokenizer=lm.needs_tokenizer().sha256, device=device
+    )
+
+
+def write_held_out(settings: EvaluationSettings, dataset: Dataset | None, directory: Path) -> tuple[Path, str]:
+    """Write the text that the models of a study are asked about; return the file and what to call it.
+
+    Args:
+        settings: of the study.
+        dataset: what its variants are trained on, or None where none is.
+        directory: of the study.
+
+    Raises:
+        GptlabError: no such text, or no text named where nothing is trained.
+    """
+    documents: Iterable[str]
+    if settings.text is not None:
+        corpus = open_documents([settings.text])
+        documents, name = corpus, corpus.name
+    elif dataset is not None:
+        documents, name = _decoded(dataset.validation, dataset.tokenizer), f"held-out part of {dataset.name}"
+    else:
+        raise GptlabError("a study of trained models needs a text to ask them about; set evaluate.text")
+    parts, left = [], settings.bytes
+    for document in documents:
+        part = document.encode()[:left].decode(errors="ignore")
+        if part.strip():
+            parts.append(part if part.endswith("\n") else part + "\n")
+        left -= len(part.encode())
+        if left <= 0:
+            break
+    content = f"{END_OF_TEXT}\n".join(parts).encode()
+    path = directory / HELD_OUT
+    if not path.exists() or path.read_bytes() != content:
+        write_files(directory, {HELD_OUT: content})
+    return path, name
+
+
+def _decoded(split: Split, tokenizer: Tokenizer) -> Iterable[str]:
+    """The documents of a split; all of it where nobody wrote down where they end."""
+    ends = [len(split)] if split.document_ends is None else split.document_ends.tolist()
+    for start, end in zip([0, *ends], ends, strict=False):
+        ids = split.read(start, end).tolist()
+        yield tokenizer.decode([i for i in ids if i != tokenizer.end_of_text])
+
+
+def _result(values: dict[str, Any]) -> Result:
+    columns = values["scores"]
+    scores = tuple(Score(*row) for row in zip(*(columns[name] for name in Score.__annotations__), strict=True))
+    return Result(**{**values, "scores": scores})
+
+
+def _words(lm: LanguageModel) -> Sequence[int]:
+    """The ids that stand for text."""
+    tokenizer = lm.needs_tokenizer()
+    n = min(tokenizer.vocab_size, lm.config.vocab_size)
+    return [i for i in range(n) if i != tokenizer.end_of_text]
+
+
+def _first_words(text: str, tokenizer: Tokenizer, n_tokens: int, most: int = 40) -> str:
+    """The beginning of a text, in whole words where there is more than one, and in at most so many tokens."""
+    start = text.lstrip()[:most]
+    while len(start) > 1 and (len(start) == most or len(tokenizer.encode(start)) > n_tokens):
+        words = start.rsplit(None, 1)
+        start = words[0] if len(words) > 1 else start[:-1]
+    return start
+
+
+def _rounded(values: Tensor) -> Any:
+    return json.loads(json.dumps(values.tolist()), parse_float=lambda x: round(float(x), 5))

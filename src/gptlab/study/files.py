@@ -1,0 +1,215 @@
+"""A study file: which variants of which recipe, how often, and what to measure of them. TOML on disk."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gptlab.errors import GptlabError, nearest
+from gptlab.study.claims import CLAIMS
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+"""What a study or a variant may be called."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class VariantSettings(_Section):
+    """One variant: fields of `ModelConfig` to train with, or a trained model to load.
+
+    Attributes:
+        name: in results and on the command line.
+        label: in words.
+        model: fields that differ from the recipe's.
+        load: a built-in model, a directory or a hub name, as `gptlab.load` takes it; nothing is trained then.
+        optional: leave the variant out where the model to load is not there.
+        convert: what to convert the base into.
+    """
+
+    name: str
+    label: str | None = None
+    model: dict[str, Any] = Field(default_factory=dict)
+    load: str | None = None
+    optional: bool = False
+    convert: dict[str, Any] | None = None
+
+
+class FactorSettings(_Section):
+    """A change that a grid combines with all others."""
+
+    label: str | None = None
+    model: dict[str, Any]
+
+
+class EvaluationSettings(_Section):
+    """What is asked of every model.
+
+    Attributes:
+        text: a file, a directory or a name such as ``pydoc``; None is the held-out part of the training data.
+        bytes: most of that text that is read.
+        positions: how many times its trained length a model without learned positions is followed.
+        pieces: texts of that length, at most.
+        distances: to copy at; None is 16, 32, 64 and on, as far as the context reaches.
+        strings: random strings at each distance, and random sequences for induction.
+        prompts: what samples begin with; by default the first words of three documents.
+        sample_tokens: of each sample.
+    """
+
+    text: str | None = None
+    bytes: int = Field(400_000, ge=1000)
+    positions: int = Field(4, ge=1)
+    pieces: int = Field(16, ge=1)
+    distances: list[int] | None = None
+    strings: int = Field(16, ge=1)
+    prompts: list[str] = Field(default_factory=list)
+    sample_tokens: int = Field(60, ge=1)
+
+
+class MeasurementSettings(_Section):
+    """What is timed.
+
+    Attributes:
+        seconds: about how long all timings together may take; points that come too late are left out.
+        contexts: tokens before the one that is generated, and lengths of prompts.
+        batches: sequences at once.
+        training_rows: windows of the training step that is timed; None is the recipe's own.
+    """
+
+    seconds: float = Field(120.0, ge=0)
+    contexts: list[int] = Field(default_factory=lambda: [128, 512, 2048, 8192], min_length=1)
+    batches: list[int] = Field(default_factory=lambda: [1, 8], min_length=1)
+    training_rows: int | None = Field(None, ge=1)
+
+
+class RaceSettings(_Section):
+    """A short training of tiny models, to watch; ``set`` changes the recipe as ``--set`` does."""
+
+    recipe: str = "pocket"
+    set: list[str] = Field(default_factory=list)
+    base: str = "base"
+    seed: int = 0
+    variant: list[VariantSettings] = Field(min_length=2)
+
+
+class StudySettings(_Section):
+    """A study file.
+
+    Attributes:
+        name: of the study; a file's own name where it is left out.
+        title: a heading.
+        question: what the study is to answer.
+        recipe: what every variant is trained by: a recipe that the package carries, or a file.
+        set: changes to the recipe, each ``section.key=value``.
+        seeds: every variant is trained once with each.
+        base: the variant that the others are compared with.
+        variant: variants one by one.
+        grid: changes of which every combination is a variant.
+        evaluate: what is asked of every model.
+        measure: what is timed.
+        race: a short training to watch, or None.
+        claims: which claims of papers to look at, see `gptlab.study.claims.CLAIMS`.
+        quick: the study shows what there is to see, in minutes.
+        needs_data: refuse to start on the recipe's corpus; prepared data or a corpus must be named.
+    """
+
+    name: str = ""
+    title: str
+    question: str
+    recipe: str = "pocket"
+    set: list[str] = Field(default_factory=list)
+    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+    base: str = "base"
+    variant: list[VariantSettings] = Field(default_factory=list)
+    grid: dict[str, FactorSettings] = Field(default_factory=dict)
+    evaluate: EvaluationSettings = EvaluationSettings()
+    measure: MeasurementSettings = MeasurementSettings()
+    race: RaceSettings | None = None
+    claims: list[str] = Field(default_factory=list)
+    quick: bool = False
+    needs_data: bool = False
+
+
+def study_names() -> list[str]:
+    """The studies that the package carries."""
+    folder = importlib.resources.files("gptlab") / "study" / "studies"
+    return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
+
+
+def read_study(name_or_path: str) -> StudySettings:
+    """Read a study by name or from a file.
+
+    Raises:
+        GptlabError: an unknown name or key (with the nearest right one), or an impossible value.
+    """
+    if name_or_path in study_names():
+        folder = importlib.resources.files("gptlab") / "study" / "studies"
+        text = (folder / f"{name_or_path}.toml").read_text(encoding="utf-8")
+    elif Path(name_or_path).is_file():
+        try:
+            text = Path(name_or_path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise GptlabError(f"the study {name_or_path} cannot be read: {error}") from None
+    else:
+        hint = nearest(name_or_path, study_names())
+        raise GptlabError(f"no study {name_or_path!r}{hint}; give a .toml file or one of {', '.join(study_names())}")
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise GptlabError(f"the study {name_or_path} is no valid TOML: {error}") from None
+    values.setdefault("name", Path(name_or_path).stem)
+    return make_study(values)
+
+
+def make_study(values: Mapping[str, Any]) -> StudySettings:
+    """Return the study of plain values, as TOML and JSON give them.
+
+    Raises:
+        GptlabError: an unknown key (with the nearest right one), or an impossible value.
+    """
+    try:
+        study = StudySettings(**values)
+    except ValidationError as error:
+        raise GptlabError(_explain(error)) from None
+    if not NAME.fullmatch(study.name):
+        raise GptlabError(f"a study is named by small letters, digits and hyphens, got {study.name!r}")
+    if len(set(study.seeds)) < len(study.seeds) or min(study.seeds) < 0:
+        raise GptlabError(f"seeds of study {study.name} must be different numbers of at least 0, got {study.seeds}")
+    for claim in study.claims:
+        if claim not in CLAIMS:
+            raise GptlabError(f"unknown claim {claim!r}{nearest(claim, CLAIMS)}; there are {', '.join(CLAIMS)}")
+    return study
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    where = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        known = _home(path[:-1]).model_fields
+        return f"unknown setting {where!r} in the study{nearest(path[-1], known)}; there are {', '.join(known)}"
+    if first["type"] == "missing":
+        return f"the study lacks {where}; add it"
+    return f"impossible value for {where} in the study: {first['msg'].lower()}, got {first['input']!r}"
+
+
+def _home(path: list[str]) -> type[BaseModel]:
+    """The section that a path of keys and numbers leads to."""
+    home: type[BaseModel] = StudySettings
+    sections: dict[str, type[BaseModel]] = {
+        "variant": VariantSettings,
+        "grid": FactorSettings,
+        "evaluate": EvaluationSettings,
+        "measure": MeasurementSettings,
+        "race": RaceSettings,
+    }
+    for part in path:
+        home = sections.get(part, home)
+    return home

@@ -1,0 +1,246 @@
+"""What a report is made of, before it is HTML or Markdown: sections of blocks, and the writing of numbers.
+
+Text is Markdown's simplest part, which both forms understand: ``**strong**``, ``*emphasis*``, `` `code` `` and a
+backslash before a character that is to be itself. What comes from a file goes through `literal` first.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+Interval = dict[str, Any]
+"""A difference as `gptlab.study.results.Interval` has it."""
+
+MARKUP = re.compile(r"\\(?P<itself>[\\`*_\[\]<>|#])|`(?P<code>[^`]+)`|\*\*(?P<strong>.+?)\*\*|\*(?P<em>.+?)\*")
+MINUS, TIMES, NBSP = "\u2212", "\u00d7", "\u00a0"
+UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Text. ``kind`` is empty, ``note`` for small print, or ``warning``."""
+
+    text: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list of texts."""
+
+    items: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A displayed formula, in TeX for Markdown and MathML for HTML, where ``|`` parts what may break."""
+
+    tex: str
+    mathml: str
+
+
+class Column(NamedTuple):
+    """A table's column; ``kind`` is ``text``, ``number`` or ``range``, a drawn interval that only HTML has."""
+
+    title: str
+    kind: str = "number"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        title: what it shows.
+        setting: model, tokens trained and hardware that the figures belong to.
+        columns: their titles and kinds.
+        rows: cells of text; in a column of ranges, intervals or None.
+        note: small print below.
+    """
+
+    title: str
+    setting: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Any]]
+    note: str = ""
+
+    def limits(self, column: int) -> tuple[float, float]:
+        """Return the ends of the scale of a column of ranges, zero included."""
+        ends = [0.0]
+        for row in self.rows:
+            if row[column] is not None:
+                ends += [row[column][key] for key in ("mean", "low", "high") if row[column][key] is not None]
+        return min(ends), max(ends)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure: its name under ``figures/``, a caption that says what to see, and the drawing itself."""
+
+    name: str
+    caption: str
+    drawing: Any = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Figures that stand side by side where there is room."""
+
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Generated text: under each prompt, what each variant made of it as (label, text)."""
+
+    prompts: Sequence[tuple[str, Sequence[tuple[str, str]]]]
+
+
+@dataclass(frozen=True)
+class Calculator:
+    """The interactive prediction, with everything that it computes from; Markdown does without."""
+
+    data: dict[str, Any]
+
+
+Block = Paragraph | Bullets | Formula | Table | Pictures | Texts | Calculator
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with what stands below it; parts of a section are sections too."""
+
+    name: str
+    title: str
+    blocks: Sequence[Block]
+    parts: Sequence[Section] = ()
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing below the heading."""
+        return not self.blocks and all(part.empty for part in self.parts)
+
+
+def literal(text: object) -> str:
+    """Return text that stands for itself, whatever it holds."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
+
+
+def slug(name: str) -> str:
+    """Return a name as it may stand in a file's name and in an identifier."""
+    return re.sub(r"[^A-Za-z0-9-]+", "-", name)
+
+
+def to_html(text: str) -> str:
+    """Return a text's markup as HTML, everything else escaped."""
+    found, end = [], 0
+    for match in MARKUP.finditer(text):
+        found.append(html.escape(text[end : match.start()]))
+        end = match.end()
+        kind, inner = match.lastgroup, match[match.lastgroup or 0]
+        if kind == "itself":
+            found.append(html.escape(inner))
+        elif kind == "code":
+            found.append(f"<code>{html.escape(inner)}</code>")
+        else:
+            found.append(f"<{kind}>{to_html(inner)}</{kind}>")
+    return "".join([*found, html.escape(text[end:])])
+
+
+def count(n: float) -> str:
+    """A whole number with separators."""
+    return f"{n:,.0f}".replace("-", MINUS)
+
+
+def millions(n: float) -> str:
+    """A number of parameters or tokens in three digits: 2.66M."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= size:
+            return f"{digits(n / size)}{letter}"
+    return count(n)
+
+
+def digits(value: float, n: int = 3) -> str:
+    """A number in ``n`` significant digits, never in powers of ten."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else "-"
+    places = max(0, n - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{min(places, 6)}f}".replace("-", MINUS)
+
+
+def memory(n: float) -> str:
+    """Bytes in the unit that fits."""
+    for unit, size in UNITS:
+        if n >= size:
+            return f"{digits(n / size)}{NBSP}{unit}"
+    return f"{n:,.0f}{NBSP}B"
+
+
+def signed(value: float, places: int = 3) -> str:
+    """A difference with its sign."""
+    text = f"{abs(value):.{places}f}"
+    if float(text) == 0:
+        return text
+    return ("+" if value > 0 else MINUS) + text
+
+
+def percent(value: float, of: float) -> str:
+    """How much ``value`` is above or below ``of``."""
+    return f"{signed(100 * (value / of - 1), 1)}%"
+
+
+def times(ratio: float) -> str:
+    """A ratio, 1.12x or 34x."""
+    return f"{ratio:.2f}{TIMES}" if ratio < 10 else f"{ratio:,.0f}{TIMES}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """a, b and c."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def in_noise(interval: Interval) -> bool:
+    """Whether an interval covers zero."""
+    return interval["low"] is not None and interval["low"] <= 0 <= interval["high"]
+
+
+def nats(difference: float | Interval) -> str:
+    """A difference of the loss with its sign, in as many decimals as it, or its interval, needs."""
+    if isinstance(difference, dict):
+        return signed(difference["mean"], _places(difference))
+    return signed(difference, _places({"mean": difference, "low": None}))
+
+
+def span(interval: Interval) -> str:
+    """The ends of an interval, or nothing where it has none."""
+    if interval["low"] is None:
+        return ""
+    return f"{signed(interval['low'], _places(interval))} to {signed(interval['high'], _places(interval))}"
+
+
+def verdict(interval: Interval) -> str:
+    """What a difference of the loss says: its direction, its size, and whether it is more than noise."""
+    if in_noise(interval):
+        return f"inside the noise, {nats(interval)} nats a token (95% interval {span(interval)})"
+    size = nats(interval).lstrip(f"+{MINUS}")
+    words = f"{size} nats a token {'lower' if interval['mean'] < 0 else 'higher'}"
+    if interval["low"] is None:
+        return f"{words}, without an interval: it may be noise"
+    return f"{words} (95% interval {span(interval)})"
+
+
+def _places(interval: Interval) -> int:
+    """Decimals, three to five, in which both the difference and the width of its interval have two digits."""
+    width = math.inf if interval["low"] is None else interval["high"] - interval["low"]
+    least = min(abs(interval["mean"]), width)
+    return next((n for n in (3, 4) if least >= 10 ** (1 - n)), 5)
+
+
+def to_plain(text: str) -> str:
+    """Return a text without its markup."""
+    return MARKUP.sub(lambda m: m["itself"] if m.lastgroup == "itself" else to_plain(m[m.lastgroup or 0]), text)

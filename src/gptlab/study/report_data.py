@@ -1,0 +1,286 @@
+"""A study's two files as the report asks for them."""
+
+from __future__ import annotations
+
+import types
+import typing
+import warnings
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints
+
+from gptlab.config import ModelConfig
+from gptlab.errors import GptlabError
+from gptlab.model import cost
+from gptlab.study import roofline
+from gptlab.study.report_blocks import NBSP, Interval, count, listed, literal, millions
+from gptlab.study.results import RESULTS, TIMINGS, Results, Timings, read_results, read_timings
+
+CHANGES = ("rope", "gqa", "swa")
+"""The three changes that the report has a section for."""
+NAMES = {"rope": "RoPE", "gqa": "GQA", "swa": "SWA"}
+FIELDS = {
+    "position": "rope",
+    "rope": "rope",
+    "n_kv_head": "gqa",
+    "window": "swa",
+    "sinks": "swa",
+    "dilation": "swa",
+}
+"""To which change each field of `ModelConfig` belongs."""
+
+
+class Study:
+    """What was found and what was timed.
+
+    Attributes:
+        results: `results.json`.
+        timings: `timings.json`, or None where a study has none yet.
+        variants: of the results, by name, the base first.
+        base_name: the variant that the others are compared with.
+        configs: the architecture of each variant.
+    """
+
+    def __init__(self, results: Mapping[str, Any], timings: Mapping[str, Any] | None) -> None:
+        self.results, self.timings = results, timings
+        self.about: Mapping[str, Any] = results["study"]
+        self.base_name: str = self.about["base"]
+        names = sorted(results["variants"], key=lambda name: name != self.base_name)
+        self.variants: dict[str, Any] = {name: results["variants"][name] for name in names}
+        self.configs = {name: make_config(variant["config"]) for name, variant in self.variants.items()}
+
+    @property
+    def base(self) -> Mapping[str, Any]:
+        """The base's results."""
+        return self.variants[self.base_name]
+
+    def label(self, name: str) -> str:
+        """A variant's name in words, as text that stands for itself."""
+        return literal(self.variants[name]["label"])
+
+    def made(self, name: str) -> str:
+        """A variant's changes in words: GQA with 2 of 6 key/value heads."""
+        config, kinds = self.configs[name], self.kinds[name]
+        words = {
+            "rope": "RoPE" if config.position == "rope" else f"{config.position} positions",
+            "gqa": f"GQA with {config.kv_heads} key/value head{'s' * (config.kv_heads != 1)} for {config.n_head}",
+            "swa": f"SWA with {_windows(config)}",
+        }
+        return listed([words[change] for change in CHANGES if change in kinds]) if kinds else self.label(name)
+
+    @cached_property
+    def kinds(self) -> dict[str, frozenset[str]]:
+        """Which changes each variant makes to the base: of `CHANGES`, or ``other``."""
+        before = self.configs[self.base_name].to_dict()
+        return {
+            name: frozenset(FIELDS.get(f, "other") for f, value in config.to_dict().items() if value != before[f])
+            for name, config in self.configs.items()
+        }
+
+    def alone(self, change: str) -> list[str]:
+        """The variants that make this change and no other."""
+        return [name for name, kinds in self.kinds.items() if kinds == {change}]
+
+    def with_change(self, change: str) -> list[str]:
+        """The variants that make this change, perhaps among others."""
+        return [name for name, kinds in self.kinds.items() if change in kinds]
+
+    def difference(self, name: str) -> Interval | None:
+        """The loss of a variant on the held-out text less that of the base; None where it cannot be told."""
+        return self.results["comparisons"].get(name, {}).get("validation_loss")
+
+    def loss(self, name: str) -> float | None:
+        """Nats a token on the held-out text."""
+        quality = self.variants[name]["quality"]
+        return None if quality is None else quality["nats_per_token"]
+
+    def timed(self, name: str) -> Mapping[str, Any]:
+        """What was timed of a variant; empty where nothing was."""
+        return self.timings["variants"].get(name, {}) if self.timings else {}
+
+    def rates(self, name: str, what: str) -> dict[tuple[int, int], float]:
+        """Measured tokens per second of ``decode`` or ``prefill`` by (context, batch)."""
+        return {(p["context"], p["batch"]): p["tokens_per_second"] for p in self.timed(name).get(what, [])}
+
+    def decode(self, name: str) -> dict[tuple[int, int], float]:
+        """Measured tokens per second of decoding by (context, batch)."""
+        return self.rates(name, "decode")
+
+    @property
+    def machine(self) -> roofline.Machine | None:
+        """The measured limits of the machine, for the dtype that was timed."""
+        return roofline.machine_of(self.timings)
+
+    @property
+    def dtype(self) -> str:
+        """In which the timings were taken; where there are none, that of the caches counted."""
+        return self.timings["dtype"] if self.timings else "bfloat16"
+
+    @property
+    def model_words(self) -> str:
+        """The base model in a few words."""
+        c = self.configs[self.base_name]
+        size = millions(self.base["parameters"]["total"])
+        return f"GPT-2 with {c.n_layer} layers, {c.n_head} heads, width {c.n_embd} ({size} parameters)"
+
+    @property
+    def trained_words(self) -> str:
+        """How long the variants were trained."""
+        tokens = sorted({v["tokens_trained"] for v in self.variants.values() if v["tokens_trained"]})
+        if not tokens:
+            return "tokens trained: not recorded"
+        amount = millions(tokens[0]) if len(tokens) == 1 else f"{millions(tokens[0])} to {millions(tokens[-1])}"
+        seeds = max(len(v["runs"]) for v in self.variants.values())
+        return f"{amount} tokens trained" + (f", {seeds} seed{'s' * (seeds > 1)}" if seeds else "")
+
+    @property
+    def machine_words(self) -> str:
+        """The hardware in a few words."""
+        if not self.timings:
+            return "hardware: not timed"
+        m = self.timings["machine"]
+        threads = f"{m['threads']} thread{'s' * (m['threads'] != 1)}"
+        where = literal(m["processor"]) + (f", {threads}" if m["device"] == "cpu" else f", {literal(m['device'])}")
+        return f"{where}, torch{NBSP}{literal(m['torch'])}"
+
+    @property
+    def setting(self) -> str:
+        """Model, tokens trained and hardware, for the header of a table."""
+        return f"{self.model_words}; {self.trained_words}; {self.machine_words}"
+
+    @property
+    def failures(self) -> list[str]:
+        """Every run that failed, with the reason."""
+        return [
+            f"{self.label(name)}, seed {run['seed']}: {literal(run['error'] or 'no reason was recorded')}"
+            for name, variant in self.variants.items()
+            for run in variant["runs"]
+            if run["status"] == "failed"
+        ]
+
+    def untrained(self, name: str) -> bool:
+        """Whether a variant was to be trained and no run came to its end."""
+        runs = self.variants[name]["runs"]
+        return bool(runs) and all(run["status"] == "failed" for run in runs)
+
+    @property
+    def claims(self) -> list[Mapping[str, Any]]:
+        """Papers' claims, those about quality before those that a clock decides."""
+        return [*(self.results["claims"] or []), *((self.timings or {}).get("claims") or [])]
+
+    @property
+    def text(self) -> str:
+        """What the loss was measured on, in words."""
+        named = dict.fromkeys(v["quality"]["text"] for v in self.variants.values() if v["quality"])
+        return listed([literal(text) for text in named]) if named else "no text"
+
+    @property
+    def contexts(self) -> list[int]:
+        """Contexts at which the base's cache was counted, ascending."""
+        return sorted({entry["context"] for entry in self.base["cache"]})
+
+    def cache(self, name: str, context: int, batch: int = 1) -> int | None:
+        """Bytes of a variant's cache as counted by the study."""
+        found = (e["bytes"] for e in self.variants[name]["cache"] if (e["context"], e["batch"]) == (context, batch))
+        return next(found, None)
+
+    def per_token(self, name: str) -> int:
+        """Bytes that a token adds to a variant's cache."""
+        return cost.cache_bytes_per_token(self.configs[name], self.cache_size)
+
+    @property
+    def cache_size(self) -> int:
+        """Bytes of a number in the caches that were counted."""
+        return roofline.BYTES[self.base["cache"][0]["dtype"]] if self.base["cache"] else 2
+
+
+def make_config(values: Mapping[str, Any]) -> ModelConfig:
+    """Return a configuration without the remark that its window is as long as its context."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ModelConfig.from_dict(values)
+
+
+def _windows(config: ModelConfig) -> str:
+    """The windows of a model in words, from its first layer to its last."""
+    if len(set(config.windows)) > 1:
+        words = f"windows of {', '.join('all' if w is None else count(w) for w in config.windows)}"
+    else:
+        words = "no window" if config.windows[0] is None else f"a window of {count(config.windows[0])}"
+    words += f", {config.sinks} sink{'s' * (config.sinks != 1)}" if config.sinks else ""
+    return words + (f", dilation {config.dilation}" if set(config.dilations) != {1} else "")
+
+
+def tokens(n: int) -> str:
+    """So many tokens, in words."""
+    return f"{count(n)} token{'s' * (n != 1)}"
+
+
+def read_study(directory: Path) -> Study:
+    """Read a study's results and, where there are any, its timings.
+
+    Raises:
+        GptlabError: no results, or a file that is damaged or of another version.
+    """
+    if not directory.is_dir():
+        raise GptlabError(f"there is no study in {directory}: no such directory; name what gptlab study --out made")
+    results = read_results(directory)
+    check(results, Results, directory / RESULTS)
+    if results["study"]["base"] not in results["variants"]:
+        raise GptlabError(f"{directory / RESULTS} is damaged: it lacks its base {results['study']['base']!r}")
+    timings = None
+    if (directory / TIMINGS).exists():
+        timings = read_timings(directory)
+        check(timings, Timings, directory / TIMINGS)
+    return Study(typing.cast(Mapping[str, Any], results), typing.cast("Mapping[str, Any] | None", timings))
+
+
+def check(value: Any, kind: Any, path: Path, where: str = "") -> None:
+    """Refuse a value that is not of the type that the format says.
+
+    Args:
+        value: as JSON gave it.
+        kind: a type as `gptlab.study.results` writes it.
+        path: of the file, for the message.
+        where: what leads to the value.
+
+    Raises:
+        GptlabError: the first thing that is missing or of another type.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any or origin is NotRequired:
+        for inner in arguments:
+            check(value, inner, path, where)
+    elif typing.is_typeddict(kind):
+        _refuse(not isinstance(value, dict), path, where, "an object")
+        for name, inner in get_type_hints(kind, include_extras=True).items():
+            if name in value:
+                check(value[name], inner, path, f"{where}.{name}")
+            else:
+                _refuse(get_origin(inner) is not NotRequired, path, f"{where}.{name}", "there")
+    elif origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return
+        check(value, next(inner for inner in arguments if inner is not type(None)), path, where)
+    elif origin is list:
+        _refuse(not isinstance(value, list), path, where, "a list")
+        for i, item in enumerate(value):
+            check(item, arguments[0], path, f"{where}[{i}]")
+    elif origin is dict:
+        _refuse(not isinstance(value, dict), path, where, "an object")
+        for name, item in value.items():
+            check(item, arguments[1], path, f"{where}.{name}")
+    elif origin is Literal:
+        _refuse(value not in arguments, path, where, f"one of {listed(list(arguments))}")
+    else:
+        accepted = (int, float) if kind is float else kind
+        wrong = not isinstance(value, accepted) or (kind in (int, float) and isinstance(value, bool))
+        _refuse(wrong, path, where, {int: "a whole number", float: "a number", str: "text"}.get(kind, kind.__name__))
+
+
+def _refuse(wrong: bool, path: Path, where: str, wanted: str) -> None:
+    if wrong:
+        raise GptlabError(
+            f"{path} is damaged: {where.lstrip('.') or 'it'} is not {wanted}; make it again by gptlab study"
+        )

@@ -1,0 +1,60 @@
+"""The figures of attention heads: what one looks at with and without a window, and which share keys."""
+
+from __future__ import annotations
+
+import math
+
+from gptlab.study import figures_heads as figures
+from gptlab.study.report_blocks import Picture, slug
+from gptlab.study.report_data import Study, tokens
+from gptlab.study.report_pictures import name_of
+
+
+def attention(study: Study) -> list[Picture]:
+    """The map of one head, in the base and in the variants with a window."""
+    maps = {n: v["attention_maps"] for n, v in study.variants.items() if v["attention_maps"]}
+    windowed = [n for n in maps if "swa" in study.kinds[n]]
+    chosen = [n for n in (study.base_name, *sorted(windowed, key=lambda n: len(study.kinds[n]))[:1]) if n in maps]
+    pictures = []
+    for name in chosen:
+        one = maps[name]
+        edge = study.configs[name].windows[one["layer"]]
+        drawing = figures.grid(one["weights"], "token looked at", "token that looks", edge)
+        where = f"layer {one['layer']}, head {one['head']}"
+        words = f"{study.label(name)}, {where}: each row shows where one token looks. The colour is stronger where it"
+        words += " looks more (by the square root)."
+        if edge is not None:
+            words += f" Left of the dashed line is what the window of {tokens(edge)} hides."
+        pictures.append(Picture(f"attention-{slug(name)}", words, drawing))
+    return pictures
+
+
+def sharing(study: Study) -> list[Picture]:
+    """Which query heads share which key head, in every way that the study has."""
+    shapes: dict[tuple[int, int], list[str]] = {}
+    for name, config in study.configs.items():
+        shapes.setdefault((config.n_head, config.kv_heads), []).append(name_of(study, name))
+    if all(n_head == kv for n_head, kv in shapes):
+        return []
+    drawing = figures.wiring([(", ".join(names), *shape) for shape, names in shapes.items()])
+    caption = "Which query heads (round) read which key/value head (square): neighbours share one."
+    return [Picture("shared-heads", caption, drawing)]
+
+
+def alike(study: Study) -> list[Picture]:
+    """How unlike the maps of every two heads are, in the base and in a variant whose heads share keys."""
+    grouped = [n for n in study.alone("gqa") or study.with_change("gqa") if study.variants[n]["heads"]]
+    if not grouped or not study.base["heads"]:
+        return []
+    pictures = []
+    shown = study.base["attention_maps"] or {"layer": 0}
+    for name in (study.base_name, grouped[0]):
+        divergence = study.variants[name]["heads"]["layers"][shown["layer"]]["divergence"]
+        drawing = figures.matrix(divergence, "head", "head", study.configs[grouped[0]].kv_heads, math.log(2))
+        frames = "heads that share keys" if name != study.base_name else "heads that would share keys"
+        caption = (
+            f"{study.label(name)}, layer {shown['layer']}: how unlike the maps of two heads are (Jensen-Shannon"
+            f" divergence in nats; 0: alike, 0.69: never the same token). Frames: {frames}."
+        )
+        pictures.append(Picture(f"divergence-{slug(name)}", caption, drawing))
+    return pictures

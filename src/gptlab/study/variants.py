@@ -1,0 +1,158 @@
+"""The variants of a study, resolved: every combination of a grid's changes, and those that stand alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptlab.checkpoints.hub import built_in
+from gptlab.config import ModelConfig
+from gptlab.errors import GptlabError, nearest
+from gptlab.study.files import NAME, FactorSettings, RaceSettings, StudySettings, VariantSettings
+from gptlab.training.recipe import Recipe, read_recipe
+
+_ORDER = ("rope", "gqa", "swa")
+
+FIELD_FACTORS = {"position": "rope", "n_kv_head": "gqa", "window": "swa"}
+"""The three changes, by the field of `ModelConfig` that each is made in."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One variant of a study, resolved.
+
+    Attributes:
+        name: of the variant.
+        label: in words.
+        recipe: what it is trained by, seed aside; None for a model that is loaded.
+        load: the trained model to load, or None.
+        factors: the grid's changes that it has.
+    """
+
+    name: str
+    label: str
+    recipe: Recipe | None
+    load: str | None = None
+    factors: tuple[str, ...] = ()
+
+
+def cells(study: StudySettings, settings: Sequence[str] = ()) -> list[Cell]:
+    """Return the variants of a study, the base first and the others in an order that the file does not decide.
+
+    Args:
+        study: the study.
+        settings: further changes to the recipe, ``section.key=value``.
+
+    Raises:
+        GptlabError: two variants of one name, no base, or a variant that is impossible, which is named.
+    """
+    asked = [*_grid(study.grid), *((variant, ()) for variant in study.variant)]
+    return _resolve(asked, study.recipe, [*study.set, *settings], study.base)
+
+
+def race_cells(race: RaceSettings) -> list[Cell]:
+    """Return the variants of a race, as `cells`; all of them are trained."""
+    for variant in race.variant:
+        if variant.load is not None:
+            raise GptlabError(f"{variant.name!r} is to race, so it is trained; give model in place of load")
+    return _resolve([(variant, ()) for variant in race.variant], race.recipe, race.set, race.base)
+
+
+def _grid(factors: Mapping[str, FactorSettings]) -> list[tuple[VariantSettings, tuple[str, ...]]]:
+    names = sorted(factors, key=_rank)
+    found = []
+    for size in range(len(names) + 1 if names else 0):
+        for chosen in itertools.combinations(names, size):
+            model: dict[str, Any] = {}
+            for name in chosen:
+                if again := model.keys() & factors[name].model.keys():
+                    raise GptlabError(f"two changes of the grid set {min(again)}; a grid combines different settings")
+                model |= factors[name].model
+            label = " + ".join(factors[name].label or name for name in chosen)
+            variant = VariantSettings(name="-".join(chosen) or "base", label=label or None, model=model)
+            found.append((variant, chosen))
+    return found
+
+
+def _rank(factor: str) -> tuple[int, str]:
+    return (_ORDER.index(factor) if factor in _ORDER else len(_ORDER), factor)
+
+
+def _resolve(
+    asked: Sequence[tuple[VariantSettings, tuple[str, ...]]], recipe: str, settings: list[str], base: str
+) -> list[Cell]:
+    found: dict[str, Cell] = {}
+    if any(setting.partition("=")[0].strip() == "train.seed" for setting in settings):
+        raise GptlabError(
+            "train.seed has no effect in a study, whose seeds are named by themselves; leave it out of set"
+        )
+    for variant, factors in asked:
+        name = variant.name
+        if not NAME.fullmatch(name):
+            raise GptlabError(f"a variant is named by small letters, digits and hyphens, got {name!r}")
+        if name in found:
+            raise GptlabError(f"two variants are called {name!r}; rename one")
+        if variant.convert is not None:
+            raise GptlabError(f"variant {name!r} asks for a conversion, which comes with gptlab convert; leave it out")
+        label = variant.label or ("base" if name == base else name)
+        if variant.load is not None:
+            if variant.model:
+                raise GptlabError(f"variant {name!r} is loaded, so model has no effect; give load or model")
+            if _is_there(variant):
+                found[name] = Cell(name, label, None, variant.load)
+            continue
+        try:
+            plan = read_recipe(recipe, settings, variant.model)
+        except GptlabError as error:
+            raise GptlabError(f"variant {name!r} is impossible: {error}") from None
+        if plan.base is not None:
+            raise GptlabError(
+                f"a study trains from scratch, but the recipe {recipe} goes on from {plan.base}; change it"
+            )
+        found[name] = Cell(name, label, plan, None, factors or factors_of(variant.model))
+    if not found:
+        raise GptlabError("the study has no variants; add [[variant]] entries or a [grid]")
+    if base not in found:
+        hint = nearest(base, found)
+        raise GptlabError(f"no variant is the base {base!r}{hint}; set base to one of {', '.join(found)}")
+
+    def place(cell: Cell) -> tuple[Any, ...]:
+        return cell.name != base, len(cell.factors), [_rank(factor) for factor in cell.factors], cell.name
+
+    return sorted(found.values(), key=place)
+
+
+def _is_there(variant: VariantSettings) -> bool:
+    if not variant.optional:
+        return True
+    return variant.load in built_in() or Path(str(variant.load)).is_dir()
+
+
+def factors_of(changes: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return which of the three changes these fields of `ModelConfig` make."""
+    found = {FIELD_FACTORS[name] for name in changes if name in FIELD_FACTORS}
+    if changes.get("position", "rope") != "rope":
+        found.discard("rope")
+    return tuple(sorted(found, key=_rank))
+
+
+def changes(config: ModelConfig, base: ModelConfig) -> dict[str, Any]:
+    """Return the fields in which a configuration differs from another, with their values."""
+    before = base.to_dict()
+    return {name: value for name, value in config.to_dict().items() if value != before[name]}
+
+
+def chosen_cells(found: list[Cell], only: Sequence[str], base: str) -> list[Cell]:
+    """Return the base and the variants of these names.
+
+    Raises:
+        GptlabError: no variant of a name (with the nearest right one).
+    """
+    names = [cell.name for cell in found]
+    for name in only:
+        if name not in names:
+            raise GptlabError(f"no variant {name!r}{nearest(name, names)}; there are {', '.join(names)}")
+    return [cell for cell in found if not only or cell.name in (*only, base)]

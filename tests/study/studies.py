@@ -1,0 +1,70 @@
+"""A study that takes seconds: models of 20 thousand parameters, a text of one page."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from gptlab.study.files import StudySettings, make_study
+from gptlab.study.orders import Order
+
+RECIPE = [
+    "model.preset=tiny",
+    "model.context_length=32",
+    "tokenizer.kind=bytes",
+    "data.held_out=0.2",
+    "batch.size=2",
+    "optimizer.name=adamw",
+    "optimizer.learning_rate=1e-2",
+    "schedule.warmup_steps=2",
+    "budget.steps=12",
+    "train.evaluate_every=6",
+    "train.evaluate_tokens=400",
+    "train.dtype=float32",
+    "train.compile=false",
+]
+GRID = {
+    "rope": {"label": "RoPE", "model": {"position": "rope"}},
+    "gqa": {"label": "GQA", "model": {"n_kv_head": 2}},
+    "swa": {"label": "SWA", "model": {"window": 8}},
+}
+EVALUATE = {"bytes": 2000, "positions": 2, "pieces": 2, "strings": 2, "sample_tokens": 5}
+MEASURE = {"seconds": 0, "contexts": [16, 64], "batches": [1, 2], "training_rows": 1}
+
+
+def text(directory: Path) -> Path:
+    """Write thirty documents of plain sentences."""
+    draw = random.Random(0)
+    words = [["the cat", "a dog", "my rat"], ["sees", "eats", "likes"], ["fish", "bread", "cheese"]]
+    documents = [
+        "".join(" ".join(map(draw.choice, words)) + ".\n" for _ in range(draw.randint(3, 20))) for _ in range(30)
+    ]
+    path = directory / "sentences.txt"
+    path.write_text("<|endoftext|>\n".join(documents))
+    return path
+
+
+def settings(corpus: Path, *changes: str, **values: Any) -> dict[str, Any]:
+    """Return a study file's values; by default the base, RoPE and GQA with one seed."""
+    defaults = {
+        "name": "small",
+        "title": "A small study",
+        "question": "What happens?",
+        "set": [*RECIPE, f"data.corpus=['{corpus}']", *changes],
+        "evaluate": EVALUATE,
+        "measure": MEASURE,
+    }
+    if "grid" not in values and "variant" not in values:
+        values["variant"] = [{"name": "base"}, {"name": "rope", "model": {"position": "rope"}}]
+    return {**defaults, **values}
+
+
+def order(corpus: Path, *changes: str, **values: Any) -> Order:
+    """Return an order for `settings`."""
+    return Order(small(corpus, *changes, **values))
+
+
+def small(corpus: Path, *changes: str, **values: Any) -> StudySettings:
+    """Return the study of `settings`."""
+    return make_study(settings(corpus, *changes, **values))

@@ -1,0 +1,576 @@
+"""The report: true sentences, no empty heading, nothing that breaks, whatever a study lacks and its texts hold."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import plausible
+import pytest
+
+from gptlab.config import ModelConfig
+from gptlab.errors import GptlabError
+from gptlab.model import cost
+from gptlab.study import figures, figures_heads, figures_points, report
+from gptlab.study.report import write_report
+from gptlab.study.report_blocks import Section, Table, in_noise, nats, to_html, to_plain, verdict
+from gptlab.study.report_data import Study, read_study
+
+Results = dict[str, Any]
+LADDER: list[tuple[str, ...]] = [(), ("rope",), ("gqa",), ("swa",), ("rope", "gqa"), ("rope", "gqa", "swa")]
+
+
+class Page(HTMLParser):
+    """What a page holds, and whether its elements are closed in the order in which they were opened."""
+
+    EMPTY = ("meta", "link", "input", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.outline: list[tuple[int, str]] = []  # headings by level, and (0, text) for anything else
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        if found.get("id"):
+            self.ids.append(str(found["id"]))
+        for name in ("href", "src", "xlink:href", "action"):
+            if name in found:
+                self.links.append(str(found[name]))
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        before = list(self.open)
+        self.handle_starttag(tag, attrs)
+        self.open = before
+
+    def handle_data(self, data: str) -> None:
+        if data.strip() and not {"title", "style", "script"} & set(self.open):
+            headings = [int(tag[1]) for tag in self.open if re.fullmatch("h[1-6]", tag)]
+            self.outline.append((headings[0] if headings else 0, data.strip()))
+            self.text += data
+
+
+def check_page(path: Path) -> Page:
+    """Read a page; refuse what is not well formed, looks outside, or is a heading without content."""
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert len(set(page.ids)) == len(page.ids)
+    for link in page.links:
+        assert link.startswith("data:") or (link.startswith("#") and link[1:] in page.ids), link
+    assert not re.search(r"(?:https?:)?//(?!www\.w3\.org/)[\w-]+\.\w", re.sub(r"//[^\n]*", "", page.text))
+    assert not re.search(r"url\((?!#)|@import|\bfetch\(|XMLHttpRequest", text)
+    for (level, title), (following, _) in zip(page.outline, [*page.outline[1:], (1, "")], strict=True):
+        assert not level or level == 1 or not following or following > level, f"nothing below {title!r}"
+    assert not re.search(r"\b(None|nan|inf|NaN|undefined)\b", page.text)
+    return page
+
+
+@pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw nothing: the tests of the text need not wait for it."""
+    drawings = {
+        figures: ("lines",),
+        figures_points: ("intervals", "scatter"),
+        figures_heads: ("grid", "matrix", "wiring"),
+    }
+    for module, names in drawings.items():
+        for name in names:
+            monkeypatch.setattr(module, name, lambda *arguments, **options: None)
+    monkeypatch.setattr(report, "encode", lambda figure, kind: b'<svg viewBox="0 0 9 9"></svg>')
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a study that has everything, drawn."""
+    found = plausible.results(LADDER)
+    found["race"] = plausible.race()
+    found["claims"] = [claim(True), claim(None)]
+    timed = plausible.timings(found) | {"claims": [claim(False)]}
+    directory = plausible.write(tmp_path_factory.mktemp("whole"), found, timed)
+    write_report(directory)
+    return directory
+
+
+@pytest.fixture
+def written(tmp_path: Path, no_drawing: None) -> Callable[..., tuple[Page, str]]:
+    """Write a report without drawings; return its page, checked, and its Markdown."""
+
+    def write(found: Results, timed: Results | None = None) -> tuple[Page, str]:
+        directory = plausible.write(tmp_path / "study", found, timed)
+        page = check_page(write_report(directory))
+        return page, (directory / "report.md").read_text(encoding="utf-8")
+
+    return write
+
+
+def claim(holds: bool | None) -> dict[str, Any]:
+    return {"paper": "A paper", "claim": "a < b", "ours": "0.1", "holds": holds, "note": f"noted {holds}"}
+
+
+def tables(sections: list[Section]) -> Iterator[Table]:
+    for section in sections:
+        yield from (block for block in section.blocks if isinstance(block, Table))
+        yield from tables(list(section.parts))
+
+
+def study_of(found: Results, timed: Results | None = None) -> Study:
+    return Study(found, timed)
+
+
+def test_the_page_is_whole_and_needs_nothing_else(whole: Path) -> None:
+    page = check_page(whole / "report.html")
+    drawn = {path.stem for path in (whole / "figures").glob("*.svg")}
+    assert {i.removeprefix("figure-") for i in page.ids if re.fullmatch(r"figure-[a-z0-9-]+", i)} == drawn
+    assert {path.stem for path in (whole / "figures").glob("*.png")} == drawn
+    assert drawn >= {
+        "loss-curves",
+        "loss-differences",
+        "loss-by-position",
+        "cache-against-context",
+        "decode-speed-batch-1",
+        "decode-speed-batch-8",
+        "decode-speed-against-batch",
+        "prediction-batch-1",
+        "attention-base",
+        "attention-swa",
+        "shared-heads",
+        "divergence-gqa",
+        "quality-against-cache",
+        "copying-at-a-distance",
+        "race-loss-curves",
+    }
+    titles = [title for level, title in page.outline if level == 2]
+    assert titles == [
+        "In brief",
+        "Summary",
+        "Quality",
+        "Rotary positions (RoPE)",
+        "Grouped-query attention (GQA)",
+        "Sliding-window attention (SWA)",
+        "What changes inside",
+        "When does it pay?",
+        "Sizes, counted",
+        "A race",
+        "Claims of the papers",
+        "Samples",
+        "How it was made",
+    ]
+
+
+def test_markdown_says_the_same(whole: Path) -> None:
+    page, text = check_page(whole / "report.html"), (whole / "report.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    # The calculator and its heading are the page's alone; so are the titles in drawings.
+    assert headings == [title for level, title in page.outline if level and title != "Try it"]
+    linked = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert sorted(linked) == sorted(f"figures/{path.name}" for path in (whole / "figures").glob("*.svg"))
+    said = " ".join(page.text.split())
+    for item in re.findall(r"^- (.*)$", text, re.MULTILINE):
+        assert (
+            " ".join(to_plain(item).replace("\u00a0", " ").split()) in said.replace("\u00a0", " ")
+            or ": city of" in item
+        )
+
+
+def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
+    found = plausible.results([(), ("gqa",)], [0])
+    for lacking in ("heads", "maps", "copy"):  # what is left draws every kind of line
+        MISSING[lacking](found)
+    trees = []
+    for name in ("a", "b"):
+        directory = plausible.write(tmp_path / name, found)
+        write_report(directory)
+        trees.append({str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()})
+    assert trees[0] == trees[1]
+    assert len(trees[0]) > 10
+    assert not [name for name in trees[0] if ".partial" in name]
+
+
+def test_the_calculator_works_in_a_browser(whole: Path, tmp_path: Path) -> None:
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("there is no Chromium to open the page with")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--enable-logging=stderr"]
+    command = [program, *flags, "--virtual-time-budget=2000", "--dump-dom", (whole / "report.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert 'data-agrees="true"' in done.stdout
+    assert "CONSOLE" not in done.stderr  # where the page's errors and warnings go
+
+
+def test_every_table_names_model_tokens_and_hardware(no_drawing: None) -> None:
+    found = plausible.results(LADDER)
+    for table in tables(report.outline(study_of(found, plausible.timings(found)))):
+        model, trained, hardware = re.split("; ", table.setting, maxsplit=2)
+        assert "GPT-2" in model
+        assert "8.19M tokens trained, 3 seeds" in trained or trained == "untrained"
+        assert "Some Processor, 2 threads, torch\u00a02.13.0" in hardware or "no hardware" in hardware
+
+
+def test_the_summary_holds_the_results_own_figures(no_drawing: None) -> None:
+    found = plausible.results(LADDER)
+    timed = plausible.timings(found)
+    (table,) = (t for t in tables(report.outline(study_of(found, timed))) if t.title == "Variants")
+    assert len(table.rows) == len(LADDER)
+    for row, (name, variant) in zip(table.rows, found["variants"].items(), strict=True):
+        config = ModelConfig.from_dict(variant["config"])
+        point = next(p for p in timed["variants"][name]["decode"] if (p["context"], p["batch"]) == (512, 8))
+        assert row[1] == f"{sum(cost.parameters(config).values()):,}"
+        assert row[2] == f"{cost.cache_bytes_per_token(config, 2) / 1024:.2f}\u00a0KiB"
+        assert row[4] == f"{point['tokens_per_second']:,.0f}"
+        assert row[5] == f"{variant['quality']['nats_per_token']:.3f}"
+        gap = found["comparisons"].get(name, {}).get("validation_loss")
+        assert row[6] == ("base" if gap is None else nats(gap))
+        assert row[8] == gap
+
+
+def test_the_four_sizes_are_gpt2s(written: Callable[..., tuple[Page, str]]) -> None:
+    _, text = written(plausible.results(LADDER))
+    assert "| **gpt2** | 124,439,808 | 114,990,336 | −7.6% | 36.0\u00a0MiB → 12.0\u00a0MiB |" in text
+    assert "| **gpt2-xl** | 1,557,611,200 | 1,555,972,800 | −0.1% |" in text
+
+
+def between(low: float | None, mean: float, high: float | None) -> dict[str, Any]:
+    return {"low": low, "mean": mean, "high": high, "n": 3, "unit": "nats a token", "method": "paired over seeds"}
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [
+        (between(-0.05, -0.02, 0.01), "inside the noise, −0.020 nats a token (95% interval −0.050 to +0.010)"),
+        (between(-0.05, -0.02, -0.01), "0.020 nats a token lower (95% interval −0.050 to −0.010)"),
+        (between(0.01, 0.02, 0.05), "0.020 nats a token higher (95% interval +0.010 to +0.050)"),
+        (between(0.0, 0.0, 0.0), "inside the noise, 0.00000 nats a token (95% interval 0.00000 to 0.00000)"),
+        (between(0.0, 0.02, 0.04), "inside the noise, +0.020 nats a token (95% interval 0.000 to +0.040)"),
+        (between(0.0299, 0.03, 0.0301), "0.03000 nats a token higher (95% interval +0.02990 to +0.03010)"),
+        (between(None, -0.4, None), "0.400 nats a token lower, without an interval: it may be noise"),
+    ],
+)
+def test_a_difference_in_words(interval: dict[str, Any], words: str) -> None:
+    assert verdict(interval) == words
+    assert in_noise(interval) is words.startswith("inside")
+
+
+def test_direction_words_follow_the_sign(written: Callable[..., tuple[Page, str]]) -> None:
+    found = plausible.results([(), ("rope",)])
+    found["comparisons"]["rope"]["validation_loss"] = between(-0.09, -0.08, -0.07)
+    assert "**RoPE.** Loss 0.080 nats a token lower" in written(found)[1]
+    found["comparisons"]["rope"]["validation_loss"] = between(0.07, 0.08, 0.09)
+    assert "**RoPE.** Loss 0.080 nats a token higher" in written(found)[1]
+    found["comparisons"]["rope"]["validation_loss"] = between(-0.07, 0.01, 0.09)
+    text = written(found)[1]
+    assert "**RoPE.** Loss inside the noise" in text
+    assert not re.search(r"\b(lower|higher) \(", text)
+
+
+def test_interactions_in_words(written: Callable[..., tuple[Page, str]]) -> None:
+    found = plausible.results()
+    for i, one in enumerate(found["effects"]["interactions"].values()):
+        one.update(between(-0.02, -0.01, -0.005) if i == 0 else between(-0.02, 0.01, 0.03))
+    text = written(found)[1]
+    assert "The changes do not simply add up: RoPE × GQA (−0.010, −0.020 to −0.005) stands out of the noise." in text
+    assert "**Interaction RoPE × GQA.** Together they do better than apart would suggest" in text
+    assert "**Interaction RoPE × SWA.** Inside the noise, +0.010" in text
+    for one in found["effects"]["interactions"].values():
+        one.update(between(None, 0.01, None))
+    assert "Without intervals nothing can be said about how much" in written(found)[1]
+
+
+def test_a_ratio_of_speeds_is_a_tie_where_it_is_small(written: Callable[..., tuple[Page, str]]) -> None:
+    found = plausible.results([(), ("gqa",)])
+    timed = plausible.timings(found)
+    for name, speed in (("base", 100.0), ("gqa", 110.0)):
+        timed["variants"][name]["decode"] = [
+            {"context": 512, "batch": 8, "milliseconds": 1.0, "tokens_per_second": speed}
+        ]
+    assert "Decoding: 1.10× the base's speed, a tie (512 tokens, batch 8)." in written(found, timed)[1]
+    timed["variants"]["gqa"]["decode"][0]["tokens_per_second"] = 120.0
+    assert "Decoding: 1.20× the base's speed (512 tokens, batch 8)." in written(found, timed)[1]
+
+
+def test_where_it_pays_says_where_it_does_not(written: Callable[..., tuple[Page, str]]) -> None:
+    found = plausible.results(LADDER)
+    text = written(found, plausible.timings(found))[1]
+    assert re.search(
+        r"SWA pays at 1,024 tokens and 32 sequences .*It does not at 128 tokens and one sequence \(1\.00×\)", text
+    )
+    assert "RoPE makes decoding faster nowhere: 1.00× the speed from 128 tokens and one sequence to 16,384" in text
+    assert "Keys and values outweigh the weights from 6.6 sequences of 1,024 tokens on." in text
+
+
+def without(*path: str | int, value: Any = None) -> Callable[[Results], None]:
+    """Put nothing where a path leads to."""
+
+    def change(found: Results) -> None:
+        for variant in found["variants"].values():
+            here: Any = variant
+            for step in path[:-1]:
+                here = here[step]
+            here[path[-1]] = copy.copy(value)
+
+    return change
+
+
+def shipped_only(found: Results) -> None:
+    found["study"].update(kind="shipped", seeds=[], tokens=0, recipe={}, made_with={})
+    found["effects"] = None
+    for variant in found["variants"].values():
+        variant.update(source="shipped", runs=[], tokens_trained=None)
+
+
+def no_quality(found: Results) -> None:
+    for variant in found["variants"].values():
+        for run in variant["runs"]:
+            run.update(status="failed", error="out of memory", curve=[], validation_curve=[], validation_loss=None)
+        variant.update(
+            quality=None, by_position=None, copy=[], induction=None, heads=None, attention_maps=None, samples=[]
+        )
+    found.update(comparisons={}, effects=None)
+
+
+def single_seed(found: Results) -> None:
+    for one in found["comparisons"].values():
+        one["validation_loss"].update(low=None, high=None, n=1)
+    found["effects"] = None
+
+
+def only_the_base(found: Results) -> None:
+    found["variants"] = {"base": found["variants"]["base"]}
+    found.update(comparisons={}, effects=None)
+
+
+def base_failed(found: Results) -> None:
+    for run in found["variants"]["base"]["runs"]:
+        run.update(status="failed", error=None, curve=[], validation_curve=[], validation_loss=None)
+    found["variants"]["base"].update(quality=None, by_position=None, heads=None, attention_maps=None)
+    found.update(comparisons={}, effects=None)
+
+
+MISSING: dict[str, Callable[[Results], None]] = {
+    "nothing": lambda found: None,
+    "quality": no_quality,
+    "base": base_failed,
+    "others": only_the_base,
+    "shipped": shipped_only,
+    "intervals": single_seed,
+    "effects": lambda found: found.update(effects=None),
+    "sizes": lambda found: found.update(four_sizes={}),
+    "cache": without("cache", value=[]),
+    "heads": without("heads"),
+    "maps": without("attention_maps"),
+    "copy": without("copy", value=[]),
+    "induction": without("induction"),
+    "positions": without("by_position"),
+    "samples": without("samples", value=[]),
+    "curves": lambda found: [
+        run.update(curve=[], validation_curve=[]) for v in found["variants"].values() for run in v["runs"]
+    ],
+    "flops": without("flops_per_token", value={}),
+    "claims": lambda found: found.update(claims=[]),
+}
+
+
+@pytest.mark.parametrize(
+    ("missing", "timed"),
+    [*((missing, True) for missing in MISSING), *((missing, False) for missing in ("nothing", "quality", "cache"))],
+)
+def test_whatever_is_missing_the_rest_is_said(
+    missing: str, timed: bool, written: Callable[..., tuple[Page, str]]
+) -> None:
+    found = plausible.results()
+    MISSING[missing](found)
+    page, text = written(found, plausible.timings(found) if timed else None)
+    titles = [title for level, title in page.outline if level]
+    assert ("When does it pay?" in titles) is timed
+    assert ("tokens/s" in text) is timed
+    assert {"How it was made", "Summary"} <= set(titles)
+    gone = {"samples": "Samples", "sizes": "At GPT-2's four sizes", "others": "What it did here"}
+    assert gone.get(missing) not in titles
+    assert ("inside the noise" in text) is (missing not in ("quality", "base", "others", "intervals"))
+
+
+def test_failed_runs_are_named(written: Callable[..., tuple[Page, str]]) -> None:
+    found = plausible.results(LADDER)
+    found["variants"]["gqa"]["runs"][1].update(status="failed", error="killed by *hand*", validation_loss=None)
+    page, text = written(found)
+    assert "1 of 18 runs failed and count in no figure: GQA, seed 1: killed by *hand*." in page.text
+    assert r"GQA, seed 1: killed by \*hand\*" in text
+    no_quality(found)
+    assert "Quality unknown: every run failed." in written(found)[1]
+
+
+def test_timings_that_lack_peaks_or_a_variant(written: Callable[..., tuple[Page, str]]) -> None:
+    found = plausible.results(LADDER)
+    timed = plausible.timings(found)
+    timed["peaks"]["flops"] = {"float32": 1e11}  # but timed in bfloat16
+    del timed["variants"]["gqa"]
+    timed["variants"]["swa"].update(training_tokens_per_second=None, training_memory_bytes=None, prefill=[], decode=[])
+    page, text = written(found, timed)
+    assert "calculator" not in page.ids
+    assert "Measured speed and memory" in text
+    assert "GPT-2 small, `n_kv_head=4`; untrained; no hardware: bytes read for a step, bfloat16" in text
+
+
+def test_several_variants_of_one_change_stand_in_one_table(written: Callable[..., tuple[Page, str]]) -> None:
+    found = plausible.results([(), ("gqa",)])
+    single = ModelConfig.preset("pocket", n_kv_head=1)
+    found["variants"]["mqa"] = plausible.variant(("gqa",), label="MQA", config=single.to_dict())
+    found["comparisons"]["mqa"] = {"validation_loss": between(0.01, 0.05, 0.09)}
+    _, text = written(found, plausible.timings(found))
+    here = text[text.index("### What it did here") : text.index("### At GPT-2's four sizes")]
+    rows = [line for line in here.splitlines() if line.startswith("| **")]
+    assert [row.split("|")[1].strip() for row in rows] == [
+        "**GPT-2**",
+        "**GQA with 2 key/value heads for 6**",
+        "**GQA with 1 key/value head for 6**",
+    ]
+    assert rows[2].endswith("| +0.050 | +0.010 to +0.090 | higher loss |")
+
+
+def test_a_change_made_only_with_others_is_taken_alone_at_gpt2s_sizes(
+    written: Callable[..., tuple[Page, str]],
+) -> None:
+    alone, together = (written(plausible.results(cells))[1] for cells in ([(), ("gqa",)], [(), ("rope", "gqa", "swa")]))
+    (row,) = (line for line in alone.splitlines() if line.startswith("| **gpt2** |"))
+    assert row in together.splitlines()
+    assert "This study makes the change only together with others: RoPE + GQA + SWA." in together
+
+
+def test_a_base_that_has_a_change_already(written: Callable[..., tuple[Page, str]]) -> None:
+    found = plausible.results([("swa",), ("rope", "swa"), ()], [0])
+    found["study"]["base"] = "swa"
+    found["comparisons"] = {"base": {"validation_loss": between(-0.1, 0.0, 0.1)}}
+    _, text = written(found, plausible.timings(found))
+    assert "**SWA with no window.** Loss inside the noise" in text
+    assert text.index("| **SWA** |") < text.index("| **GPT-2** |")
+
+
+def test_claims_of_both_files_with_their_verdicts(whole: Path) -> None:
+    text = (whole / "report.md").read_text(encoding="utf-8")
+    assert (
+        "Of 3 claims of papers that were looked at, 1 holds at this size, 1 does not, and of 1 this study cannot tell"
+        in text
+    )
+    rows = [line for line in text.splitlines() if "A paper" in line]
+    assert [re.findall(r"\*\*(.*?)\*\*", row) for row in rows] == [["holds"], ["cannot be told"], ["does not hold"]]
+
+
+def test_texts_stand_for_themselves(written: Callable[..., tuple[Page, str]]) -> None:
+    nasty = "</script><script>alert(1)</script> **a** `b` | $c$ \"d' &amp; [e](f) \\ # <!-- ]]>"
+    found = plausible.results([(), ("gqa",)])
+    found["study"].update(title=nasty, question=nasty, recipe={"a": nasty}, made_with={"b": nasty})
+    found["study"]["corpus"]["name"] = nasty
+    found["variants"]["gqa"].update(label=nasty, samples=[{"prompt": nasty, "text": nasty}])
+    found["variants"]["gqa"]["runs"][0].update(status="failed", error=nasty)
+    found["claims"] = [dict.fromkeys(("paper", "claim", "ours", "note"), nasty) | {"holds": None}]
+    timed = plausible.timings(found)
+    timed["machine"]["processor"] = nasty
+    page, text = written(found, timed)
+    assert page.outline[0] == (1, nasty)
+    assert page.text.count(nasty) > 8
+    assert "<script>alert" not in text.replace(r"\<script\>alert", "")
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
+
+
+def test_labels_may_hold_markup_in_drawings_too(tmp_path: Path) -> None:
+    found = plausible.results([(), ("gqa",)], [0])
+    for lacking in ("curves", "copy", "positions"):
+        MISSING[lacking](found)
+    found["variants"]["gqa"]["label"] = "<b>&\"'$x$"
+    found["variants"]["../../gqa"] = found["variants"].pop("gqa")
+    found["comparisons"] = {}
+    check_page(write_report(plausible.write(tmp_path / "study", found)))
+    assert [path.name for path in tmp_path.iterdir()] == ["study"]
+
+
+def test_markup_to_html() -> None:
+    assert to_html("**a *b* c** `d*e*` \\*f\\* <g> \\<h\\>") == (
+        "<strong>a <em>b</em> c</strong> <code>d*e*</code> *f* &lt;g&gt; &lt;h&gt;"
+    )
+
+
+def damage(found: Results, *path: str | int, value: Any) -> Results:
+    here: Any = found
+    for step in path[:-1]:
+        here = here[step]
+    here[path[-1]] = value
+    return found
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("format",), "something", "is no gptlab study of version 1"),
+        (("version",), 2, "is no gptlab study of version 1"),
+        (("study",), None, "damaged: study is not an object"),
+        (("study", "kind"), "new", "damaged: study.kind is not one of trained, shipped and mixed"),
+        (("study", "base"), "lost", "damaged: it lacks its base 'lost'"),
+        (("variants", "gqa", "cache"), {}, "damaged: variants.gqa.cache is not a list"),
+        (("variants", "gqa", "runs", 0, "seed"), True, r"damaged: variants.gqa.runs\[0\].seed is not a whole number"),
+        (("variants", "gqa", "quality"), {}, "damaged: variants.gqa.quality.protocol is not there"),
+        (("variants", "gqa", "config", "n_head"), 5, "n_head=5"),
+        (("comparisons", "gqa", "validation_loss", "low"), "-1", "validation_loss.low is not a number"),
+    ],
+)
+def test_damaged_results_are_refused(path: tuple[str | int, ...], value: Any, message: str, tmp_path: Path) -> None:
+    found = damage(plausible.results([(), ("gqa",)]), *path, value=value)
+    with pytest.raises(GptlabError, match=message):
+        write_report(plausible.write(tmp_path, found))
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_other_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(GptlabError, match=r"there is no study in .*nowhere"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(GptlabError, match=r"has no results\.json"):
+        write_report(tmp_path)
+    (tmp_path / "results.json").write_text('{"format": "gptlab')
+    with pytest.raises(GptlabError, match=r"results\.json cannot be read"):
+        write_report(tmp_path)
+    plausible.write(tmp_path, plausible.results([()]))
+    (tmp_path / "timings.json").write_text("[]")
+    with pytest.raises(GptlabError, match=r"timings\.json is no gptlab study timings of version 1"):
+        write_report(tmp_path)
+
+
+def test_an_old_report_stays_where_a_new_one_cannot_be_written(tmp_path: Path, no_drawing: None) -> None:
+    directory = plausible.write(tmp_path, plausible.results([(), ("gqa",)]))
+    (tmp_path / "report.html").write_text("old")
+    (tmp_path / "figures").write_text("no directory")
+    with pytest.raises(GptlabError, match=r"cannot write to .*figures"):
+        write_report(directory)
+    assert (tmp_path / "report.html").read_text() == "old"
+
+
+def test_a_file_of_a_study_is_read_as_it_was_written(tmp_path: Path) -> None:
+    found = plausible.results([(), ("rope",), ("swa",), ("rope", "swa")])
+    timed = plausible.timings(found)
+    study = read_study(plausible.write(tmp_path, found, timed))
+    assert study.results == json.loads(json.dumps(found))
+    assert study.kinds == {
+        "base": frozenset(),
+        "rope": {"rope"},
+        "swa": {"swa"},
+        "rope-swa": {"rope", "swa"},
+    }
+    assert study.made("rope-swa") == "RoPE and SWA with a window of 128"
+    assert math.isclose(study.decode("base")[128, 1], timed["variants"]["base"]["decode"][0]["tokens_per_second"])

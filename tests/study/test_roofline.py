@@ -1,0 +1,144 @@
+"""The prediction against hand calculation, and the page's own arithmetic against Python's."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptlab.config import ModelConfig
+from gptlab.errors import GptlabError
+from gptlab.model import cost
+from gptlab.study import report_speed, roofline
+from gptlab.study.report_data import make_config
+from gptlab.study.roofline import Machine, predict
+
+SMALL = ModelConfig(vocab_size=10, context_length=8, n_layer=2, n_head=2, n_embd=4, n_inner=12, bias=False)
+TEMPLATES = Path(roofline.__file__).parent / "templates"
+
+
+def test_a_step_by_hand() -> None:
+    # Per layer: c_attn 12 x 4, c_proj 4 x 4, mlp 2 x 12 x 4, two norms of 4; then a norm, the head 10 x 4, and for
+    # each of 3 sequences a row of either embedding.
+    weights = 2 * (48 + 16 + 96 + 8) + 4 + 40 + 3 * 2 * 4
+    # Keys and values of 5 tokens, 2 layers of width 4, for each of 3 sequences.
+    cache = 2 * 5 * 2 * 4 * 3
+    products = 3 * 2 * (2 * (48 + 16 + 96) + 40)
+    attention = 3 * 2 * 2 * (2 * 5 * 4)  # scores and their sum, in 2 layers
+    step = predict(SMALL, Machine(bandwidth=100.0, flops=1e9), context=5, batch=3, dtype="bfloat16")
+    assert (step.weight_bytes, step.cache_bytes) == (2 * weights, 2 * cache)
+    assert step.weight_seconds == 2 * weights / 100
+    assert step.cache_seconds == 2 * cache / 100
+    assert step.seconds == pytest.approx(2 * (weights + cache) / 100, rel=1e-15)
+    assert step.tokens_per_second == 3 / step.seconds
+    slow = predict(SMALL, Machine(bandwidth=1e9, flops=10.0), context=5, batch=3, dtype="bfloat16")
+    assert (slow.weight_seconds, slow.cache_seconds) == (products / 10, attention / 10)
+
+
+def test_each_half_takes_the_longer_of_reading_and_computing() -> None:
+    # Between the intensities of the two halves: the products wait for arithmetic, attention for the memory.
+    step = predict(SMALL, Machine(bandwidth=1.0, flops=2.0), context=5, batch=3, dtype="bfloat16")
+    flops = cost.token_flops(SMALL, 4)
+    assert step.weight_seconds == 3 * (flops.blocks + flops.head) / 2.0 > step.weight_bytes
+    assert step.cache_seconds == step.cache_bytes > 3 * flops.attention / 2.0
+
+
+def test_what_a_step_waits_for() -> None:
+    gpt2 = ModelConfig.preset("gpt2")
+    machine = Machine(3e10, 2e11)
+    assert predict(gpt2, machine, context=1024, batch=1, dtype="bfloat16").limit == "weights"
+    assert predict(gpt2, machine, context=16384, batch=1, dtype="bfloat16").limit == "cache"
+    assert predict(gpt2, machine, context=16, batch=64, dtype="bfloat16").limit == "arithmetic"
+
+
+def test_124m_at_batch_1_runs_at_the_bandwidth_over_its_bytes() -> None:
+    step = predict(ModelConfig.preset("gpt2"), Machine(3.2e10, 1e12), context=1, batch=1, dtype="bfloat16")
+    # All parameters but the position table, at two bytes; one row of each embedding is read on top.
+    assert step.weight_bytes == 2 * (124_439_808 - 1024 * 768 + 2 * 768)
+    assert step.tokens_per_second == pytest.approx(129.4, rel=1e-3)
+
+
+def test_key_heads_and_windows_shrink_what_they_should() -> None:
+    machine = Machine(3e10, 2e11)
+    plain, grouped, windowed = (
+        predict(ModelConfig.preset("gpt2", **changes), machine, context=4096, batch=8, dtype="float32")
+        for changes in ({}, {"n_kv_head": 3}, {"window": 256})
+    )
+    assert plain.cache_bytes == 4 * grouped.cache_bytes == 16 * windowed.cache_bytes
+    assert plain.weight_bytes == windowed.weight_bytes > grouped.weight_bytes
+
+
+def test_the_cache_outweighs_the_weights_from_so_many_sequences_on() -> None:
+    gpt2 = ModelConfig.preset("gpt2")
+    sequences = roofline.balance(gpt2, 1024)
+    assert sequences == pytest.approx(6.55, abs=0.005)
+    for dtype in roofline.BYTES:
+        before, after = (predict(gpt2, Machine(1, 1), context=1024, batch=b, dtype=dtype) for b in (6, 7))
+        assert before.cache_bytes < before.weight_bytes
+        assert after.cache_bytes > after.weight_bytes
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    with pytest.raises(GptlabError, match=r"'bflot16'.*did you mean 'bfloat16'"):
+        predict(SMALL, Machine(1, 1), context=1, batch=1, dtype="bflot16")
+
+
+def test_the_machine_is_that_of_the_dtype_that_was_timed() -> None:
+    peaks = {"bandwidth_bytes_per_second": 3e10, "flops": {"float32": 1e11, "bfloat16": 2e11}, "how": ""}
+    assert roofline.machine_of({"dtype": "float32", "peaks": peaks}) == Machine(3e10, 1e11)
+    assert roofline.machine_of({"dtype": "int8", "peaks": peaks}) is None
+    assert roofline.machine_of(None) is None
+
+
+def node(script: str, data: Any) -> Any:
+    """Run the page's JavaScript with `data` in hand; return what `script` evaluates to."""
+    program = shutil.which("node")
+    if program is None:
+        pytest.skip("there is no node to run the page's JavaScript with")
+    sources = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in ("roofline.js", "calculator.js"))
+    # In the page the calculator looks for its place; here there is none.
+    head = "const document = { querySelectorAll: () => [] };\n"
+    tail = "\nconst data = JSON.parse(require('fs').readFileSync(0));\nconsole.log(JSON.stringify((() => {%s})()));"
+    whole = sources.replace('"use strict";', head, 1) + tail % script
+    done = subprocess.run([program, "-e", whole], input=json.dumps(data), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_page_computes_the_same_numbers() -> None:
+    machine = Machine(31_234_567_890.1, 198_765_432_109.9)
+    asked, expected = [], []
+    sizes = {name: ModelConfig.preset(name) for name in ("gpt2", "gpt2-xl", "pocket", "tiny")}
+    sizes |= {"own": SMALL, "rope": ModelConfig.preset("pocket", position="rope", tie_embeddings=False, bias=False)}
+    points = itertools.product(sizes.values(), (None, 1), (None, 1, 100), (1, 100, 99_999), (1, 7, 512), (1, 2, 4))
+    for config, heads, window, context, batch, size in points:
+        model = make_config({**config.to_dict(), "n_kv_head": heads, "window": window})
+        dtype = {1: "int8", 2: "bfloat16", 4: "float32"}[size]
+        step = predict(model, machine, context=context, batch=batch, dtype=dtype)
+        asked.append([model.to_dict(), context, batch, size, machine.bandwidth, machine.flops])
+        numbers = [step.weight_bytes, step.cache_bytes, step.weight_seconds, step.cache_seconds, step.seconds]
+        total = sum(cost.parameters(model).values())
+        expected.append([total, *numbers, step.tokens_per_second, step.limit])
+    found = node(
+        """return data.map((one) => { const s = step(...one);
+        return [parameters(one[0]).total, s.weightBytes, s.cacheBytes, s.weightSeconds,
+        s.cacheSeconds, s.seconds, s.tokensPerSecond, s.limit]; });""",
+        asked,
+    )
+    assert found == expected  # equal, not close
+
+
+def test_the_calculator_shows_itself_only_where_it_agrees() -> None:
+    machine = Machine(3e10, 2e11)
+    config = ModelConfig.preset("gpt2")
+    model = {**config.to_dict(), "kv": [1]}
+    checks = [report_speed.check("gpt2", config, at, machine, "bfloat16") for at in report_speed.CHECKS]
+    data = {"models": {"gpt2": model}, "size": 2, "bandwidth": machine.bandwidth, "peak": machine.flops}
+    wrong = [{**checks[0], "cacheBytes": 1}, {**checks[0], "seconds": checks[0]["seconds"] * (1 + 1e-15)}]
+    script = "return data.checks.map((check) => agrees(data, check));"
+    assert node(script, {**data, "checks": [*checks, *wrong]}) == [True] * len(checks) + [False, False]

@@ -1,0 +1,570 @@
+"""Whole studies, small ones: the same bytes whatever happens on the way, and nothing lost to one failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from studies import GRID, MEASURE, RECIPE, order, settings, small
+
+import gptlab
+from gptlab.config import ModelConfig
+from gptlab.errors import GptlabError
+from gptlab.evaluation.heads import diagnose
+from gptlab.evaluation.positions import loss_by_position
+from gptlab.evaluation.probes import copy_at_distance, induction
+from gptlab.evaluation.scoring import token_logprobs
+from gptlab.language_model import LanguageModel
+from gptlab.model import cost
+from gptlab.study import evaluate, runs, stages
+from gptlab.study import run as running
+from gptlab.study.evaluate import Questions, model_key
+from gptlab.study.files import make_study
+from gptlab.study.orders import Order, read_order
+from gptlab.study.results import read_results, read_timings
+from gptlab.study.run import run_study
+from gptlab.text.documents import open_documents
+from gptlab.text.shards import open_dataset
+from gptlab.text.tokenizers import byte_tokenizer
+
+pytestmark = pytest.mark.usefixtures("no_measuring")
+
+VARIANTS: list[dict[str, Any]] = [
+    {"name": "base"},
+    {"name": "rope", "label": "RoPE", "model": {"position": "rope"}},
+    {"name": "twin", "model": {"n_kv_head": 4}},  # what the base has
+]
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that nothing happened to: three variants, two seeds."""
+    out = tmp_path_factory.mktemp("whole") / "study"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "measure", lambda *_, **__: {"format": "gptlab study timings", "version": 1})
+        torch.set_num_threads(1)
+        run_study(order(corpus, variant=VARIANTS, seeds=[0, 1]), out)
+    return out
+
+
+class Stop(BaseException):
+    """Ends a study as a power cut would, as far as its files are concerned."""
+
+
+def stop_at(n: int) -> Callable[[dict[str, Any]], None]:
+    """Return a report that stops the study at its n-th event."""
+    count = [0]
+
+    def report(row: dict[str, Any]) -> None:
+        count[0] += 1
+        if count[0] == n:
+            raise Stop
+
+    return report
+
+
+def test_results_hold_what_was_asked_for(whole: Path, corpus: Path) -> None:
+    results = read_results(whole)
+    about = results["study"]
+    assert (about["base"], about["kind"], about["seeds"], about["tokens"]) == ("base", "trained", [0, 1], 12 * 2 * 32)
+    dataset = open_dataset(whole / "data")
+    assert about["corpus"] == {"name": "sentences", "sha256": dataset.sha256}
+    assert list(results["variants"]) == ["base", "twin", "rope"] or list(results["variants"]) == [
+        "base",
+        "rope",
+        "twin",
+    ]
+    for name, variant in results["variants"].items():
+        config = ModelConfig.from_dict(variant["config"])
+        assert config == ModelConfig.preset(
+            "tiny", context_length=32, vocab_size=257, **({"position": "rope"} if name == "rope" else {})
+        )
+        assert variant["parameters"]["total"] == sum(cost.parameters(config).values())
+        assert [(run["seed"], run["status"], run["error"]) for run in variant["runs"]] == [
+            (0, "done", None),
+            (1, "done", None),
+        ]
+        for run in variant["runs"]:
+            assert [tokens for tokens, _ in run["curve"]] == [64, 640, 768]
+            assert [tokens for tokens, _ in run["validation_curve"]] == [384, 768]
+            assert run["validation_curve"][-1][1] == run["validation_loss"] < run["validation_curve"][0][1]
+            assert (whole / "runs" / run["key"] / "run.json").is_file()
+        assert [row["context"] for row in variant["cache"]] == [16, 16, 32, 32, 64, 64]
+        assert variant["heads"] is not None
+        assert len(variant["heads"]["layers"]) == 2
+        assert len(variant["samples"]) == 3
+    assert results["variants"]["rope"]["changes"] == {"position": "rope"}
+    assert results["variants"]["rope"]["factors"] == ["rope"]
+    assert results["effects"] is results["race"] is results["claims"] is None
+    assert list(results["four_sizes"]["gpt2"]) == list(results["variants"])
+
+
+def test_the_answers_are_those_of_the_models(whole: Path) -> None:
+    """The same questions put by hand to the checkpoints of the runs."""
+    results = read_results(whole)
+    variant = results["variants"]["rope"]
+    texts = tuple(open_documents([str(whole / "held_out.txt")]))
+    losses, positions, copies, passes = [], [], [], []
+    for run in variant["runs"]:
+        lm = gptlab.load(f"{whole / 'runs' / run['key']}@last")
+        tokenizer = lm.needs_tokenizer()
+        ids = [[256, *tokenizer.encode(text)] for text in texts]
+        scores = token_logprobs(lm.model, ids, context=32)
+        losses.append(-torch.cat(scores).double().mean().item())
+        stream = [token for row in ids for token in row][: 2 * 2 * 32 + 1]
+        near, far = (loss_by_position(lm.model, [stream], length=n) for n in (32, 64))
+        positions.append([row.nats for row in [*near, far[-1]]])
+        copies.append(copy_at_distance(lm.model, [16], n=2, length=16, vocabulary=range(256))[0])
+        passes.append(induction(lm.model, period=8, n=2, vocabulary=range(256)))
+    mean = lambda values: pytest.approx(sum(values) / len(values), rel=1e-6)  # noqa: E731
+    assert variant["quality"] is not None
+    assert variant["quality"]["by_run"] == pytest.approx(losses, rel=1e-6)
+    assert variant["quality"]["nats_per_token"] == mean(losses)
+    assert variant["quality"]["tokens"] == sum(len(row) - 1 for row in ids)
+    assert variant["by_position"] is not None
+    assert variant["by_position"]["buckets"] == [[1, 16], [17, 32], [33, 64]]
+    assert variant["by_position"]["trained_length"] == 32
+    for found, both in zip(variant["by_position"]["nats"], zip(*positions, strict=True), strict=True):
+        assert found == mean(both)
+    (copying,) = variant["copy"]
+    assert copying["distance"] == 16
+    assert copying["logprob"] == mean([one.logprob for one in copies])
+    assert copying["baseline_logprob"] == mean([one.logprob_without for one in copies])
+    assert variant["induction"] is not None
+    assert variant["induction"]["second"] == mean([one.second for one in passes])
+    first = gptlab.load(f"{whole / 'runs' / variant['runs'][0]['key']}@last")
+    heads = diagnose(first.model, torch.tensor([stream[:32]]))
+    assert variant["heads"] is not None
+    assert variant["heads"]["layers"][1]["entropy"] == pytest.approx(heads[1].entropy.tolist(), abs=1e-5)
+    assert variant["attention_maps"] is not None
+    layer, head = variant["attention_maps"]["layer"], variant["attention_maps"]["head"]
+    base = results["variants"]["base"]["heads"]
+    assert base is not None
+    assert base["layers"][layer]["distance"][head] == max(d for row in base["layers"] for d in row["distance"])
+    maps = first.model.attention_maps(torch.tensor([stream[:32]]), layer)[0, head]
+    for i, row in enumerate(variant["attention_maps"]["weights"]):
+        assert row == pytest.approx(maps[i, : i + 1].tolist(), abs=6e-4)
+    prompts = [sample["prompt"] for sample in variant["samples"]]
+    texts = first.generate(prompts, max_new_tokens=5, temperature=0.8, top_k=50, seed=0)
+    assert [sample["text"] for sample in variant["samples"]] == texts
+
+
+def test_a_twin_of_the_base_differs_by_nothing(whole: Path) -> None:
+    results = read_results(whole)
+    base, twin = (results["variants"][name] for name in ("base", "twin"))
+    assert [run["key"] for run in base["runs"]] == [run["key"] for run in twin["runs"]]
+    found = results["comparisons"]["twin"]["validation_loss"]
+    assert (found["mean"], found["low"], found["high"], found["n"]) == (0.0, 0.0, 0.0, 2)
+    rope = results["comparisons"]["rope"]["validation_loss"]
+    assert rope["mean"] != 0.0
+    assert rope["method"] == "paired over seeds"
+    assert rope["low"] is not None
+    assert rope["high"] is not None
+    assert rope["low"] < rope["mean"] < rope["high"]
+
+
+def test_variants_share_the_start_and_the_order_of_the_data(whole: Path) -> None:
+    """The first loss comes from the same batch and nearly the same function: positions hardly matter yet."""
+    results = read_results(whole)
+    seeds = [{name: v["runs"][i]["curve"][0][1] for name, v in results["variants"].items()} for i in (0, 1)]
+    for first in seeds:
+        assert first["rope"] == pytest.approx(first["base"], abs=0.05)
+    assert abs(seeds[0]["base"] - seeds[1]["base"]) > 1e-4
+
+
+def test_stopped_at_any_moment_and_in_another_order(
+    whole: Path, corpus: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+    asked, out = order(corpus, variant=VARIANTS[::-1], seeds=[0, 1]), tmp_path / "study"
+    draw, stops = random.Random(), 0  # other moments every time
+    while True:
+        try:
+            run_study(asked, out, report=stop_at(draw.randint(2, 25)))
+            break
+        except Stop:
+            stops += 1
+        assert stops < 100
+    assert stops
+    assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+
+
+def test_what_is_done_is_not_done_again(whole: Path, corpus: Path, monkeypatch: Any) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+    for name in ("run_task", "loss_by_position", "copy_at_distance", "induction", "diagnose"):
+        monkeypatch.setattr(evaluate, name, None)
+    monkeypatch.setattr(runs, "train", None)
+    said: list[dict[str, Any]] = []
+    results, _ = run_study(order(corpus, variant=VARIANTS, seeds=[0, 1]), whole, report=said.append)
+    changed = {path.name for path in whole.rglob("*") if path.is_file() and before.get(path) != path.stat().st_mtime_ns}
+    assert changed == {"study.json", "results.json", "timings.json"}
+    assert said[0] == {
+        "event": "plan",
+        "study": "small",
+        "variants": 3,
+        "runs": 6,
+        "done": 6,
+        "tokens": 0,
+        "seconds": 0.0,
+    }
+    # A part of it, and then the whole again.
+    some = order(corpus, variant=VARIANTS, seeds=[0, 1])
+    part, _ = run_study(Order(some.study, only=("twin",), seeds=1), whole)
+    assert list(part["variants"]) == ["base", "twin"]
+    assert part["study"]["seeds"] == [0]
+    assert part["comparisons"]["twin"]["validation_loss"]["method"] == "paired bootstrap over documents"
+    again, _ = run_study(some, whole)
+    assert again == results
+
+
+def test_seeds_and_variants_may_be_added(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+    out = tmp_path / "study"
+    first, _ = run_study(order(corpus, variant=VARIANTS[:1]), out)
+    more, _ = run_study(order(corpus, variant=VARIANTS[:2], seeds=[0, 1]), out)
+    assert more["variants"]["base"]["runs"][0] == first["variants"]["base"]["runs"][0]
+    assert len(list((out / "runs").iterdir())) == 4
+
+
+def test_the_whole_factorial_with_timings_and_claims(corpus: Path, tmp_path: Path) -> None:
+    race = {"set": [*RECIPE, f"data.corpus=['{corpus}']"], "variant": VARIANTS[:2], "seed": 3}
+    claims = ["rope-falls-faster", "rope-cost", "gqa-between"]
+    asked = order(corpus, grid=GRID, claims=claims, race=race)
+    said: list[dict[str, Any]] = []
+    results, timings = run_study(asked, tmp_path / "study", report=said.append)
+    assert read_results(tmp_path / "study") == results
+    assert read_timings(tmp_path / "study") == timings
+    assert results["study"]["factors"] == ["rope", "gqa", "swa"]
+    assert results["effects"] is not None
+    assert list(results["effects"]["main"]) == ["rope", "gqa", "swa"]
+    loss = {name: variant["quality"]["nats_per_token"] for name, variant in results["variants"].items()}  # type: ignore[index]
+    pairs = [("rope", "base"), ("rope-gqa", "gqa"), ("rope-swa", "swa"), ("rope-gqa-swa", "gqa-swa")]
+    found = results["effects"]["main"]["rope"]
+    assert found["mean"] == pytest.approx(sum(loss[a] - loss[b] for a, b in pairs) / 4, abs=1e-12)
+    assert found["method"] == "paired bootstrap over documents"
+    assert results["race"] is not None
+    assert [run["run"]["seed"] for run in results["race"]["variants"].values()] == [3, 3]
+    assert results["race"]["tokens"] == 768
+    assert results["race"]["variants"]["rope"]["changes"] == {"position": "rope"}
+    assert results["claims"] is not None
+    assert [claim["holds"] for claim in results["claims"]] == [None, None]  # one seed, and no multi-query variant
+    assert [claim["paper"] for claim in timings["claims"]] == ["Rotary embeddings (EleutherAI 2021)"]
+    assert list(timings["variants"]) == list(results["variants"])
+    assert {row["phase"] for row in said if row["event"] == "phase"} == {
+        *("prepare", "train", "race", "evaluate", "measure")
+    }
+    windowed = results["variants"]["rope-swa"]
+    assert windowed["attention_maps"] is not None
+    for i, row in enumerate(windowed["attention_maps"]["weights"]):
+        assert all(weight == 0 for weight in row[: max(i - 7, 0)])
+    assert results["variants"]["swa"]["receptive_field"] == 2 * 7 + 1
+    assert "seconds" not in json.dumps(results)
+
+
+def test_one_failure_does_not_lose_the_others(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+    real = runs.train
+
+    def fragile(recipe: Any, *arguments: Any, **options: Any) -> Any:
+        if recipe.model.get("position") == "rope" and recipe.train.seed == 1:
+            raise RuntimeError("the loss is nan")
+        return real(recipe, *arguments, **options)
+
+    monkeypatch.setattr(runs, "train", fragile)
+    said: list[dict[str, Any]] = []
+    asked, out = order(corpus, variant=VARIANTS[:2], seeds=[0, 1, 2]), tmp_path / "study"
+    results, _ = run_study(asked, out, report=said.append)
+    rope = results["variants"]["rope"]
+    assert [(run["status"], run["error"]) for run in rope["runs"]] == [
+        ("done", None),
+        ("failed", "the loss is nan"),
+        ("done", None),
+    ]
+    assert rope["quality"] is not None
+    assert len(rope["quality"]["by_run"]) == 2
+    assert results["comparisons"]["rope"]["validation_loss"]["n"] == 2
+    assert {"event": "note", "text": "rope, seed 1 failed: the loss is nan"} in said
+    failed = out / "runs" / rope["runs"][1]["key"]
+    assert "RuntimeError: the loss is nan" in (failed / "failure.txt").read_text()
+    # What ailed it is put right: only that run is trained.
+    monkeypatch.setattr(runs, "train", real)
+    trained: list[dict[str, Any]] = []
+    results, _ = run_study(asked, out, report=lambda row: trained.append(row) if row["event"] == "training" else None)
+    assert results["comparisons"]["rope"]["validation_loss"]["n"] == 3
+    assert sum(row["row"]["event"] == "start" for row in trained) == 1
+
+
+def test_nothing_could_be_trained(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(GptlabError, match=r"no variant could be trained: the training data has .* too few"):
+        run_study(order(corpus, "batch.size=900", "batch.micro=1"), tmp_path / "study")
+
+
+def test_questions_that_cannot_be_asked_are_refused_before_the_training(corpus: Path, tmp_path: Path) -> None:
+    refusals = {
+        "distances": ([8], r"evaluate.distances has 8, but strings of 16 tokens in a context of 32 can stand 16 to 16"),
+        "prompts": (["a" * 40], r"of 40 tokens; the context holds 32"),
+    }
+    for name, (value, said) in refusals.items():
+        trained: list[Any] = []
+        with pytest.raises(GptlabError, match=said):
+            run_study(order(corpus, evaluate={name: value}), tmp_path / name, report=trained.append)
+        assert not [row for row in trained if row["event"] == "training"]
+    with pytest.raises(GptlabError, match=r"evaluate.prompts has 'Zebra', which cannot be encoded"):
+        run_study(order(corpus, "tokenizer.kind=chars", evaluate={"prompts": ["Zebra"]}), tmp_path / "chars")
+
+
+def test_a_tokenizer_of_few_characters(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+    results, _ = run_study(order(corpus, "tokenizer.kind=chars", variant=VARIANTS[:2]), tmp_path / "study")
+    rope = results["variants"]["rope"]
+    assert rope["config"]["vocab_size"] < 33  # too few for two strings of 16 different ones
+    assert [row["distance"] for row in rope["copy"]] == [16]
+    assert all(corpus.read_text().count(sample["prompt"]) for sample in rope["samples"])
+
+
+def test_a_full_disk_ends_the_study(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def full(*arguments: Any, **options: Any) -> Any:
+        raise OSError(28, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(runs, "train", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_study(order(corpus), tmp_path / "study")
+
+
+# --- models that were trained elsewhere --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models with bytes for tokens, one of them with a card."""
+    directory = tmp_path_factory.mktemp("shipped")
+    for name in ("learned", "rope"):
+        config = ModelConfig.preset("tiny", vocab_size=257, context_length=32, position=name)
+        gptlab.save(LanguageModel(gptlab.GPT(config), byte_tokenizer()), directory / name)
+    (directory / "learned/card.json").write_text('{"tokens_trained": 123}')
+    return directory
+
+
+def loaded(shipped: Path, **values: Any) -> dict[str, Any]:
+    pair = [{"name": "base", "load": str(shipped / "learned")}, {"name": "rope", "load": str(shipped / "rope")}]
+    return {"variant": pair, **values}
+
+
+def test_models_that_are_loaded(corpus: Path, shipped: Path, tmp_path: Path) -> None:
+    text = {"text": str(corpus), "bytes": 3000, "strings": 2, "sample_tokens": 3, "pieces": 2, "prompts": ["the "]}
+    results, _ = run_study(order(corpus, **loaded(shipped, evaluate=text)), tmp_path / "study")
+    about = results["study"]
+    assert (about["kind"], about["seeds"], about["tokens"]) == ("shipped", [], 123)
+    assert about["corpus"]["name"] == "sentences"
+    assert [v["tokens_trained"] for v in results["variants"].values()] == [123, None]
+    assert [v["source"] for v in results["variants"].values()] == ["shipped"] * 2
+    assert results["variants"]["rope"]["runs"] == []
+    assert results["variants"]["rope"]["changes"] == {"position": "rope"}
+    assert results["variants"]["rope"]["samples"][0]["prompt"] == "the "
+    found = results["comparisons"]["rope"]["validation_loss"]
+    assert found["method"] == "paired bootstrap over documents"
+    assert len((tmp_path / "study/held_out.txt").read_bytes()) == pytest.approx(3000, abs=200)
+    assert corpus.read_text().startswith((tmp_path / "study/held_out.txt").read_text().split("<|endoftext|>")[0])
+    by_position = [v["by_position"]["buckets"][-1][1] for v in results["variants"].values() if v["by_position"]]
+    assert by_position == [32, 128]  # learned positions end with the context
+
+
+def test_what_needs_a_text_or_has_no_effect(corpus: Path, shipped: Path, tmp_path: Path) -> None:
+    with pytest.raises(GptlabError, match=r"needs a text to ask them about; set evaluate\.text"):
+        run_study(order(corpus, **loaded(shipped)), tmp_path / "a")
+    study = small(corpus, **loaded(shipped))
+    for options in ({"seeds": 3}, {"data": tmp_path}):
+        with pytest.raises(GptlabError, match="--seeds and --data have no effect"):
+            run_study(Order(study, **options), tmp_path / "b")
+    with pytest.raises(GptlabError, match="--seeds takes the number of seeds"):
+        run_study(Order(small(corpus), seeds=0), tmp_path / "b")
+    study = small(corpus, variant=[{"name": "base", "load": str(tmp_path / "nowhere")}])
+    with pytest.raises(GptlabError, match="nowhere"):
+        run_study(Order(study), tmp_path / "b")
+    with pytest.raises(GptlabError, match="no device 'nonsense'"):
+        run_study(Order(small(corpus), device="nonsense"), tmp_path / "b")
+    needy = small(corpus, needs_data=True)
+    with pytest.raises(GptlabError, match="needs data: name prepared data by --data, or texts by --corpus"):
+        run_study(Order(needy), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_prepared_data(whole: Path, corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+    asked = Order(small(corpus, variant=VARIANTS[:1], needs_data=True), data=whole / "data")
+    results, _ = run_study(asked, tmp_path / "study")
+    assert not (tmp_path / "study/data").exists()
+    base = read_results(whole)["variants"]["base"]
+    assert results["variants"]["base"]["runs"] == base["runs"][:1]
+    assert results["variants"]["base"]["samples"] == base["samples"]
+    assert read_order(tmp_path / "study") == asked
+
+
+# --- the directory ------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_of_something_else(whole: Path, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(GptlabError, match="holds something that is no study"):
+        run_study(order(corpus), tmp_path)
+    kept = (whole / "study.json").read_bytes()
+    others = [
+        (order(corpus, variant=VARIANTS, name="other"), r"holds another study \(name 'small', not 'other'\)"),
+        (order(corpus, variant=VARIANTS, base="rope"), r"holds another study \(base 'base', not 'rope'\)"),
+        (
+            order(corpus, "data.corpus=['pydoc']", variant=VARIANTS),
+            r"another study \(data 'corpus /.*sentences.txt', not",
+        ),
+        (order(corpus, "budget.steps=13", variant=VARIANTS), r"another study: variant base is defined otherwise"),
+        (
+            order(corpus, variant=[*VARIANTS[:2], {"name": "twin", "model": {"n_kv_head": 1}}]),
+            r"another study: variant twin is defined otherwise",
+        ),
+    ]
+    for asked, said in others:
+        with pytest.raises(GptlabError, match=said):
+            run_study(asked, whole)
+    assert (whole / "study.json").read_bytes() == kept
+
+
+def test_a_study_file_in_the_directory_that_is_damaged(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(GptlabError, match="holds no study to go on with"):
+        read_order(tmp_path)
+    for content in (
+        "{",
+        "[]",
+        '{"format": "other", "version": 1}',
+        '{"format": "gptlab study settings", "version": 1}',
+    ):
+        (tmp_path / "study.json").write_text(content)
+        with pytest.raises(GptlabError, match=r"study\.json (cannot be read|was written by another version)"):
+            run_study(order(corpus), tmp_path)
+
+
+def test_result_files_that_are_missing_or_damaged(tmp_path: Path) -> None:
+    for read, name in ((read_results, "results.json"), (read_timings, "timings.json")):
+        with pytest.raises(GptlabError, match=f"has no {name}; finish its study first"):
+            read(tmp_path)
+        (tmp_path / name).write_text("{")
+        with pytest.raises(GptlabError, match=f"{name} cannot be read"):
+            read(tmp_path)
+        (tmp_path / name).write_text('{"format": "gptlab study", "version": 99}')
+        with pytest.raises(GptlabError, match=f"{name} is no gptlab study"):
+            read(tmp_path)
+
+
+# --- what is kept -------------------------------------------------------------------------------------------------
+
+
+def test_keys_and_damaged_results(tmp_path: Path, monkeypatch: Any) -> None:
+    one = stages.key("train", a=1, b={"x": [1, 2], "y": None})
+    assert one == stages.key("train", b={"y": None, "x": [1, 2]}, a=1)
+    assert one != stages.key("evaluate", a=1, b={"x": [1, 2], "y": None})
+    assert one != stages.key("train", a=2, b={"x": [1, 2], "y": None})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    assert one != stages.key("train", a=1, b={"x": [1, 2], "y": None})
+    torch.set_num_threads(threads)
+    monkeypatch.setitem(stages.CODE, "train", 2)
+    assert one != stages.key("train", a=1, b={"x": [1, 2], "y": None})
+    made = []
+
+    def compute() -> dict[str, Any]:
+        made.append(1)
+        return {"pair": (1, 0.1)}
+
+    assert stages.cached(tmp_path, "k", compute) == {"pair": [1, 0.1]}
+    assert stages.cached(tmp_path, "k", compute) == {"pair": [1, 0.1]}
+    assert len(made) == 1
+    (tmp_path / "k.json").write_text('{"pair": [1')
+    assert stages.cached(tmp_path, "k", compute) == {"pair": [1, 0.1]}
+    assert len(made) == 2
+
+
+def test_a_model_is_known_by_all_that_its_answers_depend_on() -> None:
+    config = ModelConfig.preset("tiny", vocab_size=257)
+    model = gptlab.GPT(config)
+    windowed = gptlab.GPT(ModelConfig.preset("tiny", vocab_size=257, window=8))  # the same weights
+    keys = {
+        model_key(LanguageModel(model, byte_tokenizer())),
+        model_key(LanguageModel(windowed, byte_tokenizer())),
+        model_key(LanguageModel(gptlab.GPT(config, seed=1), byte_tokenizer())),
+    }
+    assert len(keys) == 3
+    assert model_key(LanguageModel(gptlab.GPT(config), byte_tokenizer())) in keys
+
+
+def test_a_text_that_is_too_short_for_positions(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("ten bytes.")
+    study = small(tmp_path)
+    ask = Questions(tmp_path / "text.txt", "text", study.evaluate, 64, tmp_path)
+    lm = LanguageModel(gptlab.GPT(ModelConfig.preset("tiny", vocab_size=257)), byte_tokenizer())
+    assert ask.by_position(lm, model_key(lm)) is None
+    assert ask.attention_map(lm, model_key(lm), 7, 0, 10) is None
+
+
+# --- killed -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(corpus: Path, tmp_path: Path) -> None:
+    """The real command in its own process, killed four times, gives the bytes of one that was left alone."""
+    asked = {**settings(corpus, variant=VARIANTS, seeds=[0, 1]), "measure": {**MEASURE, "contexts": [16]}}
+    make_study(asked)
+    path = tmp_path / "small.toml"
+    path.write_text(_toml(asked))
+
+    def command(out: Path) -> subprocess.Popen[bytes]:
+        line = [sys.executable, "-m", "gptlab", "study", str(path), "--out", str(out)]
+        return subprocess.Popen(
+            line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+
+    assert command(tmp_path / "whole").wait() == 0
+    started = time.monotonic()
+    draw, kills, span = random.Random(), 0, 8.0
+    while True:
+        process = command(tmp_path / "killed")
+        try:
+            code = process.wait(draw.uniform(1.0, span) if kills < 4 else None)
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+            kills += 1
+            continue
+        assert code == 0
+        break
+    assert kills, f"it was over before it was killed ({time.monotonic() - started:.0f} s)"
+    assert (tmp_path / "killed/results.json").read_bytes() == (tmp_path / "whole/results.json").read_bytes()
+    report = re.sub(rb"[^\n]*", b"", (tmp_path / "killed/report.html").read_bytes())
+    assert report
+    shutil.rmtree(tmp_path / "killed")
+
+
+def _toml(values: dict[str, Any]) -> str:
+    """Write plain values as TOML: sections after what stands alone."""
+    lines = [
+        f"{name} = {json.dumps(value)}"
+        for name, value in values.items()
+        if name not in ("variant", "evaluate", "measure")
+    ]
+    for name in ("evaluate", "measure"):
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values[name].items())]
+    for variant in values["variant"]:
+        model = variant.get("model", {})
+        lines += ["[[variant]]", f"name = {json.dumps(variant['name'])}"]
+        lines += [f"model.{key} = {json.dumps(value)}" for key, value in model.items()]
+    return "\n".join(lines) + "\n"
