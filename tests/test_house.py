@@ -28,6 +28,7 @@ FLOORS = {
     "__init__": 4.5,
     "training": 5,
     "verification": 5,
+    "harness": 5,
     "study": 6,
     "cli": 7,
     "__main__": 8,
