@@ -285,12 +285,12 @@ def chosen_on(device: str, patch: pytest.MonkeyPatch, **changes: object) -> str:
     patch.setattr(varlen_module, "_has_flash_attention", lambda device: case["flash attention"])
     patch.setattr(flex_module, "TRITON", case["triton"])
     with FakeTensorMode():
-        shapes = [(B, n, case["length"], case["width"]) for n in (H, 2, 2, H)[: 4 if case["own_queries"] else 3]]
-        tensors = [torch.empty(s, device=device, dtype=case["dtype"]) for s in shapes]
-    for x in tensors:
+        shapes = [(B, n, case["length"], case["width"]) for n in (H, 2, 2, H)]
+        q, k, v, q_sinks = (torch.empty(s, device=device, dtype=case["dtype"]) for s in shapes)
+    for x in (q, k, v, q_sinks):
         x.requires_grad_(case["training"])
     tokens = Tokens(torch.arange(case["length"]).expand(B, -1), **case["known"])
-    kernel = select(case["rule"], tokens, tokens, case["dropout"], *tensors)
+    kernel = select(case["rule"], tokens, tokens, case["dropout"], q, k, v, q_sinks if case["own_queries"] else None)
     return next(name for name, one in (KERNELS | kernels.SPECIAL).items() if one is kernel)
 
 

@@ -72,7 +72,7 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
-def select(visibility: Visibility, queries: Tokens, keys: Tokens, dropout: float, *tensors: Tensor) -> Kernel:
+def select(visibility: Visibility, queries: Tokens, keys: Tokens, dropout: float, *tensors: Tensor | None) -> Kernel:
     """Return the kernel for the attention at hand: the forced one, else the fastest that can do it.
 
     The choice is logged at level DEBUG under ``gptlab.model.kernels``.
@@ -82,10 +82,10 @@ def select(visibility: Visibility, queries: Tokens, keys: Tokens, dropout: float
         queries: where the queries stand.
         keys: where the keys stand.
         dropout: probability with which a weight is dropped.
-        tensors: queries, keys, values and, where they differ, the queries of the sinks; their device, dtype, shape
-            and need of gradients count. Without them none of `SPECIAL` is chosen.
+        tensors: queries, keys, values and the queries of the sinks (None where they are the same); their device,
+            dtype, shape and need of gradients count. Without them none of `SPECIAL` is chosen.
     """
-    name = _forced or _fastest(visibility, queries, keys, dropout, *tensors)
+    name = _forced or _fastest(visibility, queries, keys, dropout, *(x for x in tensors if x is not None))
     if not torch.compiler.is_compiling():
         _log.debug("attention kernel: %s", name)
     return KERNELS[name] if name in KERNELS else SPECIAL[name]
