@@ -47,7 +47,8 @@ def attend(
     keys = tokens
     if cache is not None:
         k, v, keys = cache.append(k, v, tokens)
-    return kernels.select(visibility, tokens, keys, dropout)(q, k, v, visibility, tokens, keys, dropout, q_sinks)
+    kernel = kernels.select(visibility, tokens, keys, dropout, q, k, v, q_sinks)
+    return kernel(q, k, v, visibility, tokens, keys, dropout, q_sinks)
 
 
 class CausalSelfAttention(nn.Module):
