@@ -65,21 +65,6 @@ def study(
     _run(order, out)
 
 
-def report(
-    directory: Annotated[Path, typer.Argument(help="Directory of a study.")],
-    open_it: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
-) -> None:
-    """Write the report of a study again: report.html, report.md and figures."""
-    from gptlab.study.report import write_report
-
-    path = write_report(directory)
-    print(f"report: {path}")
-    if open_it:
-        import webbrowser
-
-        webbrowser.open(path.resolve().as_uri())
-
-
 def _run(order: Order, out: Path) -> None:
     from rich.console import Console
 
