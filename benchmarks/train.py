@@ -63,20 +63,23 @@ def make_step(program: str, batch: int, length: int, dtype: str, nanogpt: str | 
     if name == "gptlab":
         import gptlab
         from gptlab.training.data import Batch
+        from gptlab.training.hardware import keep_memory
+        from gptlab.training.loss import softmax_slope
         from gptlab.training.optimizer import make_optimizers
         from gptlab.training.parallel import Group
         from gptlab.training.recipe import OptimizerSettings
-        from gptlab.training.step import compile_blocks, gradients, recompute_blocks
+        from gptlab.training.step import compile_step, gradients, recompute_blocks
 
+        keep_memory()
         model = gptlab.GPT(gptlab.ModelConfig.preset("gpt2"))
-        rows = Batch(ids, targets, None, torch.zeros(batch))
-        if mode == "compiled":
-            compile_blocks(model, rows, low, True, print)
-        if mode == "recompute":
+        rows, slope = Batch(ids, targets, None, torch.zeros(batch)), softmax_slope
+        if "compiled" in mode:
+            slope = compile_step(model, rows, low, True, print) or slope
+        if "recompute" in mode:
             recompute_blocks(model)
         optimizers = make_optimizers(model, OptimizerSettings(learning_rate=6e-4))
         group = Group(0, 1, torch.device("cpu"))
-        backward = lambda: gradients(model, rows, None, low, group)  # noqa: E731
+        backward = lambda: gradients(model, rows, None, low, group, slope)  # noqa: E731
     else:
         if name == "whole":
             import gptlab

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from models import close
 from torch import Tensor
 
-from gptlab.model import Tokens, Visibility
+from gptlab.model import Tokens, Visibility, kernels
+from gptlab.model.attention import attend
 from gptlab.model.kernels import banded, reference
 
 banded_module = importlib.import_module("gptlab.model.kernels.banded")  # the package's name `banded` is the function
@@ -54,7 +55,13 @@ def assert_agrees(rule: Visibility, tensors: list[Tensor], tokens: Tokens) -> No
 
 
 W = 5
-RULES = [Visibility(W), Visibility(W, sinks=2), Visibility(W, dilation=3, sinks=3), Visibility(1, sinks=1)]
+RULES = [
+    Visibility(),
+    Visibility(W),
+    Visibility(W, sinks=2),
+    Visibility(W, dilation=3, sinks=3),
+    Visibility(1, sinks=1),
+]
 
 
 @pytest.mark.usefixtures("written_out")
@@ -69,7 +76,8 @@ def test_without_the_fused_operators_banded_is_the_reference(length: int, n_kv_h
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rule=st.builds(Visibility, st.integers(1, 9), sinks=st.integers(0, 5), dilation=st.integers(1, 4)),
+    rule=st.builds(Visibility, st.integers(1, 9), sinks=st.integers(0, 5), dilation=st.integers(1, 4))
+    | st.just(Visibility()),
     batch=st.integers(1, 3),
     length=st.integers(1, 70),
     n_kv_head=st.sampled_from([6, 3, 2, 1]),
@@ -109,6 +117,30 @@ def test_without_the_fused_operators_bfloat16_stays_within_its_rounding(rule: Vi
         assert found.dtype == torch.bfloat16
         # A bfloat16 is off by 2^-9; a handful of such roundings follow one another.
         assert (found.float() - expected).norm() / expected.norm() < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_kv_head", [6, 2])
+@pytest.mark.parametrize("rule", [Visibility(), Visibility(40), Visibility(40, sinks=3)], ids=str)
+def test_compiled_training_in_bfloat16_takes_it_on_the_cpu(rule: Visibility, n_kv_head: int) -> None:
+    tensors, tokens = case(2, 300, n_kv_head, documents=False, own_queries=rule.sinks > 0)
+    rounded = [t.detach().bfloat16().requires_grad_() for t in tensors]
+    with pytest.MonkeyPatch.context() as patch:
+        # Whatever else is called instead of it fails.
+        patch.setitem(kernels.KERNELS, "sdpa", None)
+        patch.setitem(kernels.KERNELS, "reference", None)
+        q, k, v, *q_sinks = rounded
+        torch._dynamo.reset()
+        compiled = torch.compile(attend, fullgraph=True)
+        out = compiled(q, k, v, rule, tokens, None, 0.0, *q_sinks)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    found = [out.detach(), *torch.autograd.grad((out * upstream).sum(), rounded)]
+    exact = [t.detach().float().requires_grad_() for t in rounded]
+    q, k, v, *q_sinks = exact
+    out = reference(q, k, v, rule, tokens, tokens, 0.0, *q_sinks)
+    expected = [out.detach(), *torch.autograd.grad((out * upstream).sum(), exact)]
+    for one, other in zip(found, expected, strict=True):
+        assert (one.float() - other).norm() / other.norm() < 0.01
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptlab.training import loss
-from gptlab.training.loss import CHUNK, IGNORED, cross_entropy
+from gptlab.training.loss import IGNORED, cross_entropy
 
 C, V = 24, 300
 
@@ -37,7 +37,15 @@ def assert_near(found: Tensor, expected: Tensor, relative: float) -> None:
     assert (found.double() - expected).abs().max().item() <= relative * scale
 
 
-CHUNKS = CHUNK["cpu"]
+CHUNKS = 64
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 64 tokens in float32, 128 in bfloat16, a softmax of 16 and products of 128 ids at once."""
+    monkeypatch.setitem(loss.LOGITS_BYTES, "cpu", CHUNKS * V * 4)
+    monkeypatch.setitem(loss.SOFTMAX_BYTES, "cpu", 16 * V * 4)
+    monkeypatch.setattr(loss, "_IDS", 128)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +124,7 @@ def test_bfloat16_stays_within_its_rounding() -> None:
 
 
 def test_only_what_is_needed_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    # One product of the logits' size for evaluation, three for training.
+    # One product of the logits' size for evaluation, three for training, the last in three parts.
     products: list[torch.Size] = []
     product = Tensor.__matmul__
     monkeypatch.setattr(Tensor, "__matmul__", lambda a, b: products.append(a.shape) or product(a, b))
@@ -125,13 +133,14 @@ def test_only_what_is_needed_is_computed(monkeypatch: pytest.MonkeyPatch) -> Non
         without = cross_entropy(hidden, weight, targets)
     assert len(products) == 1
     assert torch.equal(without, cross_entropy(hidden, weight, targets).detach())
-    assert len(products) == 1 + 3
+    assert len(products) == 1 + 2 + 3
 
 
 def test_the_size_of_a_chunk_changes_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    for chunk in (7, 100, 10_000):
-        monkeypatch.setitem(loss.CHUNK, "cpu", chunk)
+    for tokens, rows in ((8, 1), (128, 8), (16_384, 16_384)):
+        monkeypatch.setitem(loss.LOGITS_BYTES, "cpu", tokens * V * 4)
+        monkeypatch.setitem(loss.SOFTMAX_BYTES, "cpu", rows * V * 4)
         hidden, weight, targets = make(500, [499])
         total = cross_entropy(hidden, weight, targets)
         total.backward()

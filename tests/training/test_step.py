@@ -13,10 +13,11 @@ from torch.nn import functional as F
 import gptlab
 from gptlab.text.shards import Dataset
 from gptlab.training.data import Batch, Batches, Windows
+from gptlab.training.loss import Slope, softmax_slope
 from gptlab.training.optimizer import clip
 from gptlab.training.parallel import Group
 from gptlab.training.step import (
-    compile_blocks,
+    compile_step,
     gradients,
     recompute_blocks,
     seed_step,
@@ -34,7 +35,13 @@ def make(**overrides: Any) -> gptlab.GPT:
 
 
 def run(
-    data: Dataset, model: gptlab.GPT, *, micro: int | None = None, steps: int = 5, dtype: torch.dtype = torch.float32
+    data: Dataset,
+    model: gptlab.GPT,
+    *,
+    micro: int | None = None,
+    steps: int = 5,
+    dtype: torch.dtype = torch.float32,
+    slope: Slope = softmax_slope,
 ) -> tuple[list[float], list[Tensor]]:
     """Some steps at batch 6; the losses and the weights after them.
 
@@ -46,7 +53,7 @@ def run(
     losses = []
     for step in range(steps):
         seed_step(0, step, 0)
-        losses.append(gradients(model, batches[step], micro, dtype, ALONE).item())
+        losses.append(gradients(model, batches[step], micro, dtype, ALONE, slope).item())
         clip(list(model.parameters()), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -170,10 +177,11 @@ def test_compiling_changes_rounding_only(data: Dataset, variant: dict[str, Any],
     expected = run(data, make(**variant))
     model = make(**variant)
     batch = Batches(Windows(data.training, 32), 6, seed=0)[0]
-    assert compile_blocks(model, batch, torch.float32, must=True, say=pytest.fail)
+    slope = compile_step(model, batch, torch.float32, must=True, say=pytest.fail)
+    assert slope is not None
     if recompute:
         recompute_blocks(model)
-    assert_alike(run(data, model), expected, 1e-5)
+    assert_alike(run(data, model, slope=slope), expected, 1e-5)
     whole = Windows(data.validation, 32)
     assert stream_loss(model, whole) == pytest.approx(stream_loss(_like(model, make(**variant)), whole), abs=1e-5)
 
@@ -183,8 +191,9 @@ def test_compiling_in_bfloat16_stays_within_its_rounding(data: Dataset) -> None:
     expected = run(data, make(), dtype=torch.bfloat16)
     model = make()
     batch = Batches(Windows(data.training, 32), 6, seed=0)[0]
-    assert compile_blocks(model, batch, torch.bfloat16, must=True, say=pytest.fail)
-    losses, _ = run(data, model, dtype=torch.bfloat16)
+    slope = compile_step(model, batch, torch.bfloat16, must=True, say=pytest.fail)
+    assert slope is not None
+    losses, _ = run(data, model, dtype=torch.bfloat16, slope=slope)
     assert losses == pytest.approx(expected[0], rel=2e-3)
 
 
@@ -204,11 +213,11 @@ def test_where_nothing_compiles_training_goes_on_in_words(data: Dataset, monkeyp
     expected = run(data, make(), steps=1)
     model, said = make(), list[str]()
     batch = Batches(Windows(data.training, 32), 6, seed=0)[0]
-    assert compile_blocks(model, batch, torch.float32, must=False, say=said.append) is False
+    assert compile_step(model, batch, torch.float32, must=False, say=said.append) is None
     assert said == ["torch.compile does not work here (no C++ compiler); going on without, which is slower"]
     assert_alike(run(data, model, steps=1), expected, 0)
     with pytest.raises(gptlab.GptlabError, match=r"\(no C\+\+ compiler\); set train\.compile=false"):
-        compile_blocks(model, batch, torch.float32, must=True, say=pytest.fail)
+        compile_step(model, batch, torch.float32, must=True, say=pytest.fail)
 
 
 def test_auto_compiles_long_runs_only() -> None:

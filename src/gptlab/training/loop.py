@@ -27,14 +27,15 @@ from gptlab.model.gpt import GPT
 from gptlab.text.shards import Dataset
 from gptlab.training import metrics, state
 from gptlab.training.data import Batches, Items, Windows
-from gptlab.training.hardware import memory_bytes, peak_flops
+from gptlab.training.hardware import keep_memory, memory_bytes, peak_flops
 from gptlab.training.items import novelty
+from gptlab.training.loss import Slope, softmax_slope
 from gptlab.training.optimizer import clip, learning_rate_share, make_optimizers
 from gptlab.training.parallel import Group, join, spread
 from gptlab.training.recipe import Recipe, differences, make_recipe
 from gptlab.training.step import (
     DTYPES,
-    compile_blocks,
+    compile_step,
     gradients,
     recompute_blocks,
     seed_step,
@@ -121,7 +122,7 @@ def train(
             raise GptlabError("the validation data is empty; prepare the data again with a larger --held-out")
         if not resume:
             _begin(run, recipe, dataset, group)
-        compiled = _place(model, recipe, batches, group, note)
+        compiled_slope = _place(model, recipe, batches, group, note)
         module = spread(model, recipe.parallel, group)
         optimizers = make_optimizers(model, recipe.optimizer)
         step, seconds, validation_loss = 0, 0.0, None
@@ -146,8 +147,9 @@ def train(
             step,
             seconds,
             validation_loss,
+            compiled_slope or softmax_slope,
         )
-        return loop.go(tell, _plan(recipe, run.name, model, group, steps, step, compiled))
+        return loop.go(tell, _plan(recipe, run.name, model, group, steps, step, compiled_slope is not None))
 
 
 def _start(recipe: Recipe, dataset: Dataset, base: LanguageModel | None) -> GPT:
@@ -212,21 +214,23 @@ def _read_saved(run: Path, recipe: Recipe, dataset: Dataset, note: Callable[[str
     return saved
 
 
-def _place(model: GPT, recipe: Recipe, batches: Batches, group: Group, note: Callable[[str], None]) -> bool:
-    """Move the model where it will train and compile it if asked; return whether it is compiled."""
+def _place(model: GPT, recipe: Recipe, batches: Batches, group: Group, note: Callable[[str], None]) -> Slope | None:
+    """Move the model where it will train and compile it if asked; return the compiled slope of the loss, if it is."""
     settings, config = recipe.train, model.config
     model.to(group.device)
+    if group.device.type == "cpu":
+        keep_memory()
     steps = recipe.steps(config.context_length, len(batches.rows))
     flops = cost.training_flops(config, config.context_length) * recipe.batch.size * steps / group.size
-    compiled = worth_compiling(flops, group.device) if settings.compile == "auto" else settings.compile
-    if compiled:
+    slope = None
+    if worth_compiling(flops, group.device) if settings.compile == "auto" else settings.compile:
         note("compiling: half a minute or so")
         mine = batches[0].rows(group.share(recipe.batch.size))
         part = mine.rows(slice(0, recipe.batch.micro)).to(group.device)
-        compiled = compile_blocks(model, part, DTYPES[settings.dtype], settings.compile is True, note)
+        slope = compile_step(model, part, DTYPES[settings.dtype], settings.compile is True, note)
     if settings.recompute:
         recompute_blocks(model)
-    return compiled
+    return slope
 
 
 def _plan(recipe: Recipe, name: str, model: GPT, group: Group, steps: int, step: int, compiled: bool) -> dict[str, Any]:
@@ -266,6 +270,7 @@ class _Loop:
     step: int
     seconds: float
     validation_loss: float | None
+    slope: Slope
 
     def go(self, tell: Report, plan: dict[str, Any]) -> Result:
         settings = self.recipe.train
@@ -316,7 +321,7 @@ class _Loop:
         seed_step(recipe.train.seed, self.step, self.group.rank)
         batch = self.batches[self.step]
         dtype = DTYPES[recipe.train.dtype]
-        loss = gradients(self.module, batch, recipe.batch.micro, dtype, self.group).item()
+        loss = gradients(self.module, batch, recipe.batch.micro, dtype, self.group, self.slope).item()
         norm = clip(list(self.model.parameters()), recipe.optimizer.clip_norm).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._refuse(loss, norm, batch.origins.tolist())

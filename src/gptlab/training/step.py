@@ -17,25 +17,35 @@ from gptlab.errors import GptlabError
 from gptlab.model.gpt import GPT
 from gptlab.model.linear import Linear
 from gptlab.training.data import Batch, Items, Windows
-from gptlab.training.loss import IGNORED, cross_entropy
+from gptlab.training.loss import IGNORED, Slope, cross_entropy, softmax_slope
 from gptlab.training.parallel import Group, synchronised
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def summed_loss(module: nn.Module, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """Return the summed cross-entropy in nats of a batch, products in ``dtype``, everything else in float32."""
+def summed_loss(module: nn.Module, batch: Batch, dtype: torch.dtype, slope: Slope = softmax_slope) -> Tensor:
+    """Return the summed cross-entropy in nats of a batch, products in ``dtype``, everything else in float32.
+
+    ``slope`` is `softmax_slope`, or the compiled form that `compile_step` returned.
+    """
     device = batch.ids.device.type
 
     def head(hidden: Tensor, lm_head: Linear) -> Tensor:
-        return cross_entropy(hidden, lm_head.weight, batch.targets)
+        return cross_entropy(hidden, lm_head.weight, batch.targets, slope)
 
     with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
         loss: Tensor = module(batch.ids, documents=batch.documents, head=head)
     return loss
 
 
-def gradients(module: nn.Module, batch: Batch, micro: int | None, dtype: torch.dtype, group: Group) -> Tensor:
+def gradients(
+    module: nn.Module,
+    batch: Batch,
+    micro: int | None,
+    dtype: torch.dtype,
+    group: Group,
+    slope: Slope = softmax_slope,
+) -> Tensor:
     """Compute the gradients of a global batch's mean loss; return that loss in nats a token.
 
     Every process takes its rows, ``micro`` at a time. The mean is over all tokens of the batch, whatever row or process
@@ -53,7 +63,7 @@ def gradients(module: nn.Module, batch: Batch, micro: int | None, dtype: torch.d
             part = mine.rows(slice(0, 1))
             part = replace(part, targets=torch.full_like(part.targets, IGNORED))
         with synchronised(module, first == passes[-1]):
-            loss = summed_loss(module, part, dtype)
+            loss = summed_loss(module, part, dtype, slope)
             # Engines average over processes; the sum is divided by the tokens of all of them.
             (loss * (group.size / n_targets)).backward()
         total += loss.detach()
@@ -109,8 +119,8 @@ def recompute_blocks(model: GPT) -> None:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
-def compile_blocks(model: GPT, batch: Batch, dtype: torch.dtype, must: bool, say: Callable[[str], None]) -> bool:
-    """Compile the blocks of a model with ``torch.compile`` and try them; say so in words where that fails.
+def compile_step(model: GPT, batch: Batch, dtype: torch.dtype, must: bool, say: Callable[[str], None]) -> Slope | None:
+    """Compile a model's blocks and its loss with ``torch.compile`` and try them; say so in words where that fails.
 
     All blocks of one shape share one compiled function.
 
@@ -122,16 +132,17 @@ def compile_blocks(model: GPT, batch: Batch, dtype: torch.dtype, must: bool, say
         say: told in a sentence when the run goes on without.
 
     Returns:
-        Whether the blocks are compiled now.
+        The compiled `softmax_slope`, for `gradients`; None where compiling failed, and the blocks are as they were.
     """
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     eager = [block.forward for block in model.blocks]
     for block in model.blocks:
         block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+    slope: Slope = torch.compile(softmax_slope)
     model.train()
     try:
         with _quiet():
-            summed_loss(model, batch, dtype).backward()
+            summed_loss(model, batch, dtype, slope).backward()
     except Exception as error:  # the compiler's own errors have no common type
         for block, forward in zip(model.blocks, eager, strict=True):
             block.forward = forward  # type: ignore[method-assign]
@@ -141,10 +152,10 @@ def compile_blocks(model: GPT, batch: Batch, dtype: torch.dtype, must: bool, say
                 f"torch.compile does not work here ({reason}); set train.compile=false, or install a C++ compiler"
             ) from None
         say(f"torch.compile does not work here ({reason}); going on without, which is slower")
-        return False
+        return None
     finally:
         model.zero_grad(set_to_none=True)
-    return True
+    return slope
 
 
 @contextlib.contextmanager

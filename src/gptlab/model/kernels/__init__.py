@@ -93,6 +93,8 @@ def select(visibility: Visibility, queries: Tokens, keys: Tokens, dropout: float
 
 def _fastest(visibility: Visibility, queries: Tokens, keys: Tokens, dropout: float, *tensors: Tensor) -> str:
     span, length = visibility.span, queries.positions.shape[1]
+    if tensors and torch.compiler.is_compiling() and _low_precision_training_on_cpu(*tensors):
+        return "banded" if banded_applies(visibility, queries, keys, dropout) else "sdpa"
     if span is None or length < LONG * span:
         return "sdpa"
     # On the CPU `flex` is never chosen: it would hold back the first text by the seconds that it takes to compile, for
@@ -107,3 +109,8 @@ def _fastest(visibility: Visibility, queries: Tokens, keys: Tokens, dropout: flo
         if worth and flex_obstacle(visibility, queries, keys, dropout, *tensors) is None:
             return "flex"
     return "banded" if banded_applies(visibility, queries, keys, dropout) else "sdpa"
+
+
+def _low_precision_training_on_cpu(*tensors: Tensor) -> bool:
+    q = tensors[0]
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and q.requires_grad
