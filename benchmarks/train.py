@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ PROGRAMS = (
     "gptlab",
     "gptlab compiled",
     "gptlab recompute",
+    "gptlab compiled recompute",
     "whole logits",
     "nanoGPT",
     "nanoGPT compiled",
@@ -46,13 +48,14 @@ def adamw(torch: Any, model: Any) -> Any:
     return torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=True)
 
 
-def make_step(program: str, batch: int, length: int, dtype: str, nanogpt: str | None) -> Callable[[], None]:
-    """Return one whole training step of a program, with random weights."""
+def make_step(program: str, batch: int, length: int, dtype: str, nanogpt: str | None) -> tuple[Callable[[], None], int]:
+    """Return one whole training step of a program, with random weights; and the bytes that its libraries take alone."""
     import torch
     from torch.nn import functional as F
 
     torch.manual_seed(0)
     name, _, mode = program.partition(" ")
+    settle: Callable[[], None] = lambda: None  # noqa: E731
     low = getattr(torch, dtype)
     tokens = torch.randint(50257, (batch, length + 1))
     ids, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -68,14 +71,16 @@ def make_step(program: str, batch: int, length: int, dtype: str, nanogpt: str | 
         from gptlab.training.optimizer import make_optimizers
         from gptlab.training.parallel import Group
         from gptlab.training.recipe import OptimizerSettings
-        from gptlab.training.step import compile_step, gradients, recompute_blocks
+        from gptlab.training.step import compile_step, gradients, recompute_blocks, spare_embedding
 
-        keep_memory()
+        settle = keep_memory
+        libraries = peak_bytes()
         model = gptlab.GPT(gptlab.ModelConfig.preset("gpt2"))
+        spare_embedding(model)
         rows, slope = Batch(ids, targets, None, torch.zeros(batch)), softmax_slope
         if "compiled" in mode:
-            slope = compile_step(model, rows, low, True, print) or slope
-        if "recompute" in mode:
+            slope = compile_step(model, rows, low, True, print, "recompute" in mode) or slope
+        elif mode == "recompute":
             recompute_blocks(model)
         optimizers = make_optimizers(model, OptimizerSettings(learning_rate=6e-4))
         group = Group(0, 1, torch.device("cpu"))
@@ -84,18 +89,22 @@ def make_step(program: str, batch: int, length: int, dtype: str, nanogpt: str | 
         if name == "whole":
             import gptlab
 
+            libraries = peak_bytes()
             model = gptlab.GPT(gptlab.ModelConfig.preset("gpt2"))
             forward: Callable[[], Any] = lambda: F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())  # noqa: E731
         elif name == "nanoGPT":
             sys.path.insert(0, str(nanogpt))
             from model import GPT, GPTConfig
 
+            libraries = peak_bytes()
             model = GPT(GPTConfig(block_size=1024, vocab_size=50257, bias=True))
             called = torch.compile(model) if mode else model
             forward = lambda: called(ids, targets)[1]  # noqa: E731
         else:
             import transformers
 
+            _ = transformers.GPT2LMHeadModel  # imported when it is first asked for
+            libraries = peak_bytes()
             settings = transformers.GPT2Config(
                 resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None, use_cache=False
             )
@@ -114,28 +123,37 @@ def make_step(program: str, batch: int, length: int, dtype: str, nanogpt: str | 
 
     model.train()
 
+    steps = itertools.count()
+
     def step() -> None:
+        if next(steps) == 1:
+            settle()
         backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return step, libraries
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has had resident."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def serve(pipe: Connection, arguments: tuple[Any, ...]) -> None:
     """Take a step whenever asked, and answer with its seconds and the peak memory so far in bytes."""
     try:
-        step = make_step(*arguments)
-        for _ in range(2):  # the optimizer's state is made in the first
+        step, libraries = make_step(*arguments)
+        for _ in range(3):  # the optimizer's state is made in the first, and memory settles in the second
             step()
-        pipe.send(None)
+        pipe.send(libraries)
         while pipe.recv():
             started = time.perf_counter()
             step()
             seconds = time.perf_counter() - started
-            pipe.send((seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+            pipe.send((seconds, peak_bytes()))
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
 
@@ -143,15 +161,16 @@ def serve(pipe: Connection, arguments: tuple[Any, ...]) -> None:
 def compare(programs: list[str], batch: int, length: int, dtype: str, nanogpt: str | None) -> list[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     workers: dict[str, tuple[Any, Connection]] = {}
+    libraries: dict[str, int] = {}
     for program in programs:  # one after the other: starting is work, too
         here, there = context.Pipe()
         worker = context.Process(target=serve, args=(there, (program, batch, length, dtype, nanogpt)), daemon=True)
         worker.start()
-        if (problem := here.recv()) is not None:
-            print(f"{program} does not run: {problem}", file=sys.stderr)
+        if isinstance(answer := here.recv(), str):
+            print(f"{program} does not run: {answer}", file=sys.stderr)
             worker.kill()
             continue
-        workers[program] = (worker, here)
+        workers[program], libraries[program] = (worker, here), answer
     seconds: dict[str, list[float]] = {program: [] for program in workers}
     memory: dict[str, int] = {}
     for _ in range(ROUNDS):
@@ -172,7 +191,8 @@ def compare(programs: list[str], batch: int, length: int, dtype: str, nanogpt: s
             "dtype": dtype,
             "tokens_per_second": batch * length / statistics.median(taken),
             "peak_gigabytes": memory[program] / 1e9,
-            "above_state_gigabytes": (memory[program] - state) / 1e9,
+            "libraries_gigabytes": libraries[program] / 1e9,
+            "above_state_gigabytes": (memory[program] - libraries[program] - state) / 1e9,
         }
         for program, taken in seconds.items()
     ]

@@ -77,6 +77,17 @@ def test_a_checkpoint_that_has_lost_its_facts_counts_without_a_loss(tmp_path: Pa
     assert step_of(model_of(run, "last")) == 10
 
 
+def test_paths_may_be_strings(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", {5: 3.0, 10: 1.0})
+    (run / "run.json").write_text(json.dumps(ABOUT))
+    assert is_run(str(run))
+    assert run_checkpoints(str(run)) == run_checkpoints(run)
+    assert model_of(str(run)) == model_of(run)
+    assert read_run(str(run)) == read_run(run)
+    with pytest.raises(gptlab.GptlabError, match=r"a single step is .*/checkpoints/step-N"):
+        model_of(str(run), "first")
+
+
 def test_best_of_nothing() -> None:
     assert best([]) is None
 

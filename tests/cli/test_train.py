@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -82,7 +83,7 @@ def refused(run: Run) -> Refused:
         code, _, err = run("train", *arguments)
         assert code == 2
         *progress, said, rest = err.split("\n")
-        assert set(progress) <= {"making the bytes tokenizer", "making the bpe tokenizer"}, err
+        assert set(progress) <= {f"making the {kind} tokenizer" for kind in ("bytes", "chars", "bpe")}, err
         assert said.startswith("gptlab: "), err
         assert rest == ""
         return said.removeprefix("gptlab: ")
@@ -211,6 +212,20 @@ def test_data_that_are_left_can_be_used(run: Run, refused: Refused, recipe: Path
     assert run("train", recipe, "--data", tmp_path / "a" / "data", "--out", tmp_path / "a")[0] == 0
 
 
+def test_prepared_data_shorter_than_the_context(run: Run, refused: Refused, recipe: Path, text: Path) -> None:
+    data, out = text.parent / "data", text.parent / "a"
+    assert run("prepare", text, "--tokenizer", "bytes", "--held-out", 0.1, "--out", data)[0] == 0
+    said = refused(recipe, "--data", data, "--out", out, "--set", "model.context_length=20000")
+    assert "which give 0 windows of 20000 tokens, too few for one batch of 4" in said
+    assert not out.exists()
+
+
+def test_too_few_items(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("emma\nolivia\nava\n")
+    said = refused("names", "--corpus", tmp_path / "names.txt", "--out", tmp_path / "a")
+    assert said == "the training data has 2 items, too few for one batch of 32; add some, or lower batch.size"
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
@@ -228,7 +243,7 @@ def test_a_corpus_that_cannot_be_used(
     if content is not None:
         path.write_bytes(content)
     assert complaint in refused(recipe, "--corpus", path, "--out", tmp_path / "out")
-    assert not (tmp_path / "out" / "data").exists()
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_a_directory_without_text(refused: Refused, tmp_path: Path) -> None:
@@ -239,6 +254,32 @@ def test_a_directory_without_text(refused: Refused, tmp_path: Path) -> None:
 def test_data_that_are_none(refused: Refused, recipe: Path, tmp_path: Path) -> None:
     said = refused(recipe, "--data", tmp_path, "--out", tmp_path / "out")
     assert f"{tmp_path} is no dataset: it has no index.json; make one with gptlab prepare" in said
+
+
+@pytest.mark.parametrize("name", ["training-00000.bin", "training-ends-00000.bin", "validation-00000.bin"])
+def test_a_truncated_shard(run: Run, refused: Refused, recipe: Path, text: Path, tmp_path: Path, name: str) -> None:
+    data, out = tmp_path / "data", tmp_path / "run"
+    assert run("prepare", text, "--tokenizer", "bytes", "--held-out", 0.1, "--out", data)[0] == 0
+    assert run("train", recipe, "--data", data, "--out", out, "--set", "budget.steps=2")[0] == 0
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    size = (data / name).stat().st_size
+    os.truncate(data / name, size - 2)
+    for arguments in ([recipe, "--data", data, "--out", tmp_path / "other"], ["--resume", out]):
+        said = refused(*arguments)
+        assert said == (
+            f"{data / name} has {size - 2:,} bytes instead of {size:,}; restore it, or prepare the data again"
+        )
+    assert not (tmp_path / "other").exists()
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_ids_that_the_tokenizer_does_not_know(refused: Refused, tmp_path: Path) -> None:
+    for name, last in (("train.bin", 50256), ("val.bin", 50257)):  # nanoGPT's format, without checksums
+        np.arange(last - 500, last + 1, dtype="<u2").tofile(tmp_path / name)
+    settings = ["--set", "model.preset=tiny", "--set", "model.context_length=32"]
+    said = refused("gpt2-124m", "--data", tmp_path, "--out", tmp_path / "out", *settings, "--set", "batch.size=4")
+    assert said == f"{tmp_path / 'val.bin'} holds the id 50257, but its tokenizer has 50,257; prepare it again"
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_answers_to_one_question(refused: Refused, text: Path, tmp_path: Path) -> None:
@@ -270,6 +311,11 @@ def test_two_answers_to_one_question(refused: Refused, text: Path, tmp_path: Pat
         (["finetune", "--from", "pockt"], "no model 'pockt' (did you mean 'pocket'?)"),
         (["--device", "gpu"], "no device 'gpu' here"),
         (["--device", "cpu:five"], "no device 'cpu:five' here"),
+        (["--device", "meta"], "no device 'meta' here"),
+        (
+            ["finetune", "--from", "pocket", "--set", "tokenizer.kind=bytes"],
+            "the tokenizer comes from pocket, so tokenizer.kind has no effect; leave it out",
+        ),
     ],
 )
 def test_recipes_and_settings(
@@ -277,6 +323,13 @@ def test_recipes_and_settings(
 ) -> None:
     assert complaint in refused(*arguments, "--corpus", text, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()  # nothing was prepared in vain
+
+
+@pytest.mark.parametrize("setting", ["tokenizer.kind=bytes", "data.corpus=['stdlib']", "data.held_out=0.2"])
+def test_settings_that_prepared_data_have_answered(refused: Refused, tmp_path: Path, setting: str) -> None:
+    name = setting.partition("=")[0]
+    said = refused("--data", tmp_path, "--out", tmp_path / "out", "--set", setting)
+    assert said == f"{name} has no effect on data that are prepared already; leave it out, or give --corpus"
 
 
 def test_a_base_with_another_tokenizer(refused: Refused, run: Run, text: Path, tmp_path: Path) -> None:
@@ -318,7 +371,9 @@ def test_a_directory_that_holds_a_run(run: Run, refused: Refused, recipe: Path, 
 )
 def test_resume_takes_no_other_options(refused: Refused, tmp_path: Path, arguments: list[str]) -> None:
     said = refused("--resume", tmp_path, *arguments)
-    assert said == "--resume takes recipe and data from the run; of the other options only --set goes with it"
+    assert said == (
+        "--resume takes recipe and data from the run; of the other options only --set and --device go with it"
+    )
 
 
 def test_resuming_what_is_no_run(refused: Refused, tmp_path: Path) -> None:
@@ -355,6 +410,7 @@ def test_a_loss_that_is_no_number(refused: Refused, recipe: Path, text: Path, tm
     assert said.startswith("the loss is ")
     assert " in step 1, on the windows that begin at tokens " in said
     assert " of text; there is no checkpoint yet; lower optimizer.learning_rate, or look at that text" in said
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"run.json", "metrics.jsonl", "data"}
 
 
 # --- a full disk ----------------------------------------------------------------------------------------------
@@ -382,6 +438,30 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def fill(disk: Path, room: int) -> None:
     free = os.statvfs(disk)
     (disk / "filler").write_bytes(b"x" * (free.f_bavail * free.f_bsize - room))
+
+
+@pytest.mark.parametrize("command", ["prepare", "train"])
+def test_a_full_disk_while_preparing(run: Run, recipe: Path, tmp_path: Path, small_disk: Path, command: str) -> None:
+    path, out = tmp_path / "text.txt", small_disk / "out"
+    path.write_text("the dog sees the b.\n" * 120_000)  # 2.4 MB, which are 4.8 MB of ids
+    options = [path, "--tokenizer", "bytes"] if command == "prepare" else [recipe, "--corpus", path]
+    code, said, err = run(command, *options, "--out", out)
+    place = out if command == "prepare" else out / "data"
+    assert (code, said) == (2, "")
+    line = err.removeprefix("making the bytes tokenizer\n")
+    assert line.startswith(f"gptlab: cannot write to {place}: the disk is full; nothing was left there")
+    assert line.count("\n") == 1
+    assert not [p for p in small_disk.rglob("*") if p.is_file()]
+
+
+def test_no_room_for_a_run(
+    run: Run, refused: Refused, recipe: Path, text: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    assert run("prepare", text, "--tokenizer", "bytes", "--held-out", 0.1, "--out", tmp_path / "data")[0] == 0
+    fill(small_disk, 0)
+    said = refused(recipe, "--data", tmp_path / "data", "--out", small_disk / "run")
+    assert said.startswith(f"cannot write to {small_disk / 'run'}: the disk is full; ")
+    assert not [p for p in (small_disk / "run").rglob("*") if p.is_file()]
 
 
 @pytest.mark.parametrize("room", [1.5, 2.3])  # checkpoints that fit; what fails is the weights or the optimizer's state

@@ -76,6 +76,12 @@ def test_what_was_prepared_is_found_again(made: Dataset) -> None:
     again.verify()
 
 
+def test_a_path_may_be_a_string(made: Dataset) -> None:
+    assert open_dataset(str(made.directory)).sha256 == made.sha256
+    with pytest.raises(GptlabError, match=r"is no dataset: it has no index\.json"):
+        open_dataset(str(made.directory.parent))
+
+
 def test_the_identity_depends_on_texts_split_and_tokenizer(tmp_path: Path, made: Dataset) -> None:
     def sha256(i: int, texts: list[str], tokenizer: Any, held_out: float = 0.2, **more: Any) -> str:
         return prepare(documents_of("x", texts), tokenizer, tmp_path / str(i), held_out=held_out, **more).sha256

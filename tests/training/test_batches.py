@@ -222,5 +222,7 @@ def test_items_need_an_end_of_text(names: Dataset, tmp_path: Path) -> None:
 
 def test_too_few_items(names: Dataset) -> None:
     rows = Items(names.validation, 4, names.tokenizer.end_of_text)
-    with pytest.raises(gptlab.GptlabError, match=f"which give {len(rows)} items, too few for one batch of 100"):
+    with pytest.raises(
+        gptlab.GptlabError, match=f"the training data has {len(rows)} items, too few for one batch of 100"
+    ):
         Batches(rows, 100, seed=0)

@@ -33,13 +33,23 @@ def best_loss(recipe: Recipe, data: Dataset, run: Path) -> tuple[float, dict[str
     return min(losses), figures
 
 
-def test_shakespeare_in_characters_with_nanogpts_setting_for_a_processor(shared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "bound"),
+    [
+        # nanoGPT's README names 1.88, the best of several estimates from 240 random windows, which scatter by 0.01.
+        ("adamw", 1.92),
+        ("muon", 1.80),
+    ],
+)
+def test_shakespeare_in_characters_with_nanogpts_setting_for_a_processor(
+    shared: Path, tmp_path: Path, optimizer: str, bound: float
+) -> None:
     data = prepared(read_recipe("shakespeare-chars-cpu"), shared / "data" / "tinyshakespeare.txt", tmp_path / "data")
     losses = []
     for seed in range(3):
-        recipe = read_recipe("shakespeare-chars-cpu", [f"train.seed={seed}"])
+        recipe = read_recipe("shakespeare-chars-cpu", [f"train.seed={seed}", f"optimizer.name={optimizer}"])
         losses.append(best_loss(recipe, data, tmp_path / f"run-{seed}")[0])
-    assert sum(losses) / 3 <= 1.90, losses
+    assert sum(losses) / 3 <= bound, losses
 
 
 def test_names_with_makemores_transformer(shared: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from trainings import RECIPE, Command, Commands, assert_same_run, checkpoints, curve, small
 
 import gptlab
@@ -58,7 +59,7 @@ class Victim:
         return self.start("train", *self.options, "--out", self.run)
 
     def kill(self, moment: str, draw: random.Random) -> None:
-        """Start or resume it, and kill it: at once, after some rows, or in the middle of saving."""
+        """Start or resume it, and kill it: at once, after some rows, in the middle of saving, or with a checkpoint."""
         process = self.go_on()
         before = n_rows(self.run)
         if moment == "rows":
@@ -69,6 +70,8 @@ class Victim:
             until(lambda: n_rows(self.run) >= reached + rows or is_dead(process), f"{rows} rows")
         elif moment == "saving":
             until(lambda: is_saving(self.run) or is_dead(process), "a checkpoint")
+        elif moment == "saved":
+            until(lambda: self.has_checkpoint() or is_dead(process), "a whole checkpoint")
         time.sleep(draw.uniform(0, 0.02))
         assert not is_dead(process), "the run was over before it was killed: make it longer"
         os.kill(process.pid, signal.SIGKILL)
@@ -77,10 +80,14 @@ class Victim:
         if checkpoints(self.run) if (self.run / "checkpoints").exists() else []:
             self.check()
 
+    def has_checkpoint(self) -> bool:
+        folder = self.run / "checkpoints"
+        return folder.exists() and any(name.startswith("step-") for name in checkpoints(self.run))
+
     def check(self) -> None:
         """Whatever the moment: what has a checkpoint's name is a whole one, and the run is a model."""
         said: list[str] = []
-        if any(name.startswith("step-") for name in checkpoints(self.run)):
+        if self.has_checkpoint():
             assert read_latest(self.run, said.append) is not None
             assert gptlab.load(self.run).tokenizer is not None
         assert not said
@@ -105,7 +112,7 @@ def test_killed_three_times(commands: Commands, data: Dataset, settings: Path, t
     train(small(steps, text=DROPOUT), data, tmp_path / "whole")
     victim = Victim(commands.start, tmp_path / "run", settings, "--data", data.directory, "--set", steps)
     draw = random.Random()  # other moments every time
-    for moment in ("rows", "saving", "rows"):
+    for moment in ("rows", "saving", "saved"):
         victim.kill(moment, draw)
     assert victim.go_on().wait() == 0
     assert_same_run(victim.run, tmp_path / "whole")
@@ -205,19 +212,21 @@ def test_every_kind_of_run_goes_on_exactly(data: Dataset, tmp_path: Path, change
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+# What is compiled anew may sum in another order. Where this was measured it did not: every difference was zero.
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_compiled_run_goes_on_within_rounding(data: Dataset, tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "nats"), [("float32", 1e-5), ("bfloat16", 2e-3)])
+def test_a_compiled_run_goes_on_within_rounding(data: Dataset, tmp_path: Path, dtype: str, nats: float) -> None:
     recipe = small("train.compile=true", f"train.dtype={dtype}", text=DROPOUT)
     train(recipe, data, tmp_path / "whole")
     with pytest.raises(Crash):
         train(recipe, data, tmp_path / "run", report=crash_at(8))
+    torch._dynamo.reset()  # nothing is compiled yet where a new process goes on
     train(recipe, data, tmp_path / "run", resume=True)
-    bound = 1e-5 if dtype == "float32" else 2e-3
-    for found, expected in zip(curve(tmp_path / "run"), curve(tmp_path / "whole"), strict=True):
-        assert found.pop("event") == expected.pop("event")
-        assert found.pop("gradient_norm", 0) == pytest.approx(expected.pop("gradient_norm", 0), rel=0.05)
-        assert found == pytest.approx(expected, abs=bound)
+    found, expected = curve(tmp_path / "run"), curve(tmp_path / "whole")
+    assert [(row["event"], row["step"]) for row in found] == [(row["event"], row["step"]) for row in expected]
+    for key in ("loss", "validation_loss"):
+        ours, theirs = ([row[key] for row in rows if key in row] for rows in (found, expected))
+        assert ours == pytest.approx(theirs, rel=0, abs=nats)
 
 
 def test_a_run_on_items_goes_on_exactly(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,9 @@ from safetensors.torch import load_file
 from trainings import RECIPE, assert_same_run, checkpoints, curve, make_dataset, sentences, small
 
 import gptlab
-from gptlab.text.shards import Dataset
-from gptlab.training import hardware, loop
+from gptlab.text.shards import Dataset, open_dataset
+from gptlab.training import hardware, loop, metrics
+from gptlab.training.curves import read_curve
 from gptlab.training.data import Windows
 from gptlab.training.loop import Result, train
 from gptlab.training.step import stream_loss
@@ -149,6 +153,32 @@ def test_a_base_with_another_tokenizer_is_refused(data: Dataset, tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
+def test_a_base_that_knows_too_few_ids_is_refused(data: Dataset, tmp_path: Path) -> None:
+    base = gptlab.LanguageModel(gptlab.GPT(gptlab.ModelConfig.preset("tiny", vocab_size=256)), None)
+    plan = small().model_copy(update={"base": "my-model"})
+    with pytest.raises(gptlab.GptlabError, match="my-model knows 256 ids, the tokenizer of the data grammar has 257;"):
+        train(plan, data, tmp_path / "run", base=base)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_were_changed_are_refused_before_the_first_step(data: Dataset, tmp_path: Path) -> None:
+    shutil.copytree(data.directory, tmp_path / "data")
+    for name in ("training-00000.bin", "training-ends-00000.bin", "validation-00000.bin"):
+        path = tmp_path / "data" / name
+        content = path.read_bytes()
+        path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        with pytest.raises(gptlab.GptlabError, match=f"{name} fails its checksum; restore it, or prepare the data"):
+            train(small(), open_dataset(tmp_path / "data"), tmp_path / "run")
+        path.write_bytes(content)
+    assert not (tmp_path / "run").exists()
+
+
+def test_paths_may_be_strings(data: Dataset, tmp_path: Path) -> None:
+    recipe, run = small("budget.steps=2"), str(tmp_path / "run")
+    train(recipe, open_dataset(str(data.directory)), run)
+    assert train(recipe, data, run, resume=True).metrics["validation_loss"] == read_curve(run).validation["loss"][-1]
+
+
 # --- a loss that is no number ---------------------------------------------------------------------------------
 
 
@@ -192,6 +222,37 @@ def test_a_first_step_that_is_no_number(data: Dataset, tmp_path: Path, monkeypat
     monkeypatch.setattr(loop, "gradients", lambda *rest: torch.tensor(math.inf))
     with pytest.raises(gptlab.GptlabError, match=r"the loss is inf in step 1, .* there is no checkpoint yet; lower"):
         train(small(), data, tmp_path / "run")
+
+
+def test_a_validation_loss_that_is_no_number(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([2.0, math.nan])
+    monkeypatch.setattr(loop, "stream_loss", lambda *rest, **options: next(looks))
+    run = tmp_path / "run"
+    with pytest.raises(gptlab.GptlabError) as caught:
+        train(small(), data, run)
+    assert str(caught.value) == (
+        "the validation loss is nan after step 10, so nothing is saved; the last good checkpoint is"
+        f" {run / 'checkpoints' / 'step-000005'}; lower optimizer.learning_rate, or look at the validation text"
+    )
+    assert checkpoints(run) == ["step-000005"]
+
+
+# --- a disk that is full where nothing but the system notices ---------------------------------------------------
+
+
+def test_rows_that_do_not_reach_the_disk(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(metrics.os, "fsync", full)
+    with metrics.Metrics(tmp_path, lambda row: None, True) as rows:
+        rows.row(event="step", step=1)
+        with pytest.raises(gptlab.GptlabError) as caught:
+            rows.sync()
+    assert str(caught.value) == (
+        f"cannot write to {tmp_path / 'metrics.jsonl'}: No space left on device; make room, then go on with"
+        f" gptlab train --resume {tmp_path}"
+    )
 
 
 # --- checkpoints that stay ------------------------------------------------------------------------------------

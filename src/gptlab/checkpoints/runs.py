@@ -32,17 +32,18 @@ class RunCheckpoint:
     validation_loss: float | None
 
 
-def is_run(directory: Path) -> bool:
+def is_run(directory: str | Path) -> bool:
     """Was this directory made by `gptlab train`?"""
-    return (directory / "run.json").is_file() or (directory / FOLDER).is_dir()
+    return Path(directory, "run.json").is_file() or Path(directory, FOLDER).is_dir()
 
 
-def read_run(run: Path) -> dict[str, Any]:
+def read_run(run: str | Path) -> dict[str, Any]:
     """Return what `run.json` says of a run: ``recipe``, and of ``data`` the ``path`` and ``sha256``.
 
     Raises:
         GptlabError: there is none, or it is damaged.
     """
+    run = Path(run)
     try:
         about = json.loads((run / "run.json").read_text(encoding="utf-8"))
         data = {name: str(about["data"][name]) for name in ("path", "sha256")}
@@ -53,10 +54,10 @@ def read_run(run: Path) -> dict[str, Any]:
         raise GptlabError(f"{run / 'run.json'} cannot be read ({error}); restore it") from None
 
 
-def run_checkpoints(run: Path) -> list[RunCheckpoint]:
+def run_checkpoints(run: str | Path) -> list[RunCheckpoint]:
     """Return the checkpoints of a run by step; one whose `training.json` cannot be read counts without a loss."""
     found = []
-    for path in (run / FOLDER).glob("step-*"):
+    for path in Path(run, FOLDER).glob("step-*"):
         name = _NAME.fullmatch(path.name)
         if name is not None:
             loss = read_facts(path).get("validation_loss")
@@ -79,7 +80,7 @@ def best(checkpoints: list[RunCheckpoint]) -> RunCheckpoint | None:
     return min(measured, key=lambda c: (c.validation_loss, c.step), default=None)
 
 
-def model_of(run: Path, which: str = "best") -> Path:
+def model_of(run: str | Path, which: str = "best") -> Path:
     """Return the model directory that stands for a run.
 
     Args:
@@ -97,4 +98,4 @@ def model_of(run: Path, which: str = "best") -> Path:
             return (best(checkpoints) or checkpoints[-1]).path
         case "last":
             return checkpoints[-1].path
-    raise GptlabError(f"{run}@{which}: after @ comes best or last; a single step is {run / FOLDER}/step-N")
+    raise GptlabError(f"{run}@{which}: after @ comes best or last; a single step is {Path(run, FOLDER)}/step-N")

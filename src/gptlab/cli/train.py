@@ -47,7 +47,7 @@ def train(
         given = [data, corpus, base, out, *flags.values()]
         if recipe != "pocket" or any(value is not None for value in given):
             raise GptlabError(
-                "--resume takes recipe and data from the run; of the other options only --set goes with it"
+                "--resume takes recipe and data from the run; of the other options only --set and --device go with it"
             )
         _finish(_resume(resume, settings, device), resume)
         return
@@ -56,8 +56,20 @@ def train(
     plan = read_recipe(recipe, settings, flags, base)  # refuse a wrong setting before torch is loaded
     if data is not None and corpus is not None:
         raise GptlabError("--data and --corpus both say what to train on; give one of them")
+    _refuse_idle(settings or [], data, plan.base)
     run = out or Path("runs") / Path(recipe).stem
     _finish(_start(plan, data, corpus or plan.data.corpus, run, device), run)
+
+
+def _refuse_idle(settings: list[str], data: Path | None, base: str | None) -> None:
+    """Refuse settings without effect: those of the tokenizer and the split, where data or a model bring them."""
+    for setting in settings:
+        name = setting.partition("=")[0].strip()
+        of_tokenizer = name.startswith("tokenizer.")
+        if data is not None and (of_tokenizer or name in ("data.corpus", "data.held_out")):
+            raise GptlabError(f"{name} has no effect on data that are prepared already; leave it out, or give --corpus")
+        if base is not None and of_tokenizer:
+            raise GptlabError(f"the tokenizer comes from {base}, so {name} has no effect; leave it out")
 
 
 def _start(plan: Recipe, data: Path | None, corpus: list[str], run: Path, device: str | None) -> Result:

@@ -154,7 +154,7 @@ class Dataset:
         self.validation.verify()
 
 
-def open_dataset(path: Path) -> Dataset:
+def open_dataset(path: str | Path) -> Dataset:
     """Open a dataset of `prepare`, a directory with nanoGPT's `train.bin` and `val.bin`, or llm.c's shards.
 
     The sizes of all files are checked, their contents by `Dataset.verify`. The other programs' ids are GPT-2's.
@@ -162,6 +162,7 @@ def open_dataset(path: Path) -> Dataset:
     Raises:
         GptlabError: no dataset there, one of a later version, or one with a file missing, truncated or damaged.
     """
+    path = Path(path)
     if (path / INDEX).is_file():
         return _open_own(path)
     if (path / "train.bin").is_file() or (path / "val.bin").is_file():

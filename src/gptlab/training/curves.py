@@ -52,7 +52,7 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a run's ``metrics.jsonl``, in order.
 
     Every row has ``event``, a string, and ``step``, a number. A last line that is damaged is left out: a run may be
@@ -64,6 +64,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     Raises:
         GptlabError: no such file, no row in it, or a damaged line before the last.
     """
+    run = Path(run)
     path = run / METRICS
     try:
         lines = path.read_bytes().splitlines()
@@ -118,7 +119,7 @@ class Curve(NamedTuple):
     validation: dict[str, Array]
 
 
-def read_curve(run: Path, name: str | None = None) -> Curve:
+def read_curve(run: str | Path, name: str | None = None) -> Curve:
     """Read a run's curve; raises what `read_metrics` raises."""
     rows = read_metrics(run)
     starts = [row for row in rows if row["event"] == "start"]
@@ -134,7 +135,7 @@ def read_curve(run: Path, name: str | None = None) -> Curve:
         return {"steps": steps, "tokens": tokens, "hours": np.array([hours[i] for i in own]), **values}
 
     return Curve(
-        name or run.name,
+        name or Path(run).name,
         _number(starts[-1], "steps") if starts else math.nan,
         columns("step", loss="loss", learning_rate="learning_rate", tokens_per_second="tokens_per_second"),
         columns("evaluate", loss="validation_loss"),

@@ -176,10 +176,15 @@ class Batches:
         self.rows, self.size, self.seed = rows, size, seed
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
         if len(rows) < size:
-            kind = "items" if isinstance(rows, Items) else f"windows of {rows.length} tokens"
+            if isinstance(rows, Items):
+                raise GptlabError(
+                    f"the training data has {len(rows):,} items, too few for one batch of {size}; add some, or lower"
+                    " batch.size"
+                )
             raise GptlabError(
-                f"the training data has {rows.split.n_tokens:,} tokens, which give {len(rows):,} {kind}, too few for"
-                f" one batch of {size}; add text, or lower batch.size or model.context_length"
+                f"the training data has {rows.split.n_tokens:,} tokens, which give {len(rows):,} windows of"
+                f" {rows.length} tokens, too few for one batch of {size}; add text, or lower batch.size or"
+                " model.context_length"
             )
 
     def __getitem__(self, step: int) -> Batch:

@@ -63,7 +63,8 @@ def keep_memory() -> None:
 
     By default a large block goes back to the system when it is freed, and comes back as pages that the system zeroes
     one by one. A training step asks for the same blocks again and again: on two CPU cores GPT-2 124M lost a quarter of
-    its time to that.
+    its time to that. To be called after the first step: what lasts for the whole run then lies apart from what comes
+    and goes, which leaves no holes.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

@@ -39,6 +39,7 @@ from gptlab.training.step import (
     gradients,
     recompute_blocks,
     seed_step,
+    spare_embedding,
     stream_loss,
     worth_compiling,
 )
@@ -52,7 +53,7 @@ NOVELTY_SAMPLES = 200
 """Items sampled at the end of a run on items."""
 
 FREE = ("batch.micro", "train.recompute", "train.compile", "train.keep_last", "train.save_every", "parallel")
-"""Settings that a resumed run may change: they change its numbers by rounding at most."""
+"""Settings that a resumed run may change. They change its numbers by rounding, and which values dropout drops."""
 
 
 @dataclass
@@ -87,7 +88,7 @@ def rows_of(dataset: Dataset, recipe: Recipe, length: int) -> tuple[Windows | It
 def train(
     recipe: Recipe,
     dataset: Dataset,
-    run: Path,
+    run: str | Path,
     *,
     base: LanguageModel | None = None,
     resume: bool = False,
@@ -98,7 +99,7 @@ def train(
 
     Args:
         recipe: everything that defines the run but the data.
-        dataset: the token shards.
+        dataset: the token shards; they are compared with their checksums first.
         run: the directory for checkpoints and metrics.
         base: the model that ``recipe.base`` names; a run that goes on from a checkpoint does without.
         resume: go on with the run in ``run``.
@@ -106,9 +107,10 @@ def train(
         report: called on the first process with the rows of `metrics.jsonl`, with checkpoints and with notes.
 
     Raises:
-        GptlabError: data that does not fit the recipe, a loss that is no number, a disk that is full, or a run that
-            cannot be resumed as asked.
+        GptlabError: data that is damaged or does not fit the recipe, a loss that is no number, a disk that is full, or
+            a run that cannot be resumed as asked.
     """
+    run = Path(run)
     with join(device) as group:
         tell: Report = report if group.first else lambda row: None
         note = lambda text: tell({"event": "note", "text": text})  # noqa: E731
@@ -120,6 +122,8 @@ def train(
             raise GptlabError(f"batch.size={recipe.batch.size} leaves some of {group.size} processes idle; raise it")
         if not validation.n_targets:
             raise GptlabError("the validation data is empty; prepare the data again with a larger --held-out")
+        if group.first:
+            dataset.verify()
         if not resume:
             _begin(run, recipe, dataset, group)
         compiled_slope = _place(model, recipe, batches, group, note)
@@ -158,6 +162,12 @@ def _start(recipe: Recipe, dataset: Dataset, base: LanguageModel | None) -> GPT:
             raise GptlabError(
                 f"the data {dataset.name} was prepared with another tokenizer than {recipe.base} has; prepare it"
                 f" again with --tokenizer {recipe.base}"
+            )
+        known, needed = base.config.vocab_size, dataset.tokenizer.vocab_size
+        if needed > known:
+            raise GptlabError(
+                f"{recipe.base} knows {known:,} ids, the tokenizer of the data {dataset.name} has {needed:,}; prepare"
+                " the data with the tokenizer that the model was trained with"
             )
         return base.model.float()
     return GPT(recipe.model_for(dataset.tokenizer.vocab_size), recipe.train.seed)
@@ -218,8 +228,8 @@ def _place(model: GPT, recipe: Recipe, batches: Batches, group: Group, note: Cal
     """Move the model where it will train and compile it if asked; return the compiled slope of the loss, if it is."""
     settings, config = recipe.train, model.config
     model.to(group.device)
-    if group.device.type == "cpu":
-        keep_memory()
+    if group.size == 1:
+        spare_embedding(model)
     steps = recipe.steps(config.context_length, len(batches.rows))
     flops = cost.training_flops(config, config.context_length) * recipe.batch.size * steps / group.size
     slope = None
@@ -227,8 +237,9 @@ def _place(model: GPT, recipe: Recipe, batches: Batches, group: Group, note: Cal
         note("compiling: half a minute or so")
         mine = batches[0].rows(group.share(recipe.batch.size))
         part = mine.rows(slice(0, recipe.batch.micro)).to(group.device)
-        slope = compile_step(model, part, DTYPES[settings.dtype], settings.compile is True, note)
-    if settings.recompute:
+        dtype, must = DTYPES[settings.dtype], settings.compile is True
+        slope = compile_step(model, part, dtype, must, note, settings.recompute)
+    if settings.recompute and slope is None:
         recompute_blocks(model)
     return slope
 
@@ -279,9 +290,11 @@ class _Loop:
         stop: signal.Signals | None = None
         with metrics.Metrics(self.run, tell, self.group.first) as rows, _signals() as caught:
             rows.row(**plan)
-            pace = _Pace(self.step)
+            pace, first = _Pace(self.step), self.step + 1
             while self.step < self.steps and stop is None:
                 loss, norm, rate = self._take_step()
+                if self.step == first and self.group.device.type == "cpu":
+                    keep_memory()
                 self.seconds, self.validation_loss = time.perf_counter() - began, None
                 last = self.step == self.steps
                 if self.step % ROW_EVERY == 0 or self.step == 1 or last:
@@ -337,15 +350,17 @@ class _Loop:
 
     def _refuse(self, loss: float, norm: float, origins: list[int]) -> None:
         """Stop before a step that would spoil the weights."""
-        kept = run_checkpoints(self.run)
-        good = f"the last good checkpoint is {kept[-1].path}" if kept else "there is no checkpoint yet"
         kind = "items" if isinstance(self.batches.rows, Items) else "windows that begin at tokens"
         where = ", ".join(str(origin) for origin in origins[:8]) + (", ..." if len(origins) > 8 else "")
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the loss is {loss:.4f} and its gradient {norm}"
         raise GptlabError(
-            f"{what} in step {self.step + 1:,}, on the {kind} {where} of {self.dataset.name}; {good}; lower"
-            " optimizer.learning_rate, or look at that text"
+            f"{what} in step {self.step + 1:,}, on the {kind} {where} of {self.dataset.name}; {self._last_good()};"
+            " lower optimizer.learning_rate, or look at that text"
         )
+
+    def _last_good(self) -> str:
+        kept = run_checkpoints(self.run)
+        return f"the last good checkpoint is {kept[-1].path}" if kept else "there is no checkpoint yet"
 
     def _evaluate(self) -> None:
         settings = self.recipe.train
@@ -358,6 +373,11 @@ class _Loop:
             dtype=DTYPES[settings.dtype],
             group=self.group,
         )
+        if not math.isfinite(self.validation_loss):
+            raise GptlabError(
+                f"the validation loss is {self.validation_loss} after step {self.step:,}, so nothing is saved;"
+                f" {self._last_good()}; lower optimizer.learning_rate, or look at the validation text"
+            )
 
     def _save(self) -> Path | None:
         weights, memory = state.model_state(self.model), state.optimizer_state(self.model, self.optimizers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,20 +45,26 @@ class Metrics:
             GptlabError: the disk is full.
         """
         if self._file is not None:
-            try:
+            with self._refusing():
                 self._file.write(json.dumps(values) + "\n")
                 self._file.flush()
-            except OSError as error:
-                raise GptlabError(
-                    f"cannot write to {self._run / METRICS}: {error.strerror}; make room, then go on with"
-                    f" gptlab train --resume {self._run}"
-                ) from None
             self._tell(values)
 
     def sync(self) -> None:
-        """Bring all rows to the disk, before the checkpoint that they lead up to."""
+        """Bring all rows to the disk, before the checkpoint that they lead up to; raises what `row` raises."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with self._refusing():
+                os.fsync(self._file.fileno())
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise GptlabError(
+                f"cannot write to {self._run / METRICS}: {error.strerror}; make room, then go on with"
+                f" gptlab train --resume {self._run}"
+            ) from None
 
 
 def cut(run: Path, step: int) -> None:

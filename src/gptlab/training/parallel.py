@@ -67,9 +67,10 @@ def find_device(name: str | None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # not every name of torch's is a device that computes
     except (RuntimeError, AssertionError) as error:
-        raise GptlabError(f"no device {name!r} here ({str(error).splitlines()[0]}); leave --device out") from None
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise GptlabError(f"no device {name!r} here ({reason}); leave --device out") from None
     return device
 
 

@@ -119,7 +119,18 @@ def recompute_blocks(model: GPT) -> None:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
-def compile_step(model: GPT, batch: Batch, dtype: torch.dtype, must: bool, say: Callable[[str], None]) -> Slope | None:
+def spare_embedding(model: GPT) -> None:
+    """Let the gradient of a tied embedding as input come as the few rows that a batch looks up, not as a whole matrix.
+
+    It is added to the gradient as output head, which is whole anyway. Not for several processes: their engines exchange
+    gradients as they come.
+    """
+    model.wte.sparse = model.config.tie_embeddings
+
+
+def compile_step(
+    model: GPT, batch: Batch, dtype: torch.dtype, must: bool, say: Callable[[str], None], recompute: bool = False
+) -> Slope | None:
     """Compile a model's blocks and its loss with ``torch.compile`` and try them; say so in words where that fails.
 
     All blocks of one shape share one compiled function.
@@ -130,6 +141,7 @@ def compile_step(model: GPT, batch: Batch, dtype: torch.dtype, must: bool, say: 
         dtype: of the products.
         must: raise where compiling fails, instead of going on without.
         say: told in a sentence when the run goes on without.
+        recompute: let the compiler keep about half of what the backward pass needs, and compute the cheap rest again.
 
     Returns:
         The compiled `softmax_slope`, for `gradients`; None where compiling failed, and the blocks are as they were.
@@ -141,7 +153,9 @@ def compile_step(model: GPT, batch: Batch, dtype: torch.dtype, must: bool, say: 
     slope: Slope = torch.compile(softmax_slope)
     model.train()
     try:
-        with _quiet():
+        # How much is kept is decided where the first backward pass is compiled.
+        budget = torch._functorch.config.patch(activation_memory_budget=0.5 if recompute else 1.0)
+        with _quiet(), budget:
             summed_loss(model, batch, dtype, slope).backward()
     except Exception as error:  # the compiler's own errors have no common type
         for block, forward in zip(model.blocks, eager, strict=True):

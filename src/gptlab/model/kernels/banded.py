@@ -173,8 +173,10 @@ def _attend_backward(
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dy, q, k, v, y, lse, 0.0, False, attn_mask=mask
         )
+    # Transposed, keys by queries: as the products need it. Were it what the forward pass computes, torch.compile would
+    # take it from there, and so keep all scores of all blocks.
     scale = 1 / math.sqrt(q.shape[-1])
-    weights = ((q @ k.transpose(-2, -1)).float() * scale + mask - lse[..., None]).exp()
-    inner = (dy @ v.transpose(-2, -1)).float() - (dy.float() * y.float()).sum(-1, keepdim=True)
+    weights = ((k @ q.mT).float() * scale + mask.mT - lse[..., None, :]).exp()
+    inner = (v @ dy.mT).float() - (dy.float() * y.float()).sum(-1)[..., None, :]
     dscores = (weights * inner * scale).to(q.dtype)
-    return dscores @ k, dscores.transpose(-2, -1) @ q, weights.to(dy.dtype).transpose(-2, -1) @ dy
+    return dscores.mT @ k, dscores @ q, weights.to(dy.dtype) @ dy
