@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # Two workers with one thread each are faster on small models than one worker with two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: setup demo test test-all lint bench bench-attention results docs
+.PHONY: setup demo test test-all lint bench bench-attention bench-train bench-prepare bench-evaluate results docs
 
 setup: $(VENV)/.gptlab
 
@@ -26,6 +26,7 @@ demo: setup
 	$(BIN)/gptlab generate "The city of" --seed 1
 	$(BIN)/gptlab inspect gpt2
 	$(BIN)/gptlab verify
+	$(BIN)/gptlab study quick --out studies/quick
 
 test: setup
 	$(PYTEST)
@@ -45,6 +46,18 @@ bench: setup
 bench-attention: setup
 	$(BIN)/python benchmarks/attention.py --out docs/results/attention.json
 	$(BIN)/python benchmarks/decode_attention.py --out docs/results/decode_attention.json
+
+# NANOGPT=path: a clone of karpathy/nanoGPT, to be timed as well.
+bench-train: setup
+	$(BIN)/python benchmarks/train.py $(if $(NANOGPT),--nanogpt $(NANOGPT)) --out docs/results/train.json
+
+# TEXT=file: in place of Python's own library.
+bench-prepare: setup
+	$(BIN)/python benchmarks/prepare.py $(if $(TEXT),--text $(TEXT)) --out docs/results/prepare.json
+
+# DATA=file: OpenAI's lambada_test.jsonl, where it is neither in the cache nor to be had from the network.
+bench-evaluate: setup
+	$(BIN)/python benchmarks/evaluate.py $(if $(DATA),--data $(DATA)) --out docs/results/evaluate.json
 
 # Measure again what the docs quote, on this machine.
 results: setup

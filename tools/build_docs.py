@@ -1,20 +1,27 @@
 """Write the generated parts of README.md and docs/ from result files; `--check` only says whether they are current.
 
-Two things are generated: what stands between `<!-- NAME -->` and `<!-- end NAME -->`, and the line numbers of
-links such as [`GPT.forward`](src/gptlab/model/gpt.py), which name a definition in the linked file.
+Three things are generated: what stands between `<!-- NAME -->` and `<!-- end NAME -->`; the line numbers of links such
+as [`GPT.forward`](src/gptlab/model/gpt.py), which name a definition in the linked file; and the figures of the studies.
+Drawings differ a little from one matplotlib to the next, so a figure is current when it says that it was drawn from
+the results that are there; one that is deleted is drawn again.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
+import hashlib
 import json
 import re
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+STUDIES = ("standard", "papers")
+"""Those whose results docs/results.md shows; tools/keep_results.py puts them there."""
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)*src/[\w/]+\.py)(?:#L\d+)?\)")
 
 
@@ -125,12 +132,92 @@ def decode_attention() -> str:
     return "\n".join(rows)
 
 
+def training_step() -> str:
+    values = results("train")
+    rows = [
+        "| tokens | dtype | program | tokens a second | memory above weights, gradients, optimizer and libraries, GB |",
+        "|---|---|---|---:|---:|",
+    ]
+    for row in values["rows"]:
+        figures = f"{row['tokens_per_second']:,.0f} | {row['above_state_gigabytes']:.2f}"
+        rows.append(f"| {row['batch']} × {row['length']:,} | {row['dtype']} | {row['program']} | {figures} |")
+    rows.append(
+        f"\n{values['work'][:1].upper()}{values['work'][1:]}; medians of {values['rounds']} rounds in turn;"
+        f" torch {values['torch']}, transformers {values['transformers']}, {values['threads']} threads on"
+        f" {values['cores']} CPU cores;"
+        " nanoGPT's model transcribed operation by operation; `make bench-train`."
+    )
+    return "\n".join(rows)
+
+
+def evaluation_speed() -> str:
+    values = results("evaluate")
+    rows = ["| program | dtype | passages a second | gptlab is faster by |", "|---|---|---:|---:|"]
+    for row in values["rows"]:
+        figures = f"{row['passages_per_second']:.2f} | {row['gptlab_is_faster_by']:.2f}"
+        rows.append(f"| {row['program']} | {row['dtype']} | {figures} |")
+    worst = max(row["largest_difference_in_nats"] for row in values["rows"] if row["dtype"] == "float32")
+    rows.append(
+        f"\n{values['work']}; the answers differ by at most {worst:.0e} nats in float32. {values['rounds']} rounds in"
+        f" turn; torch {values['torch']}, transformers {values['transformers']}, {values['threads']} threads on"
+        f" {values['cores']} CPU cores; `make bench-evaluate`."
+    )
+    return "\n".join(rows)
+
+
+def kept(name: str) -> tuple[str, str]:
+    """The names under docs/results/ of a study's results and timings."""
+    return f"{name}.json", f"{name}-timings.json"
+
+
+@functools.cache
+def excerpt(folder: Path, name: str) -> tuple[Any, list] | None:
+    """A study and what the page says of it; None where its results are not there."""
+    if not (folder / kept(name)[0]).exists():
+        return None
+    from gptlab.study.report import excerpt
+    from gptlab.study.report_data import read_study
+
+    study = read_study(folder, kept(name))
+    return study, excerpt(study, " and ".join(f"[{file}](results/{file})" for file in kept(name)))
+
+
+def study(name: str) -> str:
+    found = excerpt(ROOT / "docs" / "results", name)
+    if found is None:
+        return ""
+    from gptlab.study.report import render
+
+    return render("report.md.j2", *found, {}, level=2, folder=f"results/{name}").strip()
+
+
+def figures(name: str) -> dict[Path, bytes]:
+    """The figures of a study, by where they belong."""
+    folder = ROOT / "docs" / "results"
+    found = excerpt(folder, name)
+    if found is None:
+        return {}
+    from gptlab.study.report import draw
+
+    return {folder / name / file: content + stamp(name) for file, content in draw(found[1], ("svg",)).items()}
+
+
+def stamp(name: str) -> bytes:
+    """What ends a figure: the results that it was drawn from."""
+    files = (ROOT / "docs" / "results" / file for file in kept(name))
+    content = b"".join(file.read_bytes() for file in files if file.exists())
+    return f"<!-- drawn from {hashlib.sha256(content).hexdigest()} -->\n".encode()
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "verification": verification,
     "generated": generated,
     "built-ins": built_ins,
     "attention": attention,
     "decode_attention": decode_attention,
+    "training step": training_step,
+    "evaluation speed": evaluation_speed,
+    **{name: functools.partial(study, name) for name in STUDIES},
 }
 
 
@@ -173,20 +260,41 @@ def current(path: Path) -> str:
     return LINK.sub(link, text)
 
 
+def pages() -> list[Path]:
+    """All files with generated parts."""
+    cards = ROOT.glob("src/gptlab/assets/*/README.md")
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(cards)]
+
+
+def stale() -> dict[Path, bytes | None]:
+    """Every file that is not current, with what it should contain; None for one that should not be there."""
+    found: dict[Path, bytes | None] = {}
+    for path in pages():
+        text = current(path).encode()
+        if text != path.read_bytes():
+            found[path] = text
+    for name in STUDIES:
+        drawn = figures(name)
+        there = set((ROOT / "docs" / "results" / name).glob("*.svg"))
+        found |= dict.fromkeys(there - drawn.keys())
+        end = stamp(name)
+        found |= {path: new for path, new in drawn.items() if path not in there or not path.read_bytes().endswith(end)}
+    return found
+
+
 def main() -> None:
-    stale = []
-    for path in [
-        ROOT / "README.md",
-        *sorted((ROOT / "docs").glob("*.md")),
-        *ROOT.glob("src/gptlab/assets/*/README.md"),
-    ]:
-        text = current(path)
-        if text != path.read_text(encoding="utf-8"):
-            stale.append(str(path.relative_to(ROOT)))
-            if "--check" not in sys.argv:
-                path.write_text(text, encoding="utf-8")
-    if stale and "--check" in sys.argv:
-        sys.exit(f"out of date: {', '.join(stale)}; run `make docs`")
+    found = stale()
+    if "--check" in sys.argv:
+        if found:
+            names = ", ".join(str(path.relative_to(ROOT)) for path in found)
+            sys.exit(f"out of date: {names}; run `make docs`")
+        return
+    for path, content in found.items():
+        if content is None:
+            path.unlink()
+        else:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
 
 
 if __name__ == "__main__":

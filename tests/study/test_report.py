@@ -19,7 +19,7 @@ import pytest
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.model import cost
-from gptlab.study import figures, figures_heads, figures_points, report
+from gptlab.study import report
 from gptlab.study.report import write_report
 from gptlab.study.report_blocks import Section, Table, in_noise, nats, to_html, to_plain, verdict
 from gptlab.study.report_data import Study, read_study
@@ -82,20 +82,6 @@ def check_page(path: Path) -> Page:
         assert not level or level == 1 or not following or following > level, f"nothing below {title!r}"
     assert not re.search(r"\b(None|nan|inf|NaN|undefined)\b", page.text)
     return page
-
-
-@pytest.fixture
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw nothing: the tests of the text need not wait for it."""
-    drawings = {
-        figures: ("lines",),
-        figures_points: ("intervals", "scatter"),
-        figures_heads: ("grid", "matrix", "wiring"),
-    }
-    for module, names in drawings.items():
-        for name in names:
-            monkeypatch.setattr(module, name, lambda *arguments, **options: None)
-    monkeypatch.setattr(report, "encode", lambda figure, kind: b'<svg viewBox="0 0 9 9"></svg>')
 
 
 @pytest.fixture(scope="session")

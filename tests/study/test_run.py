@@ -81,6 +81,7 @@ def test_results_hold_what_was_asked_for(whole: Path, corpus: Path) -> None:
     assert (about["base"], about["kind"], about["seeds"], about["tokens"]) == ("base", "trained", [0, 1], 12 * 2 * 32)
     dataset = open_dataset(whole / "data")
     assert about["corpus"] == {"name": "sentences", "sha256": dataset.sha256}
+    assert about["recipe"]["budget"]["steps"] == 12
     assert list(results["variants"]) == ["base", "twin", "rope"] or list(results["variants"]) == [
         "base",
         "rope",
@@ -124,8 +125,7 @@ def test_the_answers_are_those_of_the_models(whole: Path) -> None:
         scores = token_logprobs(lm.model, ids, context=32)
         losses.append(-torch.cat(scores).double().mean().item())
         stream = [token for row in ids for token in row][: 2 * 2 * 32 + 1]
-        near, far = (loss_by_position(lm.model, [stream], length=n) for n in (32, 64))
-        positions.append([row.nats for row in [*near, far[-1]]])
+        positions.append([row.nats for row in loss_by_position(lm.model, [stream], length=64)])
         copies.append(copy_at_distance(lm.model, [16], n=2, length=16, vocabulary=range(256))[0])
         passes.append(induction(lm.model, period=8, n=2, vocabulary=range(256)))
     mean = lambda values: pytest.approx(sum(values) / len(values), rel=1e-6)  # noqa: E731
@@ -159,6 +159,30 @@ def test_the_answers_are_those_of_the_models(whole: Path) -> None:
     prompts = [sample["prompt"] for sample in variant["samples"]]
     texts = first.generate(prompts, max_new_tokens=5, temperature=0.8, top_k=50, seed=0)
     assert [sample["text"] for sample in variant["samples"]] == texts
+
+
+def test_by_position_all_models_read_the_same_tokens(tmp_path: Path) -> None:
+    """Two pieces of three times the least trained length; a model with a longer table goes on in the same pieces."""
+    (tmp_path / "text.txt").write_bytes(bytes(32 + i % 90 for i in range(400)))
+    study = small(tmp_path, evaluate={"positions": 3, "pieces": 2})
+    ask = Questions(tmp_path / "text.txt", "text", study.evaluate, 16, tmp_path / "cache")
+    stream = [256, *(tmp_path / "text.txt").read_bytes()]
+    pieces = [stream[i : i + 49] for i in (0, 48)]
+    protocols = set()
+    for position, length, reach in (("learned", 16, 16), ("learned", 32, 32), ("learned", 64, 48), ("rope", 16, 48)):
+        config = ModelConfig.preset("tiny", vocab_size=257, context_length=length, position=position)
+        lm = LanguageModel(gptlab.GPT(config), byte_tokenizer())
+        found = ask.by_position(lm, model_key(lm))
+        assert found is not None
+        assert (found["buckets"][0][0], found["buckets"][-1][1]) == (1, reach)
+        assert found["trained_length"] == length
+        protocols.add(found["protocol"])
+        with torch.no_grad():
+            logprobs = lm.model(torch.tensor(pieces)[:, :reach]).log_softmax(-1)
+        nats = -logprobs.gather(-1, torch.tensor(pieces)[:, 1 : reach + 1, None])[..., 0]
+        for (first, last), loss in zip(found["buckets"], found["nats"], strict=True):
+            assert loss == pytest.approx(nats[:, first - 1 : last].mean().item(), abs=1e-5)
+    assert len(protocols) == 1
 
 
 def test_a_twin_of_the_base_differs_by_nothing(whole: Path) -> None:
@@ -369,6 +393,7 @@ def test_models_that_are_loaded(corpus: Path, shipped: Path, tmp_path: Path) -> 
     about = results["study"]
     assert (about["kind"], about["seeds"], about["tokens"]) == ("shipped", [], 123)
     assert about["corpus"]["name"] == "sentences"
+    assert about["recipe"] == {}  # none made them
     assert [v["tokens_trained"] for v in results["variants"].values()] == [123, None]
     assert [v["source"] for v in results["variants"].values()] == ["shipped"] * 2
     assert results["variants"]["rope"]["runs"] == []

@@ -209,7 +209,9 @@ def test_claims_of_the_clock() -> None:
     }
     names = [name for name, rule in CLAIMS.items() if rule.clock]
     found = claims_of_timings(names, {"variants": variants}, {"variants": variants})  # type: ignore[typeddict-item]
-    assert [claim["holds"] for claim in found] == [True, True, True]
+    # One to three percent are less than the clock can tell.
+    assert [claim["holds"] for claim in found] == [None, True, True]
+    assert found[0]["ours"] == "a step takes 1.02 times as long"
     assert "T^1.05 with windows, T^1.80 without" in found[2]["ours"]
     variants["rope"], variants["gqa"] = timing({}, {}, 800.0), timing({}, {point: 25.0}, None)
     variants["swa"] = timing(full, {}, None)

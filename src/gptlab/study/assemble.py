@@ -85,7 +85,7 @@ def assemble(
         answers: of all variants, the base first.
         seeds: that every variant was trained with.
         corpus: what was trained on, or evaluated on where nothing was trained.
-        recipe: of the base.
+        recipe: of the base, or nothing where all models were loaded.
         protocol: how the held-out text was scored.
         text: what it is called.
         race: the race, if there was one.

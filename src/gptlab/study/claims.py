@@ -57,7 +57,7 @@ def claims_of_timings(names: list[str], results: Results, timings: Timings) -> l
 
 def _claim(rule: Rule, results: Results, verdict: Callable[[], Verdict]) -> Claim:
     absent = [name for name in rule.variants if name not in results["variants"]]
-    ours, holds, note = verdict() if not absent else ("not obtained", None, f"{', '.join(absent)} was not trained")
+    ours, holds, note = verdict() if not absent else ("not obtained", None, f"not trained: {', '.join(absent)}")
     return Claim(paper=rule.paper, claim=rule.claim, ours=ours, holds=holds, note=note)
 
 
@@ -139,8 +139,8 @@ def _rope_cost(timings: Timings) -> Verdict:
     if not rates[0] or not rates[1]:
         return "not obtained", None, "training was not timed"
     ratio = rates[0] / rates[1]
-    note = f"differences under {TIE - 1:.0%} are within the noise of a shared machine"
-    return f"a step takes {ratio - 1:+.1%} of the time", None if 1.03 < ratio < TIE else ratio <= 1.03, note
+    note = f"factors below {TIE} either way are within the noise of a shared machine"
+    return f"a step takes {ratio:.2f} times as long", None if 1 / TIE < ratio < TIE else False, note
 
 
 CLAIMS = {

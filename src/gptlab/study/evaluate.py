@@ -71,31 +71,31 @@ class Questions:
     def by_position(self, lm: LanguageModel, model: str) -> ByPosition | None:
         """Return the loss by position, to several times the trained length; None where the text is too short.
 
-        Up to the trained length all models read the same pieces; what lies beyond is measured on longer ones.
+        All models read the same pieces of text. One with learned positions reads the beginning of each, as far as its
+        positions go: wherever two models are compared, they have seen and predict the same tokens.
         """
-        trained, settings = lm.config.context_length, self.settings
+        settings, config = self.settings, lm.config
 
         def compute() -> dict[str, Any]:
-            stream = self._stream(lm.needs_tokenizer())[: settings.pieces * settings.positions * trained + 1]
-            if len(stream) <= trained:
+            stream = self._stream(lm.needs_tokenizer())
+            length = self.length * min(settings.positions, (len(stream) - 1) // self.length)
+            if not length:
                 return {}
-            rows = loss_by_position(lm.model, [stream], length=trained)
-            how = f"{(len(stream) - 1) // trained} texts of {trained} tokens"
-            length = trained if lm.config.position == "learned" else settings.positions * trained
-            while length >= len(stream):
-                length //= 2
-            if length > trained:
-                rows += [row for row in loss_by_position(lm.model, [stream], length=length) if row.first > trained]
-                how += f"; beyond, {(len(stream) - 1) // length} of {length} tokens"
+            starts = range(0, len(stream) - length, length)[: settings.pieces]
+            reach = min(length, config.context_length) if config.position == "learned" else length
+            rows = loss_by_position(lm.model, [stream[i : i + reach + 1] for i in starts], length=reach)
+            pieces = f"{len(starts)} piece{'s' * (len(starts) > 1)} of {length:,} tokens"
             return {
-                "protocol": f"{how}, cut from the documents one after the other, float32",
+                "protocol": f"the same {pieces} for every model, cut from the documents one after the other and read as"
+                " far as its positions go, float32",
                 "buckets": [[row.first, row.last] for row in rows],
                 "nats": [row.nats for row in rows],
-                "trained_length": trained,
+                "trained_length": config.context_length,
             }
 
-        what = {"positions": settings.positions, "pieces": settings.pieces, "text": self.sha256}
-        return cast(ByPosition, self._cached("by_position", lm, model, compute, **what)) or None
+        what = {"length": self.length, "positions": settings.positions, "pieces": settings.pieces}
+        found = self._cached("by_position", lm, model, compute, text=self.sha256, **what)
+        return cast(ByPosition, found) or None
 
     def copying(self, lm: LanguageModel, model: str) -> list[Copy]:
         """Return how well random strings are reproduced, by distance."""

@@ -30,7 +30,6 @@ class VariantSettings(_Section):
         label: in words.
         model: fields that differ from the recipe's.
         load: a built-in model, a directory or a hub name, as `gptlab.load` takes it; nothing is trained then.
-        optional: leave the variant out where the model to load is not there.
         convert: what to convert the base into.
     """
 
@@ -38,7 +37,6 @@ class VariantSettings(_Section):
     label: str | None = None
     model: dict[str, Any] = Field(default_factory=dict)
     load: str | None = None
-    optional: bool = False
     convert: dict[str, Any] | None = None
 
 
@@ -55,8 +53,8 @@ class EvaluationSettings(_Section):
     Attributes:
         text: a file, a directory or a name such as ``pydoc``; None is the held-out part of the training data.
         bytes: most of that text that is read.
-        positions: how many times its trained length a model without learned positions is followed.
-        pieces: texts of that length, at most.
+        positions: how many times the trained length a model without learned positions is followed.
+        pieces: of text that are so long, at most; all models read the same.
         distances: to copy at; None is 16, 32, 64 and on, as far as the context reaches.
         strings: random strings at each distance, and random sequences for induction.
         prompts: what samples begin with; by default the first words of three documents.

@@ -16,7 +16,7 @@ from gptlab.study.report_changes import changes
 from gptlab.study.report_counts import counts
 from gptlab.study.report_data import Study, read_study
 from gptlab.study.report_end import claims, making, race, samples
-from gptlab.study.report_operation import operation
+from gptlab.study.report_operation import beyond, operation
 from gptlab.study.report_speed import speed
 from gptlab.study.report_summary import in_brief, quality, summary
 from gptlab.study.report_texts import template as template_of
@@ -42,10 +42,7 @@ def write_report(directory: Path) -> Path:
     """
     study = read_study(directory)
     sections = [section for section in outline(study) if not section.empty]
-    drawn: dict[str, bytes] = {}
-    for picture in _pictures(sections):
-        for kind in ("svg", "png"):
-            drawn[f"{picture.name}.{kind}"] = encode(picture.drawing, kind)
+    drawn = draw(sections, ("svg", "png"))
     inline = {
         picture.name: figures.inline(
             drawn[f"{picture.name}.svg"], picture.name, html.escape(to_plain(picture.caption), quote=True)
@@ -76,7 +73,33 @@ def outline(study: Study) -> list[Section]:
     ]
 
 
-def render(template: str, study: Study, sections: Sequence[Section], drawings: dict[str, str]) -> str:
+def excerpt(study: Study, files: str) -> list[Section]:
+    """Return what a page of the docs takes of a report: what was found, and how.
+
+    Args:
+        study: what it is about.
+        files: where its results lie, in words.
+    """
+    found = [in_brief(study), summary(study), quality(study), beyond(study), claims(study), making(study, files)]
+    return [section for section in found if not section.empty]
+
+
+def draw(sections: Sequence[Section], kinds: Sequence[str]) -> dict[str, bytes]:
+    """Return the figures of sections as files of these kinds, by name."""
+    return {
+        f"{picture.name}.{kind}": encode(picture.drawing, kind) for picture in _pictures(sections) for kind in kinds
+    }
+
+
+def render(
+    template: str,
+    study: Study,
+    sections: Sequence[Section],
+    drawings: dict[str, str],
+    *,
+    level: int = 1,
+    folder: str = FIGURES,
+) -> str:
     """Return the page or the Markdown.
 
     Args:
@@ -84,6 +107,8 @@ def render(template: str, study: Study, sections: Sequence[Section], drawings: d
         study: what it is about.
         sections: what it says, none of them empty.
         drawings: the figures as they stand in the page, by name.
+        level: of the highest heading in Markdown.
+        folder: of the figures in Markdown.
     """
     try:
         import jinja2
@@ -111,6 +136,8 @@ def render(template: str, study: Study, sections: Sequence[Section], drawings: d
         "setting": study.setting,
         "sections": sections,
         "drawings": drawings,
+        "level": level,
+        "folder": folder,
         "style": markupsafe.Markup(template_of("style.css")),
         "script": markupsafe.Markup(template_of("roofline.js") + template_of("calculator.js")),
         "calculates": any(isinstance(block, Calculator) for block in _blocks(sections)),

@@ -217,22 +217,27 @@ def tokens(n: int) -> str:
     return f"{count(n)} token{'s' * (n != 1)}"
 
 
-def read_study(directory: Path) -> Study:
+def read_study(directory: Path, names: tuple[str, str] = (RESULTS, TIMINGS)) -> Study:
     """Read a study's results and, where there are any, its timings.
+
+    Args:
+        directory: of the study.
+        names: of the two files, where they have others.
 
     Raises:
         GptlabError: no results, or a file that is damaged or of another version.
     """
     if not directory.is_dir():
         raise GptlabError(f"there is no study in {directory}: no such directory; name what gptlab study --out made")
-    results = read_results(directory)
-    check(results, Results, directory / RESULTS)
+    of_results, of_timings = (directory / name for name in names)
+    results = read_results(directory, of_results.name)
+    check(results, Results, of_results)
     if results["study"]["base"] not in results["variants"]:
-        raise GptlabError(f"{directory / RESULTS} is damaged: it lacks its base {results['study']['base']!r}")
+        raise GptlabError(f"{of_results} is damaged: it lacks its base {results['study']['base']!r}")
     timings = None
-    if (directory / TIMINGS).exists():
-        timings = read_timings(directory)
-        check(timings, Timings, directory / TIMINGS)
+    if of_timings.exists():
+        timings = read_timings(directory, of_timings.name)
+        check(timings, Timings, of_timings)
     return Study(typing.cast(Mapping[str, Any], results), typing.cast("Mapping[str, Any] | None", timings))
 
 

@@ -89,8 +89,8 @@ def samples(study: Study) -> Section:
     return Section("samples", "Samples", [Paragraph(said), Texts(list(prompts.items()))])
 
 
-def making(study: Study) -> Section:
-    """Recipe, data, protocols and machine."""
+def making(study: Study, files: str = "`results.json` and `timings.json` beside this page") -> Section:
+    """Recipe, data, protocols and machine; ``files`` says where everything was written from."""
     about = study.about
     shipped = about["kind"] == "shipped"
     rows = [
@@ -120,7 +120,7 @@ def making(study: Study) -> Section:
         rows.append(["timings", literal(study.timings["how"])])
     rows += [["made with", _flat(about["made_with"])]] if about["made_with"] else []
     table = Table("Settings", study.setting, [Column("", "text"), Column("", "text")], rows)
-    said = "Everything here was written from `results.json` and `timings.json` beside this page."
+    said = f"Everything here was written from {files}."
     return Section("making", "How it was made", [Paragraph(said, "note"), table])
 
 

@@ -36,10 +36,15 @@ def operation(study: Study) -> Section:
             "Which heads share",
             [*_groups(study), *_row(of_heads.sharing(study)), *_row(of_heads.alike(study))],
         ),
-        Section("positions", "Beyond the trained length", [*_beyond(study), *_row(pictures.by_position(study))]),
+        beyond(study),
         Section("recall", "Finding again what was read", recall),
     ]
     return Section("operation", "What changes inside", [], [part for part in parts if not part.empty])
+
+
+def beyond(study: Study) -> Section:
+    """What the loss does as a model sees more, to several times the trained length."""
+    return Section("positions", "Beyond the trained length", [*_beyond(study), *_row(pictures.by_position(study))])
 
 
 def _row(found: list[Picture]) -> list[Block]:

@@ -196,8 +196,7 @@ def by_position(study: Study) -> list[Picture]:
         series, "tokens seen (up to)", "loss (nats a token)", powers=True, ends_at=ends_at, top=_without_first(series)
     )
     caption = "Loss by position: a model that uses its context gets better as it sees more, up to the trained length."
-    if len({v["by_position"]["protocol"] for v in study.variants.values() if v["by_position"]}) > 1:
-        caption += " Models that read further were asked about longer texts, so compare shapes rather than heights."
+    caption += " All read the same text: at the same position they predict the same tokens."
     if beyond:
         caption += " Right of the dotted line is text longer than any in training; learned positions cannot go there."
     return [Picture("loss-by-position", caption, drawing)]

@@ -26,7 +26,11 @@ class Corpus(TypedDict):
 
 
 class About(TypedDict):
-    """The study as a whole. ``tokens`` are those of one run, ``factors`` the names of the grid's changes."""
+    """The study as a whole.
+
+    ``tokens`` are those of one run, ``recipe`` is empty where all models were loaded, ``factors`` are the names of the
+    grid's changes.
+    """
 
     name: str
     title: str
@@ -296,14 +300,14 @@ def write_timings(directory: Path, timings: Timings) -> None:
     write_files(directory, {TIMINGS: encode(timings)})
 
 
-def read_results(directory: Path) -> Results:
+def read_results(directory: Path, name: str = RESULTS) -> Results:
     """Read `results.json`; raises `GptlabError` where it is missing, damaged, or of another version."""
-    return cast(Results, _read(directory / RESULTS, FORMAT))
+    return cast(Results, _read(directory / name, FORMAT))
 
 
-def read_timings(directory: Path) -> Timings:
+def read_timings(directory: Path, name: str = TIMINGS) -> Timings:
     """Read `timings.json`; raises `GptlabError` where it is missing, damaged, or of another version."""
-    return cast(Timings, _read(directory / TIMINGS, TIMINGS_FORMAT))
+    return cast(Timings, _read(directory / name, TIMINGS_FORMAT))
 
 
 def _read(path: Path, kind: str) -> dict[str, Any]:

@@ -234,7 +234,7 @@ class _Study:
             answers,
             seeds=self.seeds,
             corpus=corpus,
-            recipe=self.recipe.model_dump(mode="json"),
+            recipe=self.recipe.model_dump(mode="json") if self.dataset is not None else {},
             protocol=ask.protocol,
             text=ask.name,
             race=race,

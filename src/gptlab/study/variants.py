@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from gptlab.checkpoints.hub import built_in
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError, nearest
 from gptlab.study.files import NAME, FactorSettings, RaceSettings, StudySettings, VariantSettings
@@ -101,8 +99,7 @@ def _resolve(
         if variant.load is not None:
             if variant.model:
                 raise GptlabError(f"variant {name!r} is loaded, so model has no effect; give load or model")
-            if _is_there(variant):
-                found[name] = Cell(name, label, None, variant.load)
+            found[name] = Cell(name, label, None, variant.load)
             continue
         try:
             plan = read_recipe(recipe, settings, variant.model)
@@ -123,12 +120,6 @@ def _resolve(
         return cell.name != base, len(cell.factors), [_rank(factor) for factor in cell.factors], cell.name
 
     return sorted(found.values(), key=place)
-
-
-def _is_there(variant: VariantSettings) -> bool:
-    if not variant.optional:
-        return True
-    return variant.load in built_in() or Path(str(variant.load)).is_dir()
 
 
 def factors_of(changes: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,0 +1,180 @@
+"""The pages of the docs say what the result files say; those of studies come out of the report's own code."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import plausible
+import pytest
+
+from gptlab.errors import GptlabError
+from gptlab.study.report_blocks import nats
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+if not TOOLS.is_dir():
+    pytest.skip("tools/ comes with a checkout alone", allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("no_drawing")
+PAGE = "# Results\n\n<!-- standard -->\n\n<!-- end standard -->\n\n<!-- papers -->\n\n<!-- end papers -->\n\nThe end.\n"
+
+
+def tool(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(TOOLS)
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The builder of docs at work in an empty project."""
+    module = tool("build_docs", monkeypatch)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr("sys.argv", ["build_docs.py"])
+    (tmp_path / "docs/results").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("# A project\n")
+    (tmp_path / "docs/results.md").write_text(PAGE)
+    return module
+
+
+def study(directory: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """A finished study with everything that the page shows."""
+    found = plausible.results()
+    found["study"]["recipe"]["data"] = {"corpus": ["/somewhere/else/enwiki.txt", "pydoc"]}
+    claim = {"paper": "A paper", "claim": "a [b] < c", "ours": "0.1", "holds": True, "note": 'a "note"'}
+    timed = plausible.timings(found) | {"claims": [claim]}
+    return plausible.write(directory / "study", found, timed), found, timed
+
+
+def keep(directory: Path, docs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    return tool("keep_results", monkeypatch).keep(directory, "standard", docs.ROOT / "docs/results")
+
+
+def stale(docs: ModuleType) -> list[str]:
+    docs.excerpt.cache_clear()
+    return sorted(str(path.relative_to(docs.ROOT / "docs")) for path in docs.stale())
+
+
+def test_the_docs_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    docs = tool("build_docs", monkeypatch)
+    docs.excerpt.cache_clear()
+    assert not [str(path.relative_to(docs.ROOT)) for path in docs.stale()], "run `make docs`"
+
+
+def test_without_results_there_is_no_section(docs: ModuleType) -> None:
+    assert stale(docs) == []
+    docs.main()
+    assert (docs.ROOT / "docs/results.md").read_text() == PAGE
+
+
+def test_the_page_holds_the_results_own_figures(
+    docs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, found, timed = study(tmp_path)
+    keep(directory, docs, monkeypatch)
+    assert "results.md" in stale(docs)
+    docs.main()
+    assert stale(docs) == []
+    page = (docs.ROOT / "docs/results.md").read_text()
+    assert re.findall(r"^#+ .*", page, re.MULTILINE) == [
+        "# Results",
+        f"## {found['study']['title']}",
+        "### In brief",
+        "### Summary",
+        "### Quality, and how the changes go together",
+        "### Beyond the trained length",
+        "### Claims of the papers",
+        "### How it was made",
+    ]
+    assert page.startswith("# Results\n\n<!-- standard -->\n## ")
+    assert page.endswith("<!-- end standard -->\n\n<!-- papers -->\n\n<!-- end papers -->\n\nThe end.\n")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    by_name = {row[0]: row for row in rows}
+    for name, variant in found["variants"].items():
+        row = by_name[f"**{variant['label']}**"]
+        assert row[1] == f"{variant['parameters']['total']:,}"
+        assert f"{variant['quality']['nats_per_token']:.3f}" in row
+        if name != "base":
+            assert nats(found["comparisons"][name]["validation_loss"]) in row
+    for part in ("main", "interactions"):
+        for term, one in found["effects"][part].items():
+            (row,) = (r for r in rows if r[0].replace(" × ", "-").lower() == term.replace(" x ", "-"))
+            assert row[1] == nats(one)
+    assert "**holds**" in by_name["A paper"]
+    assert f"; {timed['machine']['date']}" in by_name["machine"][1]
+    assert timed["machine"]["processor"] in by_name["machine"][1]
+    assert "optimizer.name\u00a0=\u00a0muon" in by_name["recipe"][1]
+    assert "[standard.json](results/standard.json) and [standard-timings.json]" in page
+    for link in re.findall(r"\]\((results/.*?)\)", page):
+        assert (docs.ROOT / "docs" / link).is_file()
+
+
+def test_what_differs_is_found(
+    docs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, *_ = study(tmp_path)
+    kept, _ = keep(directory, docs, monkeypatch)
+    docs.main()
+    folder = docs.ROOT / "docs/results/standard"
+    drawn = sorted(path.name for path in folder.iterdir())
+    assert {"effects.svg", "loss-curves.svg", "loss-by-position.svg", "quality-against-cache.svg"} <= set(drawn)
+    monkeypatch.setattr("sys.argv", ["build_docs.py", "--check"])
+    assert docs.main() is None
+    # A figure that is gone, one that nothing shows, one of other results.
+    (folder / "effects.svg").unlink()
+    (folder / "old.svg").write_text("<svg/>")
+    (folder / "loss-curves.svg").write_text("<svg/><!-- drawn from 0123 -->\n")
+    changed = [f"results/standard/{name}.svg" for name in ("effects", "loss-curves", "old")]
+    assert stale(docs) == changed
+    # Other results: every figure is to be drawn again.
+    values = json.loads(kept.read_text())
+    values["variants"]["rope"]["quality"]["nats_per_token"] += 0.01
+    kept.write_text(json.dumps(values))
+    assert stale(docs) == sorted(["results.md", "results/standard/old.svg", *(f"results/standard/{n}" for n in drawn)])
+    docs.excerpt.cache_clear()
+    with pytest.raises(SystemExit, match=r"^out of date: docs/results.md, .*; run `make docs`$"):
+        docs.main()
+    assert not (folder / "effects.svg").exists()  # a check changes nothing
+    monkeypatch.setattr("sys.argv", ["build_docs.py"])
+    docs.main()
+    assert sorted(path.name for path in folder.iterdir()) == drawn
+    assert stale(docs) == []
+
+
+def test_what_is_kept_of_a_study(docs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, found, timed = study(tmp_path)
+    results, timings = keep(directory, docs, monkeypatch)
+    assert (results.name, timings.name) == ("standard.json", "standard-timings.json")
+    assert json.loads(timings.read_text()) == json.loads(json.dumps(timed))
+    expected = json.loads(json.dumps(found))
+    expected["study"]["recipe"]["data"]["corpus"] = ["enwiki.txt", "pydoc"]
+    for variant in expected["variants"].values():
+        variant["attention_maps"] = None
+    assert json.loads(results.read_text()) == expected
+    (line,) = {line for line in results.read_text().splitlines() if '"seeds"' in line}
+    assert line.strip() == '"seeds": [ 0, 1, 2 ],'
+
+
+def test_lists_on_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = tool("keep_results", monkeypatch).encode
+    values = {"a": [[1, 2.5], [], ["x"]], "b  [1,\n 2]": '"[ \\" 1,   2 ]"', "c": [{"d": [None, True]}], "ü": ["[ "]}
+    assert json.loads(encode(values)) == values
+    assert b"[ 1, 2.5 ]" in encode(values)
+
+
+def test_what_is_not_kept(docs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tool("keep_results", monkeypatch)
+    directory, *_ = study(tmp_path)
+    folder = docs.ROOT / "docs/results"
+    with pytest.raises(GptlabError, match=r"holds the study 'standard', not 'papers'; name that one"):
+        module.keep(directory, "papers", folder)
+    monkeypatch.setattr(module, "MOST_BYTES", 10_000)
+    with pytest.raises(GptlabError, match=r"standard.json would have .* bytes, more than 10,000"):
+        module.keep(directory, "standard", folder)
+    (directory / "timings.json").unlink()
+    with pytest.raises(GptlabError, match="has no timings; finish the study: gptlab study --resume --out"):
+        module.keep(directory, "standard", folder)
+    assert list(folder.iterdir()) == []
