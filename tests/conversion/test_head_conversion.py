@@ -491,7 +491,7 @@ def errors(model: GPT, n_kv_head: int, **how: Any) -> list[tuple[float, float]]:
     return [circuit_errors(read_heads(a.attn), read_heads(b.attn), assumed_statistics(a)) for a, b in blocks]
 
 
-@pytest.mark.parametrize("n_kv_head", [6, 4, 1])
+@pytest.mark.parametrize("n_kv_head", [6, pytest.param(4, marks=pytest.mark.slow), 1])
 def test_the_real_heads_lose_what_was_measured_before(shared: Path, n_kv_head: int) -> None:
     model = real_attention(shared, 5)
     for method, expected in REFERENCE[5][n_kv_head].items():

@@ -98,7 +98,7 @@ def factorise(read: Tensor, use: Tensor, moment: Tensor, n_groups: int) -> tuple
     return torch.stack(shared), torch.cat(mix)
 
 
-def align(read: Tensor, moment: Tensor, n_groups: int, rounds: int = 20) -> tuple[Tensor, Tensor]:
+def align(read: Tensor, moment: Tensor, n_groups: int, rounds: int = 10) -> tuple[Tensor, Tensor]:
     """Share reads by orthogonal Procrustes: rotate each head's read to the group's mean, and take the mean.
 
     The rotation R minimises |R read_h S - mean S|^2 (Schönemann 1966); mean and rotations are found in turns, from the
