@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,6 +39,7 @@ from gptlab.study.run import run_study
 from gptlab.text.documents import open_documents
 from gptlab.text.shards import open_dataset
 from gptlab.text.tokenizers import byte_tokenizer
+from gptlab.training.recipe import make_recipe, read_recipe
 
 pytestmark = pytest.mark.usefixtures("no_measuring")
 
@@ -517,6 +519,19 @@ def test_keys_and_damaged_results(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "k.json").write_text('{"pair": [1')
     assert stages.cached(tmp_path, "k", compute) == {"pair": [1, 0.1]}
     assert len(made) == 2
+
+
+def test_the_key_of_a_run_stays_when_recipes_are_given_further_settings(monkeypatch: Any) -> None:
+    """A key written down when studies were first kept; whatever a recipe leaves off counts for nothing."""
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
+    dataset: Any = SimpleNamespace(sha256="0" * 64, tokenizer=SimpleNamespace(vocab_size=4096))
+    recipe = read_recipe("pocket", ["budget.steps=600", "train.compile=false"])
+    assert runs.run_key(runs.with_seed(recipe, 1), dataset, "cpu") == "2ea52e9259e356966983"
+    values = stages.plain(recipe)
+    assert values == stages.plain(make_recipe(values))
+    assert {name: tuple(values[name]) for name in ("budget", "train")} == {
+        name: stages.FIRST[name] for name in ("budget", "train")
+    }
 
 
 def test_a_model_is_known_by_all_that_its_answers_depend_on() -> None:

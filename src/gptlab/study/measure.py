@@ -170,7 +170,7 @@ class _Measurement:
         """Begin a variant's timings with its memory; None where it could not be measured."""
         batch, context = self.memory_point
         asked: dict[str, Any] = {"config": self.extended[name].to_dict(), "trained": self.configs[name].to_dict()}
-        asked |= {"recipe": self.recipe.model_dump(mode="json"), "device": str(self.device)}
+        asked |= {"recipe": stages.plain(self.recipe), "device": str(self.device)}
         asked |= {"rows": self.rows, "batch": batch, "context": context}
         self._say(f"memory of {name}")
         try:
@@ -191,7 +191,7 @@ class _Measurement:
         make = lambda: {  # noqa: E731
             n: training_step(GPT(c).to(self.device), self.rows, self.recipe) for n, c in self.configs.items()
         }
-        recipe = self.recipe.model_dump(mode="json")
+        recipe = stages.plain(self.recipe)
         share = self.left / 4
         for name, seconds in self._point("training", make, share, recipe=recipe, rows=self.rows).items():
             timings[name]["training_tokens_per_second"] = self.rows * self.configs[name].context_length / seconds

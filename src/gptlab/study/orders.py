@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from gptlab.checkpoints.files import write_files
 from gptlab.errors import GptlabError
+from gptlab.study import stages
 from gptlab.study.files import StudySettings, make_study
 from gptlab.study.results import STUDY, VERSION, encode
 from gptlab.study.variants import Cell
@@ -116,4 +117,4 @@ def _plain(order: Order) -> dict[str, Any]:
 
 
 def _definition(cell: Cell) -> dict[str, Any]:
-    return {"load": cell.load, "recipe": None if cell.recipe is None else cell.recipe.model_dump(mode="json")}
+    return {"load": cell.load, "recipe": None if cell.recipe is None else stages.plain(cell.recipe)}

@@ -13,6 +13,7 @@ from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.language_model import LanguageModel
 from gptlab.model import cost
+from gptlab.study import stages
 from gptlab.study.assemble import Answers, assemble
 from gptlab.study.claims import claims_of_timings
 from gptlab.study.evaluate import Questions, check_settings, model_key, write_held_out
@@ -219,7 +220,7 @@ class _Study:
             base=settings.base,
             corpus=Corpus(name=dataset.name, sha256=dataset.sha256),
             tokens=_tokens_of(self.racers[0], dataset) or 0,
-            recipe=recipe.model_dump(mode="json"),
+            recipe=stages.plain(recipe),
             variants=racers,
         )
 
@@ -234,7 +235,7 @@ class _Study:
             answers,
             seeds=self.seeds,
             corpus=corpus,
-            recipe=self.recipe.model_dump(mode="json") if self.dataset is not None else {},
+            recipe=stages.plain(self.recipe) if self.dataset is not None else {},
             protocol=ask.protocol,
             text=ask.name,
             race=race,

@@ -35,7 +35,8 @@ def with_seed(recipe: Recipe, seed: int) -> Recipe:
 
 def run_key(recipe: Recipe, dataset: Dataset, device: str) -> str:
     """Return the name of a run: two variants that come to the same model, by the same recipe, share it."""
-    values = recipe.model_dump(mode="json", exclude={"model": True, "tokenizer": True, "data": {"corpus"}})
+    values = stages.plain(recipe)
+    del values["model"], values["tokenizer"], values["data"]["corpus"]
     config = recipe.model_for(dataset.tokenizer.vocab_size).to_dict()
     return stages.key("train", recipe=values, model=config, data=dataset.sha256, device=device)
 

@@ -14,9 +14,36 @@ from typing import Any, cast
 import torch
 
 from gptlab.checkpoints.files import write_files
+from gptlab.training.recipe import Recipe
 
 CODE = {"train": 1, "evaluate": 1, "measure": 1}
 """Versions of what the stages compute: raised by hand when the same inputs would give other numbers."""
+FIRST: dict[str, tuple[str, ...]] = {
+    "base": (),
+    "model": (),
+    "tokenizer": ("kind", "vocab_size"),
+    "data": ("corpus", "held_out", "items", "documents"),
+    "batch": ("size", "micro"),
+    "optimizer": ("name", "learning_rate", "weight_decay", "beta1", "beta2", "momentum", "clip_norm"),
+    "schedule": ("kind", "warmup_steps", "final_share", "decay_share"),
+    "budget": ("steps", "tokens", "epochs"),
+    "train": ("seed", "dtype", "compile", "recompute", "evaluate_every", "evaluate_tokens", "save_every", "keep_last"),
+    "parallel": (),
+}
+"""The settings that recipes had when studies were first kept. Any other counts only where it is not at its default."""
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as plain values that do not change when recipes are given further settings."""
+    usual = Recipe().model_dump(mode="json")
+    found: dict[str, Any] = {}
+    for section, values in recipe.model_dump(mode="json").items():
+        before, known = usual[section], FIRST.get(section)
+        if known and isinstance(values, dict):
+            found[section] = {n: v for n, v in values.items() if n in known or v != before.get(n)}
+        elif known is not None or values != before:
+            found[section] = values
+    return found
 
 
 def key(stage: str, **what: Any) -> str:
