@@ -67,14 +67,15 @@ class ModelConfig:
 
     Attributes:
         vocab_size: number of token ids, V.
-        context_length: longest sequence trained on; with learned positions, the longest possible.
+        context_length: longest sequence trained on; with a table of positions (learned, blend), the longest possible.
         n_layer: number of blocks, L.
         n_head: query heads, H; must divide ``n_embd``.
         n_kv_head: key/value heads, a divisor of ``n_head``; None means ``n_head`` (multi-head attention).
         n_embd: width of the residual stream, C.
         n_inner: width of the feed-forward layer; None means ``4 * n_embd``.
         activation: ``gelu_tanh`` (GPT-2's own) or ``gelu`` (the erf form).
-        position: how a model knows where a token stands.
+        position: how a model knows where a token stands; ``blend`` is learned and rotary positions, each with a factor,
+            for the way from one to the other.
         rope: settings of rotary positions; only with ``position="rope"`` or ``"blend"``.
         window: how many keys a query sees, itself included; None, one number, or one per layer.
         sinks: first tokens that stay visible outside the window.
@@ -167,13 +168,11 @@ class ModelConfig:
                 raise GptlabError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
 
     def _check_positions(self) -> None:
-        if self.position == "blend":
-            raise GptlabError("position='blend' is not available in this version; use learned, rope or none")
-        if self.rope is not None and self.position != "rope":
+        if self.rope is not None and not self.has_rotation:
             raise GptlabError(f"rope has settings but position is {self.position!r}; set position to 'rope'")
-        if self.position == "rope" and self.head_dim % 2:
+        if self.has_rotation and self.head_dim % 2:
             raise GptlabError(
-                f"position='rope' turns pairs of channels, but head_dim is {self.head_dim}, an odd number"
+                f"position={self.position!r} turns pairs of channels, but head_dim is {self.head_dim}, an odd number"
             )
         if self.rope is not None:
             self._check_rope(self.rope)
@@ -215,6 +214,16 @@ class ModelConfig:
             warnings.warn(
                 f"window={max(wide)} hides nothing within the context_length of {self.context_length}", stacklevel=4
             )
+
+    @property
+    def has_table(self) -> bool:
+        """Whether positions are looked up in a table, which ends at ``context_length``."""
+        return self.position in ("learned", "blend")
+
+    @property
+    def has_rotation(self) -> bool:
+        """Whether positions turn queries and keys."""
+        return self.position in ("rope", "blend")
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -15,7 +15,7 @@ from gptlab.errors import GptlabError
 from gptlab.generation.continuation import Continuation
 from gptlab.generation.engine import decode
 from gptlab.generation.sampling import Sampling
-from gptlab.model.gpt import GPT
+from gptlab.model.gpt import GPT, SCALES
 from gptlab.text.tokenizers import Tokenizer
 
 
@@ -195,5 +195,8 @@ def save(lm: LanguageModel, directory: str | Path, *, dtype: torch.dtype | None 
     Raises:
         GptlabError: the directory cannot be written, or the disk is full.
     """
-    state = {name: p.detach() if dtype is None else p.detach().to(dtype) for name, p in lm.model.named_parameters()}
+    state = {
+        name: tensor if dtype is None or name in SCALES else tensor.to(dtype)
+        for name, tensor in lm.model.tensors().items()
+    }
     native.write(Path(directory), lm.config, state, lm.tokenizer)

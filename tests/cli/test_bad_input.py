@@ -199,7 +199,7 @@ def test_missing_extra_and_wrongly_shaped_tensors(
         ("dropout", 1.0),
         ("tie_embeddings", "yes"),
         ("n_heads", 4),
-        ("position", "blend"),
+        ("position", "blended"),
     ],
 )
 @pytest.mark.parametrize("command", [["inspect"], ["generate", "Hello", "--model"]])

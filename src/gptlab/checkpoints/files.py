@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
-from gptlab.model.gpt import GPT
+from gptlab.model.gpt import GPT, SCALES
 from gptlab.text.tokenizers import Tokenizer
 
 Lazy = dict[str, Callable[[], Tensor]]
@@ -99,16 +99,16 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Return the shape of every parameter that a model of this configuration has."""
+    """Return the shape of every tensor that defines a model of this configuration."""
     with torch.device("meta"):
         model = GPT(config)
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+    return {name: tensor.shape for name, tensor in model.tensors().items()}
 
 
 def complete_state(
     config: ModelConfig, found: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype, where: Path
 ) -> dict[str, Tensor]:
-    """Read every parameter that the configuration asks for, one at a time, into memory of its own.
+    """Read every tensor that the configuration asks for, one at a time, into memory of its own.
 
     Args:
         config: what the model should hold.
@@ -140,7 +140,7 @@ def complete_state(
                 f"the checkpoint {where} has {name} in {tensor.dtype}, which weights never are; restore it"
             )
         # A copy, so that the model does not hang on a file that may change under it.
-        tensor = torch.empty(shape, dtype=dtype).copy_(tensor)
+        tensor = torch.empty(shape, dtype=torch.float32 if name in SCALES else dtype).copy_(tensor)
         if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             raise GptlabError(
                 f"the checkpoint {where} is damaged: {name} holds values that are no numbers (nan or inf)"

@@ -92,7 +92,7 @@ def write(
     Args:
         directory: made when it does not exist; other files in it stay.
         config: the model's configuration.
-        state: every parameter by name, in the dtype to store.
+        state: every tensor of `GPT.tensors` by name, in the dtype to store.
         tokenizer: written beside the weights.
         extra: further files, by name.
 

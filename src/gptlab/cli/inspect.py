@@ -52,7 +52,7 @@ def inspect(
     _show(facts, tokens)
     for name, config in configs.items():
         print(f"{name}: {_describe(config)}")
-        if config.position == "learned" and tokens > config.context_length:
+        if config.has_table and tokens > config.context_length:
             print(
                 f"{name}: learned positions end at {config.context_length:,}; beyond, its figures are arithmetic only"
             )

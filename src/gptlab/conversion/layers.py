@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gptlab.config import ModelConfig
 from gptlab.model.attention import CausalSelfAttention
 from gptlab.model.gpt import GPT
 
@@ -62,7 +63,7 @@ def rebuild(model: GPT, change: Callable[[int, Heads], Heads], **settings: Any) 
         **settings: fields of the new configuration that differ.
     """
     config = dataclasses.replace(model.config, **settings)
-    state = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    state = {name: tensor.clone() for name, tensor in model.tensors().items()}
     for layer, block in enumerate(model.blocks):
         heads = change(layer, read_heads(block.attn))
         rows = torch.cat([heads.q, heads.k, heads.v]).flatten(0, 1)
@@ -72,8 +73,19 @@ def rebuild(model: GPT, change: Callable[[int, Heads], Heads], **settings: Any) 
             state[f"h.{layer}.attn.{name}.weight"] = values[:, :-1].to(like, copy=True)
             if config.bias:
                 state[f"h.{layer}.attn.{name}.bias"] = values[:, -1].to(like, copy=True)
+    return assemble(config, state, training=model.training)
+
+
+def assemble(config: ModelConfig, state: Mapping[str, Tensor], *, training: bool) -> GPT:
+    """Return a model that holds these very tensors.
+
+    Args:
+        config: the model's configuration.
+        state: every tensor by name, as `GPT.tensors` gives them.
+        training: dropout on or off.
+    """
     with torch.device("meta"):
         new = GPT(config)
     new.load_state_dict(state, strict=not config.tie_embeddings, assign=True)
     new.tie()
-    return new.train(model.training)
+    return new.train(training)

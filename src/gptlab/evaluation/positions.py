@@ -115,7 +115,7 @@ def positions_in_text(
     documents = Settings(limit=limit).first(tuple(open_documents([source])))
     sequences = [before + ids for ids in tokenizer.encode_batch(documents)]
     if context is None:
-        context = model.config.context_length * (1 if model.config.position == "learned" else BEYOND)
+        context = model.config.context_length * (1 if model.config.has_table else BEYOND)
         longest = max(map(len, sequences))
         while context >= longest and context > 1:
             context //= 2

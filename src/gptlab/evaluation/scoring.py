@@ -189,7 +189,7 @@ def window_length(model: GPT, context: int | None) -> int:
         return most
     if context < 1:
         raise GptlabError(f"context must be at least 1, got {context}")
-    if model.config.position == "learned" and context > most:
+    if model.config.has_table and context > most:
         raise GptlabError(
             f"context {context} exceeds the {most} learned positions of this model; only models without learned"
             " positions read further"

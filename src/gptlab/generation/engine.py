@@ -67,8 +67,8 @@ def decode(
     """
     if not prompts:
         return
-    # Learned positions end; rotary ones do not, nor does a model without any.
-    limit = model.config.context_length if model.config.position == "learned" else sys.maxsize
+    # A table of positions ends; rotary ones do not, nor does a model without any.
+    limit = model.config.context_length if model.config.has_table else sys.maxsize
     for prompt in prompts:
         if not prompt:
             raise GptlabError("the prompt is empty; give at least one token of text")

@@ -26,6 +26,8 @@ What a query may see follows from the positions, never from the slot numbers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -208,6 +210,7 @@ class Cache:
         head_dim: their width, D.
         dtype: of keys and values.
         device: where they live.
+        scales: those of a model between learned and rotary positions, as its keys are turned by them.
 
     Attributes:
         layers: one `Full` or `Ring` per block.
@@ -224,8 +227,10 @@ class Cache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        scales: Mapping[str, Tensor] = {},
     ) -> None:
         self.layers: list[Full] = []
+        self.scales = {name: scale.clone() for name, scale in scales.items()}
         for visibility in visibilities:
             capacity = visibility.capacity(length, chunk)
             shape = (batch, n_kv_head, capacity, head_dim, dtype, device)
@@ -243,6 +248,15 @@ class Cache:
         offsets = torch.arange(ids.shape[1], device=ids.device)
         plain = first.plain and documents is None
         return Tokens(first.counts[:, None] + offsets, documents, plain=plain, in_order=plain and first.seen == 0)
+
+    def check_scales(self, scales: Mapping[str, Tensor]) -> None:
+        """Raise a `GptlabError` unless these are the scales that the cache was made at."""
+        same = scales.keys() == self.scales.keys()
+        if not same or not all(torch.equal(scale, self.scales[name]) for name, scale in scales.items()):
+            raise GptlabError(
+                "this cache was made when the model's rope_scale and wpe_scale had other values: its keys are turned"
+                " otherwise; make a new one"
+            )
 
     def check_room(self, n: int) -> None:
         """Raise a `GptlabError` when ``n`` more tokens do not fit, before any layer has taken them."""

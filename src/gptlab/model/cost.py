@@ -27,7 +27,7 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     kv = 2 * config.kv_heads * config.head_dim
     parts = {
         "token embedding": config.vocab_size * c,
-        "position embedding": config.context_length * c * (config.position == "learned"),
+        "position embedding": config.context_length * c * config.has_table,
         "attention: queries, keys, values": config.n_layer * (c + bias) * (c + kv),
         "attention: output": config.n_layer * (c + bias) * c,
         "feed-forward": config.n_layer * ((c + bias) * inner + (inner + bias) * c),
@@ -114,7 +114,7 @@ def decode_bytes(config: ModelConfig, position: int, bytes_per_number: int, *, b
     Weights are read once for the whole batch; of the two embedding tables only the head's use counts in full.
     """
     parts = parameters(config)
-    rows = batch * config.n_embd * (1 + (config.position == "learned"))
+    rows = batch * config.n_embd * (1 + config.has_table)
     head = config.vocab_size * config.n_embd
     weights = sum(n for name, n in parts.items() if "embedding" not in name and name != "output head") + head + rows
     keys = sum(visible_keys(visibility, position) for visibility in visibilities(config))

@@ -28,6 +28,7 @@ from gptlab.model.masks import Tokens
 from gptlab.model.positions import Rotary, frequencies
 
 Head = Callable[[Tensor, Linear], Any]
+SCALES = ("rope_scale", "wpe_scale")  # the only buffers, of position="blend"; always float32
 
 
 def all_logits(hidden: Tensor, lm_head: Linear) -> Tensor:
@@ -89,13 +90,20 @@ class GPT(nn.Module):
     Args:
         config: the architecture.
         seed: start of the random initialisation (see `init_weights`).
+
+    Attributes:
+        rope_scale: with ``position="blend"``, (D/2,) how much of its turn each pair takes, 0 to 1; starts at 0.
+        wpe_scale: with ``position="blend"``, () a factor on ``wpe``; starts at 1.
     """
+
+    rope_scale: Tensor
+    wpe_scale: Tensor
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd, _weight=torch.empty(config.vocab_size, config.n_embd))
-        if config.position == "learned":
+        if config.has_table:
             self.wpe = nn.Embedding(
                 config.context_length, config.n_embd, _weight=torch.empty(config.context_length, config.n_embd)
             )
@@ -103,7 +111,10 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.position == "rope":
+        if config.position == "blend":
+            self.register_buffer("rope_scale", torch.zeros(config.head_dim // 2, dtype=torch.float32))
+            self.register_buffer("wpe_scale", torch.ones((), dtype=torch.float32))
+        if config.has_rotation:
             with torch.device("cpu"):
                 # No buffer: `model.to(torch.bfloat16)` must not touch the angles.
                 self._frequencies = frequencies(config.rope or RopeConfig(), config.head_dim, config.context_length)
@@ -120,6 +131,18 @@ class GPT(nn.Module):
         """Let the output head be the token embedding, where the configuration says so."""
         if self.config.tie_embeddings:
             self.lm_head.weight = cast(nn.Parameter, self.wte.weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPT:
+        """Move or cast the model, but never cast its scales: a rounded turn is far off at a distant position."""
+        scales = dict(self.named_buffers())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, scale in scales.items():
+            setattr(self, name, scale.to(getattr(self, name).device))
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that defines the function: every parameter by name, a tied one once, and the scales."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()} | dict(self.named_buffers())
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -154,7 +177,7 @@ class GPT(nn.Module):
         Raises:
             GptlabError: learned positions, and a ``length`` that exceeds them.
         """
-        if self.config.position == "learned" and length > self.config.context_length:
+        if self.config.has_table and length > self.config.context_length:
             raise GptlabError(
                 f"a cache for {length} tokens exceeds the context of {self.config.context_length}"
                 " learned positions; make it shorter"
@@ -168,6 +191,7 @@ class GPT(nn.Module):
             head_dim=self.config.head_dim,
             dtype=dtype or self.wte.weight.dtype,
             device=self.wte.weight.device,
+            scales=dict(self.named_buffers()),
         )
 
     def forward(
@@ -209,11 +233,12 @@ class GPT(nn.Module):
                 f"ids must be (batch, tokens) of int64, got shape {tuple(ids.shape)} and {ids.dtype};"
                 " for one sequence use torch.tensor([ids])"
             )
-        n_tokens = ids.shape[1]
+        n_tokens, scales = ids.shape[1], dict(self.named_buffers(recurse=False))
         if cache is not None:
+            cache.check_scales(scales)
             cache.check_room(n_tokens)
             n_tokens += cache.layers[0].seen
-        if self.config.position == "learned" and n_tokens > self.config.context_length:
+        if self.config.has_table and n_tokens > self.config.context_length:
             raise GptlabError(
                 f"{n_tokens} tokens exceed the context of {self.config.context_length}"
                 " learned positions; shorten the input"
@@ -226,11 +251,11 @@ class GPT(nn.Module):
             offsets = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
             tokens = Tokens(offsets, documents, plain=documents is None, in_order=True)
         x, rotary = self.wte(ids).float(), None
-        if self.config.position == "learned":
-            x = x + self.wpe(tokens.positions.clamp(min=0)).float()
-        elif self.config.position == "rope":
+        if self.config.has_table:
+            x = x + self.wpe(tokens.positions.clamp(min=0)).float() * scales.get("wpe_scale", 1.0)
+        if self.config.has_rotation:
             seen_as = {block.attn.sinks_at_most for block in self.blocks}
-            rotary = Rotary(tokens.positions, *self._frequencies, limits={None} | seen_as)
+            rotary = Rotary(tokens.positions, *self._frequencies, {None} | seen_as, scales.get("rope_scale"))
         return self.drop(x), tokens, rotary
 
     @torch.no_grad()

@@ -68,12 +68,18 @@ class Rotary:
         turns: (D/2,) float64, from `frequencies`.
         factor: multiplies cos and sin.
         limits: every ``at_most`` that `turn` will be asked for; None is for no limit.
+        scale: (D/2,) how much of its turn each pair takes, 0 to 1; None is all of it.
     """
 
     def __init__(
-        self, positions: Tensor, turns: Tensor, factor: float = 1.0, limits: Collection[int | None] = (None,)
+        self,
+        positions: Tensor,
+        turns: Tensor,
+        factor: float = 1.0,
+        limits: Collection[int | None] = (None,),
+        scale: Tensor | None = None,
     ) -> None:
-        self.positions, self.turns, self.factor = positions, turns, factor
+        self.positions, self.turns, self.factor, self.scale = positions, turns, factor, scale
         self._tables = {at_most: self._table(at_most) for at_most in limits}
 
     def turn(self, x: Tensor, at_most: int | None = None) -> Tensor:
@@ -92,8 +98,13 @@ class Rotary:
         positions = self.positions if at_most is None else self.positions.clamp(max=at_most)
         # MPS has no float64: there the angles are computed on the CPU.
         where = positions.device if positions.device.type != "mps" else torch.device("cpu")
-        angles = positions.to(where).double()[:, None, :, None] * self.turns.to(where)  # (B, 1, T, D/2)
-        cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
+        turns: Tensor = self.turns.to(where)
+        factor: float | Tensor = self.factor
+        if self.scale is not None:
+            scale = self.scale.to(where).double()
+            turns, factor = turns * scale, 1 + (factor - 1) * scale
+        angles = positions.to(where).double()[:, None, :, None] * turns  # (B, 1, T, D/2)
+        cos, sin = angles.cos() * factor, angles.sin() * factor
         return cos.float().to(positions.device), sin.float().to(positions.device)
 
 
