@@ -44,7 +44,7 @@ def test_the_order_of_a_file_decides_nothing() -> None:
 
 
 def test_every_study_of_the_package_is_possible() -> None:
-    assert study_names() == ["gpt2-small", "papers", "quick", "standard"]
+    assert study_names() == ["convert", "gpt2-small", "papers", "quick", "standard"]
     for name in study_names():
         study = read_study(name)
         found = cells(study)
@@ -54,8 +54,13 @@ def test_every_study_of_the_package_is_possible() -> None:
             assert len(race_cells(study.race)) == 2
     assert [cell.name for cell in cells(read_study("standard"))] == FACTORIAL
     assert [cell.name for cell in cells(read_study("gpt2-small"))] == FACTORIAL
-    assert {name for rule in CLAIMS.values() for name in rule.variants} == {c.name for c in cells(read_study("papers"))}
+    for study in map(read_study, ("papers", "convert")):
+        names = {cell.name for cell in cells(study)}
+        assert {name for claim in study.claims for name in CLAIMS[claim].variants} <= names
+    assert {*read_study("papers").claims, *read_study("convert").claims} == set(CLAIMS)
     assert {str(cell.load) for cell in cells(read_study("quick"))} <= set(built_in())
+    converted = cells(read_study("convert"))
+    assert sum(cell.uptrain is not None for cell in converted) == len(converted) - 1
 
 
 def test_windows_of_the_papers_study_do_the_same_work() -> None:
@@ -118,10 +123,6 @@ IMPOSSIBLE = [
     ([BASE, BASE], r"two variants are called 'base'"),
     ([{"name": "bse"}], r"no variant is the base 'base' \(did you mean 'bse'\?\)"),
     ([BASE, {"name": "A b"}], r"a variant is named by small letters.*'A b'"),
-    (
-        [BASE, {"name": "x", "convert": {"n_kv_head": 2}}],
-        r"variant 'x' asks for a conversion, which comes with gptlab c",
-    ),
     ([BASE, {"name": "x", "load": "pocket", "model": {"window": 3}}], r"variant 'x' is loaded, so model has no effect"),
     ([], r"the study has no variants"),
 ]

@@ -14,6 +14,7 @@ from gptlab.config import ModelConfig
 from gptlab.evaluation.scoring import Result
 from gptlab.model import cost
 from gptlab.study import costs, statistics
+from gptlab.study.assemble_conversion import Looks, conversion, scores
 from gptlab.study.claims import claims_of_results
 from gptlab.study.files import StudySettings
 from gptlab.study.results import (
@@ -33,6 +34,7 @@ from gptlab.study.results import (
     Run,
     Variant,
 )
+from gptlab.study.results_conversion import Converted
 from gptlab.study.variants import Cell, changes, factors_of
 
 
@@ -52,6 +54,7 @@ class Answers:
         heads: of the first run.
         samples: of the first run.
         attention_map: of the first run.
+        looks: where it is made by conversion, the losses on the way.
     """
 
     cell: Cell
@@ -65,6 +68,7 @@ class Answers:
     heads: Heads | None = None
     samples: list[dict[str, str]] = field(default_factory=list)
     attention_map: AttentionMap | None = None
+    looks: Looks | None = None
 
 
 def assemble(
@@ -77,6 +81,7 @@ def assemble(
     protocol: str,
     text: str,
     race: Race | None,
+    converted: Converted | None = None,
 ) -> Results:
     """Return `results.json` of a study.
 
@@ -89,18 +94,19 @@ def assemble(
         protocol: how the held-out text was scored.
         text: what it is called.
         race: the race, if there was one.
+        converted: what all conversions have in common, where there are some.
     """
     base = answers[0]
-    scored = {one.cell.name: one.results for one in answers}
+    scored: dict[str, Mapping[int, Result]] = {one.cell.name: one.results for one in answers}
     named = {one.cell.name: _variant(one, base.config, study, protocol, text) for one in answers}
-    sources = {one.cell.load is None for one in answers}
+    sources = {one.cell.load is None for one in answers if one.cell.convert is None}
     kind: Literal["trained", "shipped", "mixed"] = (
         "mixed" if len(sources) > 1 else "trained" if True in sources else "shipped"
     )
     comparisons: dict[str, dict[str, Interval]] = {}
     for name in named:
         if name != base.cell.name:
-            difference = statistics.contrast({name: 1.0, base.cell.name: -1.0}, scored)
+            difference = statistics.contrast({name: 1.0, _compared(name, answers, converted): -1.0}, scored)
             comparisons[name] = {} if difference is None else {"validation_loss": difference}
     results = Results(
         format=FORMAT,
@@ -126,9 +132,24 @@ def assemble(
         race=race,
         claims=None,
     )
+    if converted is not None:
+        results["study"]["conversion"] = converted
+        looks = {one.cell.name: one.looks for one in answers if one.looks is not None}
+        scored |= scores(looks, base.cell.name, base.results)
+        configs = {one.cell.name: one.config for one in answers}
+        for name in looks:
+            about = conversion(name, looks, configs, base.cell.name, converted["yardstick"], scored)
+            results["variants"][name]["conversion"] = about
     if study.claims:
         results["claims"] = claims_of_results(study.claims, results, scored)
     return results
+
+
+def _compared(name: str, answers: Sequence[Answers], converted: Converted | None) -> str:
+    """The variant that another is compared with: the base, or the base trained on where the other is, too."""
+    yardstick = converted["yardstick"] if converted is not None else None
+    trained_on = any(one.cell.name == name and one.cell.uptrain is not None for one in answers)
+    return yardstick if yardstick is not None and trained_on and name != yardstick else answers[0].cell.name
 
 
 def _variant(one: Answers, base: ModelConfig, study: StudySettings, protocol: str, text: str) -> Variant:
@@ -139,7 +160,7 @@ def _variant(one: Answers, base: ModelConfig, study: StudySettings, protocol: st
         changes=changed,
         factors=list(one.cell.factors or factors_of(changed)),
         config=one.config.to_dict(),
-        source="trained" if one.cell.load is None else "shipped",
+        source="converted" if one.cell.convert is not None else "trained" if one.cell.load is None else "shipped",
         tokens_trained=one.tokens_trained,
         parameters=costs.parameters(one.config),
         flops_per_token=costs.flops_per_token(one.config, contexts),

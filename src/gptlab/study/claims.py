@@ -8,39 +8,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
-from gptlab.study.results import Claim, Interval, Results, Timings
+from gptlab.study.claims_conversion import CONVERSION
+from gptlab.study.claims_rules import Rule, Verdict, above, below, every, over, said
+from gptlab.study.results import Claim, Results, Timings
 from gptlab.study.statistics import Scored, contrast, seeds_interval
-
-Verdict = tuple[str, bool | None, str]
-"""What was obtained, whether the claim holds, and a note."""
 
 SMOOTHED = 10
 """Points of a loss curve that are averaged before it is said to have reached a loss."""
 TIE = 1.15
 """Ratios of times nearer to 1 than this are noise on a shared machine."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A claim and how to look at it.
-
-    Attributes:
-        paper: who says it.
-        claim: what they say.
-        variants: names of the variants that it is about.
-        judge: from results and scores, for claims about quality.
-        clock: from results and timings, for claims about speed.
-    """
-
-    paper: str
-    claim: str
-    variants: tuple[str, ...]
-    judge: Callable[[Results, Scored], Verdict] | None = None
-    clock: Callable[[Timings], Verdict] | None = None
 
 
 def claims_of_results(names: list[str], results: Results, scored: Scored) -> list[Claim]:
@@ -74,10 +52,10 @@ def _rope_falls_faster(results: Results, scored: Scored) -> Verdict:
         if reached is not None:
             earlier.append(reached / base[-1][0])
     interval = seeds_interval(gaps)
-    ours = f"training loss over the whole run {_said(interval)} with RoPE"
+    ours = f"training loss over the whole run {said(interval)} with RoPE"
     if len(earlier) == len(common):
         ours += f"; it reached the last loss of learned positions after {_mean_of(earlier):.0%} of the tokens"
-    return ours, _below(interval), _over(interval)
+    return ours, below(interval), over(interval)
 
 
 def _grouped_between(results: Results, scored: Scored) -> Verdict:
@@ -85,11 +63,11 @@ def _grouped_between(results: Results, scored: Scored) -> Verdict:
     far = contrast({"mqa": 1, "gqa": -1}, scored)
     if near is None or far is None:
         return "not obtained", None, "no seed was trained to the end in all"
-    ours = f"grouped minus multi-head {_said(near)}; multi-query minus grouped {_said(far)}"
-    order = _all(_above(near), _above(far))
+    ours = f"grouped minus multi-head {said(near)}; multi-query minus grouped {said(far)}"
+    order = every(above(near), above(far))
     if order is None and near["mean"] < far["mean"]:
-        return ours, None, f"the order or the gaps are within the noise; {_over(near)}"
-    return ours, order and near["mean"] < far["mean"], _over(near)
+        return ours, None, f"the order or the gaps are within the noise; {over(near)}"
+    return ours, order and near["mean"] < far["mean"], over(near)
 
 
 def _windows_grow(results: Results, scored: Scored) -> Verdict:
@@ -97,8 +75,8 @@ def _windows_grow(results: Results, scored: Scored) -> Verdict:
     falling = contrast({"swa-decreasing": 1, "swa": -1}, scored)
     if fixed is None or falling is None:
         return "not obtained", None, "no seed was trained to the end in all"
-    ours = f"fixed minus increasing {_said(fixed)}; decreasing minus fixed {_said(falling)}"
-    return ours, _all(_above(fixed), _above(falling)), f"equal mean window; {_over(fixed)}"
+    ours = f"fixed minus increasing {said(fixed)}; decreasing minus fixed {said(falling)}"
+    return ours, every(above(fixed), above(falling)), f"equal mean window; {over(fixed)}"
 
 
 def _windows_linear(timings: Timings) -> Verdict:
@@ -180,6 +158,7 @@ CLAIMS = {
         ("swa", "swa-increasing", "swa-decreasing"),
         judge=_windows_grow,
     ),
+    **CONVERSION,
 }
 """Claims by the names that study files use."""
 
@@ -215,28 +194,3 @@ def _growth(timings: Timings, name: str) -> tuple[int, int, float] | None:
         return None
     (first, short), (last, long) = rows[0], rows[-1]
     return first, last, math.log(long / short) / math.log(last / first)
-
-
-def _below(interval: Mapping[str, Any]) -> bool | None:
-    """Is the difference below zero, beyond its interval?"""
-    if interval["low"] is None:
-        return None
-    return True if interval["high"] < 0 else False if interval["low"] > 0 else None
-
-
-def _above(interval: Mapping[str, Any]) -> bool | None:
-    below = _below(interval)
-    return None if below is None else not below
-
-
-def _all(*found: bool | None) -> bool | None:
-    return False if False in found else None if None in found else True
-
-
-def _said(interval: Interval) -> str:
-    ends = "" if interval["low"] is None else f" [{interval['low']:+.4f}, {interval['high']:+.4f}]"
-    return f"{interval['mean']:+.4f}{ends} {interval['unit']}"
-
-
-def _over(interval: Interval) -> str:
-    return f"95% interval {interval['method']}, n = {interval['n']}" if interval["low"] is not None else "a single seed"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gptlab.checkpoints.files import write_files
+from gptlab.conversion.drift import measure_drift
 from gptlab.errors import GptlabError
 from gptlab.evaluation.heads import diagnose
 from gptlab.evaluation.positions import loss_by_position
@@ -33,6 +34,8 @@ TEMPERATURE, TOP_K, SAMPLE_SEED = 0.8, 50, 0
 HEAD_TOKENS = 256
 MAP_TOKENS = 320
 """At most so many tokens of an attention map."""
+MOVED_ROWS = 16
+"""Windows of the text over which a conversion's outputs are compared with those of its base."""
 
 
 class Questions:
@@ -58,15 +61,29 @@ class Questions:
             f"every token, each document from <|endoftext|>, windows of {self.length} tokens without overlap, float32"
         )
 
-    def score(self, lm: LanguageModel, model: str) -> Result:
-        """Return the model's score on the text; ``model`` is its `model_key`."""
+    def score(self, lm: LanguageModel, model: str, length: int | None = None) -> Result:
+        """Return the model's score on the text; ``model`` is its `model_key`, ``length`` None the study's windows."""
+        length = length or self.length
 
         def compute() -> dict[str, Any]:
             task = f"text:{self.text}"
-            result = run_task(lm.model, lm.needs_tokenizer(), task, context=self.length)
+            result = run_task(lm.model, lm.needs_tokenizer(), task, context=length)
             return result.to_dict() | {"protocol": "text", "seconds": 0.0}
 
-        return _result(self._cached("quality", lm, model, compute, length=self.length, text=self.sha256))
+        return _result(self._cached("quality", lm, model, compute, length=length, text=self.sha256))
+
+    def moved(self, base: LanguageModel, before: str, lm: LanguageModel, model: str) -> tuple[float, int]:
+        """Return the mean KL(base || converted) in nats a token over the beginning of the text, and its tokens."""
+
+        def compute() -> dict[str, Any]:
+            stream = self._stream(base.needs_tokenizer())[: MOVED_ROWS * self.length]
+            rows = torch.tensor(stream[: len(stream) // self.length * self.length]).view(-1, self.length)
+            found = measure_drift(base.model, lm.model, rows)
+            return {"nats": found.kl, "tokens": found.tokens}
+
+        what = {"base": before, "length": self.length, "text": self.sha256}
+        found = self._cached("moved", lm, model, compute, **what)
+        return found["nats"], found["tokens"]
 
     def by_position(self, lm: LanguageModel, model: str) -> ByPosition | None:
         """Return the loss by position, to several times the trained length; None where the text is too short.
@@ -82,7 +99,7 @@ class Questions:
             if not length:
                 return {}
             starts = range(0, len(stream) - length, length)[: settings.pieces]
-            reach = min(length, config.context_length) if config.position == "learned" else length
+            reach = min(length, config.context_length) if config.has_table else length
             rows = loss_by_position(lm.model, [stream[i : i + reach + 1] for i in starts], length=reach)
             pieces = f"{len(starts)} piece{'s' * (len(starts) > 1)} of {length:,} tokens"
             return {

@@ -23,14 +23,16 @@ class _Section(BaseModel):
 
 
 class VariantSettings(_Section):
-    """One variant: fields of `ModelConfig` to train with, or a trained model to load.
+    """One variant: fields of `ModelConfig` to train with, a trained model to load, or what to make of the base.
 
     Attributes:
         name: in results and on the command line.
         label: in words.
         model: fields that differ from the recipe's.
         load: a built-in model, a directory or a hub name, as `gptlab.load` takes it; nothing is trained then.
-        convert: what to convert the base into.
+        convert: what to convert the base into, see `gptlab.conversion.convert.Changes`; empty is the base as it is.
+        uptrain: changes to the recipe that trains on what was converted, beside those of the whole study. In
+            ``distill.teacher=base`` the base is the study's own.
     """
 
     name: str
@@ -38,6 +40,7 @@ class VariantSettings(_Section):
     model: dict[str, Any] = Field(default_factory=dict)
     load: str | None = None
     convert: dict[str, Any] | None = None
+    uptrain: list[str] | None = None
 
 
 class FactorSettings(_Section):
@@ -45,6 +48,21 @@ class FactorSettings(_Section):
 
     label: str | None = None
     model: dict[str, Any]
+
+
+class UptrainSettings(_Section):
+    """How the variants that are made by conversion are trained on.
+
+    Attributes:
+        recipe: a recipe that the package carries, or a file. Its budget counts for nothing.
+        set: changes to it, each ``section.key=value``. ``budget.share`` is the length of a run, by default the largest
+            of ``shares``; ``budget.of`` the tokens that the base was trained on, where nobody wrote them down.
+        shares: of these tokens, after which a model is looked at; 0 is right after the conversion.
+    """
+
+    recipe: str = "uptrain"
+    set: list[str] = Field(default_factory=list)
+    shares: list[float] = Field(default_factory=lambda: [0.0, 0.005, 0.01, 0.02, 0.05], min_length=1)
 
 
 class EvaluationSettings(_Section):
@@ -110,6 +128,7 @@ class StudySettings(_Section):
         base: the variant that the others are compared with.
         variant: variants one by one.
         grid: changes of which every combination is a variant.
+        uptrain: how variants that are made by conversion are trained on; None leaves them as they were converted.
         evaluate: what is asked of every model.
         measure: what is timed.
         race: a short training to watch, or None.
@@ -127,6 +146,7 @@ class StudySettings(_Section):
     base: str = "base"
     variant: list[VariantSettings] = Field(default_factory=list)
     grid: dict[str, FactorSettings] = Field(default_factory=dict)
+    uptrain: UptrainSettings | None = None
     evaluate: EvaluationSettings = EvaluationSettings()
     measure: MeasurementSettings = MeasurementSettings()
     race: RaceSettings | None = None
@@ -180,6 +200,8 @@ def make_study(values: Mapping[str, Any]) -> StudySettings:
         raise GptlabError(f"a study is named by small letters, digits and hyphens, got {study.name!r}")
     if len(set(study.seeds)) < len(study.seeds) or min(study.seeds) < 0:
         raise GptlabError(f"seeds of study {study.name} must be different numbers of at least 0, got {study.seeds}")
+    if study.uptrain is not None and not all(0 <= share <= 1 for share in study.uptrain.shares):
+        raise GptlabError(f"uptrain.shares must lie between 0 and 1, got {study.uptrain.shares}")
     for claim in study.claims:
         if claim not in CLAIMS:
             raise GptlabError(f"unknown claim {claim!r}{nearest(claim, CLAIMS)}; there are {', '.join(CLAIMS)}")
@@ -191,7 +213,7 @@ def _explain(error: ValidationError) -> str:
     path = [str(part) for part in first["loc"]]
     where = ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = _home(path[:-1]).model_fields
+        known = _home(path).model_fields
         return f"unknown setting {where!r} in the study{nearest(path[-1], known)}; there are {', '.join(known)}"
     if first["type"] == "missing":
         return f"the study lacks {where}; add it"
@@ -199,15 +221,16 @@ def _explain(error: ValidationError) -> str:
 
 
 def _home(path: list[str]) -> type[BaseModel]:
-    """The section that a path of keys and numbers leads to."""
+    """The section that the last of a path of keys and numbers stands in."""
     home: type[BaseModel] = StudySettings
     sections: dict[str, type[BaseModel]] = {
         "variant": VariantSettings,
         "grid": FactorSettings,
+        "uptrain": UptrainSettings,
         "evaluate": EvaluationSettings,
         "measure": MeasurementSettings,
         "race": RaceSettings,
     }
-    for part in path:
+    for part in path[:-1]:
         home = sections.get(part, home)
     return home

@@ -236,7 +236,7 @@ class _Measurement:
 
 def _extended(config: ModelConfig, length: int) -> ModelConfig:
     """The same model with enough learned positions for ``length`` tokens."""
-    if config.position != "learned" or config.context_length >= length:
+    if not config.has_table or config.context_length >= length:
         return config
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

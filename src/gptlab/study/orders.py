@@ -106,8 +106,12 @@ def _read(out: Path) -> dict[str, Any]:
 
 
 def _plain(order: Order) -> dict[str, Any]:
+    study = order.study.model_dump(mode="json")
+    for section in (study, *study["variant"], *(study["race"] or {}).get("variant", ())):
+        if section.get("uptrain") is None:  # what is not asked for is not mentioned
+            section.pop("uptrain", None)
     return {
-        "study": order.study.model_dump(mode="json"),
+        "study": study,
         "set": list(order.set),
         "data": None if order.data is None else str(order.data.resolve()),
         "only": list(order.only),
@@ -117,4 +121,9 @@ def _plain(order: Order) -> dict[str, Any]:
 
 
 def _definition(cell: Cell) -> dict[str, Any]:
-    return {"load": cell.load, "recipe": None if cell.recipe is None else stages.plain(cell.recipe)}
+    found: dict[str, Any] = {"load": cell.load, "recipe": None if cell.recipe is None else stages.plain(cell.recipe)}
+    if cell.convert is not None:
+        found["convert"] = cell.convert.to_dict()
+    if cell.uptrain is not None:
+        found["uptrain"] = {"recipe": stages.plain(cell.uptrain.recipe), "of": cell.uptrain.of}
+    return found

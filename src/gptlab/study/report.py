@@ -13,6 +13,7 @@ from gptlab.errors import GptlabError
 from gptlab.study import figures
 from gptlab.study.report_blocks import Calculator, Picture, Pictures, Section, Table, literal, to_html, to_plain
 from gptlab.study.report_changes import changes
+from gptlab.study.report_conversion import conversion
 from gptlab.study.report_counts import counts
 from gptlab.study.report_data import Study, read_study
 from gptlab.study.report_end import claims, making, race, samples
@@ -62,6 +63,7 @@ def outline(study: Study) -> list[Section]:
         in_brief(study),
         summary(study),
         quality(study),
+        conversion(study),
         *changes(study),
         operation(study),
         speed(study),
@@ -80,7 +82,8 @@ def excerpt(study: Study, files: str) -> list[Section]:
         study: what it is about.
         files: where its results lie, in words.
     """
-    found = [in_brief(study), summary(study), quality(study), beyond(study), claims(study), making(study, files)]
+    found = [in_brief(study), summary(study), quality(study), conversion(study), beyond(study), claims(study)]
+    found.append(making(study, files))
     return [section for section in found if not section.empty]
 
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from gptlab.study.report_blocks import Block, Column, Section, Table, count, memory, millions
+from typing import Any
+
+from gptlab.study.report_blocks import Block, Column, Paragraph, Section, Table, count, memory, millions
 from gptlab.study.report_data import Study
 
 
 def counts(study: Study) -> Section:
     """Parameters, operations and cache of every variant."""
-    return Section("counts", "Sizes, counted", [_parameters(study), *_flops(study), *_cache(study)])
+    blocks: list[Block] = []
+    if len(study.drawn) < len(study.variants):
+        blocks.append(Paragraph("Variants of one architecture have one row, that of the first.", "note"))
+    return Section("counts", "Sizes, counted", [*blocks, _parameters(study), *_flops(study), *_cache(study)])
+
+
+def _counted(study: Study) -> list[tuple[str, Any]]:
+    return [(name, study.variants[name]) for name in study.drawn]
 
 
 def _parameters(study: Study) -> Table:
-    found = {name: variant["parameters"] for name, variant in study.variants.items()}
+    found = {name: variant["parameters"] for name, variant in _counted(study)}
     parts = list(dict.fromkeys(part for values in found.values() for part in values))
     rows = [
         [f"**{study.label(name)}**", *(count(values.get(part, 0)) for part in parts)] for name, values in found.items()
@@ -21,7 +30,7 @@ def _parameters(study: Study) -> Table:
 
 
 def _flops(study: Study) -> list[Block]:
-    forward = {name: variant["flops_per_token"].get("forward", {}) for name, variant in study.variants.items()}
+    forward = {name: variant["flops_per_token"].get("forward", {}) for name, variant in _counted(study)}
     contexts = sorted({int(context) for values in forward.values() for context in values})
     if not contexts:
         return []
@@ -43,7 +52,7 @@ def _cache(study: Study) -> list[Block]:
     longest, least = max(context for context, _ in entries), min(batch for _, batch in entries)
     points = sorted(point for point in entries if point[1] == least or point[0] == longest)
     rows = []
-    for name, variant in study.variants.items():
+    for name, variant in _counted(study):
         found = {(entry["context"], entry["batch"]): entry for entry in variant["cache"]}
         rows.append([f"**{study.label(name)}**", *(_size(found.get(point)) for point in points)])
     columns = [Column(f"{count(context)} × {batch}") for context, batch in points]

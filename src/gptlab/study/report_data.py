@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints
@@ -14,8 +14,12 @@ from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.model import cost
 from gptlab.study import roofline
+from gptlab.study.files import read_study as read_file
+from gptlab.study.files import study_names
+from gptlab.study.orders import read_order
 from gptlab.study.report_blocks import NBSP, Interval, count, listed, literal, millions
 from gptlab.study.results import RESULTS, TIMINGS, Results, Timings, read_results, read_timings
+from gptlab.study.variants import study_order
 
 CHANGES = ("rope", "gqa", "swa")
 """The three changes that the report has a section for."""
@@ -37,16 +41,19 @@ class Study:
     Attributes:
         results: `results.json`.
         timings: `timings.json`, or None where a study has none yet.
-        variants: of the results, by name, the base first.
+        variants: of the results, by name, the base first, then as the study's file has them.
         base_name: the variant that the others are compared with.
         configs: the architecture of each variant.
     """
 
-    def __init__(self, results: Mapping[str, Any], timings: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, results: Mapping[str, Any], timings: Mapping[str, Any] | None, order: Sequence[str] = ()
+    ) -> None:
         self.results, self.timings = results, timings
         self.about: Mapping[str, Any] = results["study"]
         self.base_name: str = self.about["base"]
-        names = sorted(results["variants"], key=lambda name: name != self.base_name)
+        place = {name: i for i, name in enumerate(order)}
+        names = sorted(results["variants"], key=lambda n: (n != self.base_name, place.get(n, len(place))))
         self.variants: dict[str, Any] = {name: results["variants"][name] for name in names}
         self.configs = {name: make_config(variant["config"]) for name, variant in self.variants.items()}
 
@@ -61,6 +68,8 @@ class Study:
 
     def made(self, name: str) -> str:
         """A variant's changes in words: GQA with 2 of 6 key/value heads."""
+        if self.variants[name]["source"] == "converted":
+            return self.label(name)  # there may be others of this architecture
         config, kinds = self.configs[name], self.kinds[name]
         words = {
             "rope": "RoPE" if config.position == "rope" else f"{config.position} positions",
@@ -68,6 +77,23 @@ class Study:
             "swa": f"SWA with {_windows(config)}",
         }
         return listed([words[change] for change in CHANGES if change in kinds]) if kinds else self.label(name)
+
+    @cached_property
+    def drawn(self) -> list[str]:
+        """The variants that figures and counts show: of conversions that come to one architecture, the first."""
+        found: list[str] = []
+        for name, variant in self.variants.items():
+            known = [self.configs[other] for other in found]
+            if variant["source"] != "converted" or self.configs[name] not in known:
+                found.append(name)
+        return found
+
+    def reference(self, name: str) -> str:
+        """The variant that another is compared with: the base, or for what was trained on the base trained on."""
+        about = self.about.get("conversion") or {}
+        yardstick = about.get("yardstick")
+        looks = (self.variants[name].get("conversion") or {}).get("looks", ())
+        return yardstick if yardstick and name != yardstick and len(looks) > 1 else self.base_name
 
     @cached_property
     def kinds(self) -> dict[str, frozenset[str]]:
@@ -87,7 +113,7 @@ class Study:
         return [name for name, kinds in self.kinds.items() if change in kinds]
 
     def difference(self, name: str) -> Interval | None:
-        """The loss of a variant on the held-out text less that of the base; None where it cannot be told."""
+        """The loss of a variant on the held-out text less that of its `reference`; None where it cannot be told."""
         return self.results["comparisons"].get(name, {}).get("validation_loss")
 
     def loss(self, name: str) -> float | None:
@@ -238,7 +264,21 @@ def read_study(directory: Path, names: tuple[str, str] = (RESULTS, TIMINGS)) -> 
     if of_timings.exists():
         timings = read_timings(directory, of_timings.name)
         check(timings, Timings, of_timings)
-    return Study(typing.cast(Mapping[str, Any], results), typing.cast("Mapping[str, Any] | None", timings))
+    order = order_in(directory, results["study"]["name"])
+    return Study(typing.cast(Mapping[str, Any], results), typing.cast("Mapping[str, Any] | None", timings), order)
+
+
+def order_in(directory: Path, name: str) -> list[str]:
+    """Return the variants' names in the order of the study's file, as far as the file is known.
+
+    Args:
+        directory: of the study, whose `study.json` holds it; else one of that name that the package carries counts.
+        name: of the study.
+    """
+    try:
+        return study_order(read_order(directory).study)
+    except GptlabError:
+        return study_order(read_file(name)) if name in study_names() else []
 
 
 def check(value: Any, kind: Any, path: Path, where: str = "") -> None:

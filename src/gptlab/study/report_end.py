@@ -104,6 +104,9 @@ def making(study: Study, files: str = "`results.json` and `timings.json` beside 
             ["trained", f"{count(about['tokens'])} tokens a run, seed{'s' * (len(about['seeds']) > 1)} {_seeds(study)}"]
         )
     rows += [["recipe", _flat(about["recipe"])]] if about["recipe"] and not shipped else []
+    if converted := about.get("conversion"):
+        rows.append(["conversions", f"fitted on {literal(converted['calibration'])}"])
+        rows += [["uptraining", _flat(converted["recipe"])]] if converted["recipe"] else []
     qualities = [v["quality"] for v in study.variants.values() if v["quality"]]
     if qualities:
         q = qualities[0]

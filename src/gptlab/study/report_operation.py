@@ -126,7 +126,7 @@ def _beyond(study: Study) -> list[Block]:
         f"From the end of the trained length of {tokens(trained)} to {tokens(furthest)}, the loss of the models that"
         f" can read so far changes {listed(said)} (nats a token)."
     )
-    if any(c.position == "learned" for c in study.configs.values()):
+    if any(c.has_table for c in study.configs.values()):
         text += " Learned positions end with their table."
     return [Paragraph(text)]
 

@@ -33,6 +33,10 @@ def name_of(study: Study, variant: str) -> str:
     return " ".join(study.variants[variant]["label"].split())
 
 
+def _drawn(study: Study) -> list[tuple[str, Any]]:
+    return [(name, study.variants[name]) for name in study.drawn]
+
+
 def losses(runs: Runs, base: str, how: Mapping[str, Look]) -> list[Picture]:
     """Draw the training loss against tokens, and the validation loss less the base's.
 
@@ -131,14 +135,14 @@ def term_words(term: str) -> str:
 
 def pareto(study: Study) -> list[Picture]:
     """Loss against the cache at the longest context."""
-    losses = {name: loss for name in study.variants if (loss := study.loss(name)) is not None}
+    losses = {name: loss for name in study.drawn if (loss := study.loss(name)) is not None}
     context = study.contexts[-1] if study.contexts else 0
     sizes = {name: size for name in losses if (size := study.cache(name, context)) is not None}
     if len(sizes) < 2:
         return []
-    how, points, base = looks(study), [], study.loss(study.base_name)
+    how, points = looks(study), []
     for name, size in sizes.items():
-        gap, ends = study.difference(name), (None, None)
+        gap, ends, base = study.difference(name), (None, None), study.loss(study.reference(name))
         if gap is not None and gap["low"] is not None and base is not None:
             ends = (base + gap["low"], base + gap["high"])
         points.append((name_of(study, name), how[name], float(size), losses[name], *ends))
@@ -168,7 +172,7 @@ def cache(study: Study) -> list[Picture]:
     series = figures.merged(
         [
             Series(name_of(study, name), how[name], places, [cost.cache_bytes(config, n, size) for n in places])
-            for name, config in study.configs.items()
+            for name, config in ((name, study.configs[name]) for name in study.drawn)
         ]
     )
     dtype = study.base["cache"][0]["dtype"]
@@ -182,7 +186,7 @@ def cache(study: Study) -> list[Picture]:
 def by_position(study: Study) -> list[Picture]:
     """Loss by the number of tokens that the model has seen."""
     how, series = looks(study), []
-    for name, variant in study.variants.items():
+    for name, variant in _drawn(study):
         found = variant["by_position"]
         if found and found["nats"]:
             ends = [last for _, last in found["buckets"]]
@@ -209,7 +213,7 @@ def _without_first(series: Sequence[Series]) -> float:
 
 def decoding(study: Study) -> list[Picture]:
     """Measured tokens per second against context, for each batch, and against batch."""
-    measured = {name: study.decode(name) for name in study.variants}
+    measured = {name: study.decode(name) for name in study.drawn}
     points = {point for found in measured.values() for point in found}
     pictures = []
     for batch in sorted({batch for _, batch in points}):
@@ -252,7 +256,7 @@ def _speeds(study: Study, measured: Mapping[str, Mapping[int, float]]) -> list[S
 def predictions(study: Study) -> list[Picture]:
     """Measured points over the roofline's lines, for each batch: the base and the variants of a single change."""
     machine, how, pictures = study.machine, looks(study), []
-    measured = {name: study.decode(name) for name in study.variants if len(study.kinds[name]) <= 1}
+    measured = {name: study.decode(name) for name in study.drawn if len(study.kinds[name]) <= 1}
     for batch in sorted({batch for found in measured.values() for _, batch in found}):
         drawn: list[Series] = []
         for name, found in measured.items():
@@ -281,7 +285,7 @@ def copying(study: Study) -> list[Picture]:
     """How much a string's first appearance helps to write it again, against the distance."""
     how = looks(study)
     series = []
-    for name, variant in study.variants.items():
+    for name, variant in _drawn(study):
         found = sorted(variant["copy"], key=lambda one: one["distance"])
         if len(found) > 1:
             gains = [one["logprob"] - one["baseline_logprob"] for one in found]

@@ -128,7 +128,7 @@ def check(name: str, config: ModelConfig, at: dict[str, int], machine: roofline.
 
 def _timed(study: Study) -> list[Block]:
     """One row for each variant: training, memory, reading a prompt, generating."""
-    names = [name for name in study.variants if study.timed(name)]
+    names = [name for name in study.drawn if study.timed(name)]
     if not names or not study.timings:
         return []
     makers = {

@@ -142,6 +142,10 @@ def summary(study: Study) -> Section:
     if has_loss:
         base = study.label(study.base_name)
         note += f" Loss in nats a token on {study.text}; differences to {base}, below zero is better."
+        trained_on = {study.reference(name) for name in study.variants} - {study.base_name}
+        if trained_on:
+            other = study.label(trained_on.pop())
+            note += f" What was converted and trained on is compared with {other}, which saw as many tokens."
     if speeds:
         note += f" Decoding measured at {tokens(speeds[0])} of context, batch {speeds[1]}, {study.dtype}."
     if any(config.window for config in study.configs.values()) and contexts:
@@ -174,7 +178,8 @@ def quality(study: Study) -> Section:
     ladder = _ladder(study)
     if ladder:
         blocks.append(ladder)
-    runs = {n: (pictures.name_of(study, n), v["runs"]) for n, v in study.variants.items()}
+    trained = {n: v for n, v in study.variants.items() if v["source"] != "converted"}
+    runs = {n: (pictures.name_of(study, n), v["runs"]) for n, v in trained.items()}
     blocks += _row(pictures.losses(runs, study.base_name, pictures.looks(study)))
     return Section("quality", "Quality, and how the changes go together" if found else "Quality", blocks)
 

@@ -12,9 +12,12 @@ from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from gptlab.checkpoints.files import write_files
 from gptlab.errors import GptlabError
+from gptlab.study.results_conversion import Conversion, Converted, Interval
 
 FORMAT, TIMINGS_FORMAT = "gptlab study", "gptlab study timings"
 VERSION = 1
+__all__ = ["Interval"]
+
 RESULTS, TIMINGS, STUDY = "results.json", "timings.json", "study.json"
 
 
@@ -28,8 +31,8 @@ class Corpus(TypedDict):
 class About(TypedDict):
     """The study as a whole.
 
-    ``tokens`` are those of one run, ``recipe`` is empty where all models were loaded, ``factors`` are the names of the
-    grid's changes.
+    ``kind`` is that of the variants that are not made by conversion. ``tokens`` are those of one run, ``recipe`` is
+    empty where nothing was trained from scratch, ``factors`` are the names of the grid's changes.
     """
 
     name: str
@@ -44,6 +47,7 @@ class About(TypedDict):
     factors: list[str]
     quick: bool
     made_with: dict[str, Any]
+    conversion: NotRequired[Converted]
 
 
 class CacheSize(TypedDict):
@@ -160,17 +164,7 @@ class Variant(TypedDict):
     heads: Heads | None
     attention_maps: AttentionMap | None
     samples: list[dict[str, str]]
-
-
-class Interval(TypedDict):
-    """A difference and its 95% interval, whose ends are None where there is none; below 0 the loss is lower."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    n: int
-    unit: str
-    method: str
+    conversion: NotRequired[Conversion]
 
 
 class Effects(TypedDict):

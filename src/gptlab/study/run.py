@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,24 @@ from gptlab.model import cost
 from gptlab.study import stages
 from gptlab.study.assemble import Answers, assemble
 from gptlab.study.claims import claims_of_timings
+from gptlab.study.conversions import converted_config
 from gptlab.study.evaluate import Questions, check_settings, model_key, write_held_out
+from gptlab.study.making import Making, tokens_of
 from gptlab.study.measure import measure
 from gptlab.study.orders import Order, claim_directory
-from gptlab.study.results import Corpus, Race, Racer, Results, Timings, write_results, write_timings
-from gptlab.study.runs import finished, run_key, train_run, with_seed
+from gptlab.study.results import Corpus, Race, Racer, Results, Run, Timings, write_results, write_timings
+from gptlab.study.runs import RUNS, finished, run_key, train_run, with_seed
 from gptlab.study.timing import timed, training_step
 from gptlab.study.variants import Cell, cells, changes, chosen_cells, race_cells
 from gptlab.text.documents import open_documents
 from gptlab.text.shards import Dataset, open_dataset, prepare
-from gptlab.training.loop import rows_of
+from gptlab.text.tokenizers import Tokenizer
 from gptlab.training.parallel import join
 from gptlab.training.recipe import Recipe, read_recipe
 
 Report = Callable[[dict[str, Any]], None]
 
-CACHE, RUNS, DATA, RACE_DATA = "cache", "runs", "data", "race-data"
+CACHE, DATA, RACE_DATA = "cache", "data", "race-data"
 RACE = (
     "a live race of tiny models on the same batches from the same start, one seed: it shows how training goes, not how"
     " good a variant is"
@@ -72,67 +73,101 @@ class _Study:
         every = cells(study, order.set)
         self.cells = chosen_cells(every, order.only, study.base)
         self.racers = race_cells(study.race) if study.race else []
+        self.base = self.cells[0]
         trained = [cell.recipe for cell in self.cells if cell.recipe is not None]
+        trained += [cell.uptrain.recipe for cell in self.cells if cell.uptrain is not None]
         self.recipe = trained[0] if trained else read_recipe(study.recipe, [*study.set, *order.set])
         self.seeds = _seeds(order, bool(trained))
         for cell in self.cells:
             if cell.load is not None:
                 locate(cell.load)  # say now what is not there
+        self._check_conversions()
         data = open_dataset(order.data) if trained and order.data is not None else None
         corpus = f"corpus {' '.join(self.recipe.data.corpus)}" if trained else None
         claim_directory(order, out, every, self.racers, corpus if data is None else data.sha256)
-        self.dataset = data if data is not None or not trained else self._dataset(self.recipe, out / DATA)
-        self.configs = {cell.name: self._config(cell) for cell in self.cells}
+        made = [cell for cell in self.cells if cell.convert is not None]
+        own = gptlab.load(self.base.load).needs_tokenizer() if made and self.base.load is not None else None
+        self.dataset = data if data is not None or not trained else self._dataset(self.recipe, out / DATA, own)
+        if self.dataset is not None and own is not None and own.sha256 != self.dataset.tokenizer.sha256:
+            raise GptlabError(
+                f"the data {self.dataset.name} was prepared with another tokenizer than the base {self.base.load} has;"
+                f" prepare it again with --tokenizer {self.base.load}"
+            )
+        self.configs: dict[str, ModelConfig] = {}
+        for cell in self.cells:  # the base first, of which others are made
+            self.configs[cell.name] = self._config(cell)
+        self.making = Making(self.cells, self.configs, self.dataset, out, str(self.device), self._tell)
         self.length = min(config.context_length for config in self.configs.values())
         check_settings(study.evaluate, self.length, None if self.dataset is None else self.dataset.tokenizer)
 
-    def _dataset(self, recipe: Recipe, where: Path) -> Dataset:
+    def _check_conversions(self) -> None:
+        """Refuse an impossible conversion before the directory is claimed; the vocabulary does not matter."""
+        base, recipe = self.base, self.base.recipe
+        for cell in self.cells:
+            if cell.convert is not None:
+                config = self._config(base) if recipe is None else recipe.model_for(recipe.tokenizer.vocab_size)
+                converted_config(cell.name, config, cell.convert, cell.uptrain)
+
+    def _dataset(self, recipe: Recipe, where: Path, tokenizer: Tokenizer | None = None) -> Dataset:
         if (where / "index.json").exists():
             return open_dataset(where)
         self._phase("prepare", ", ".join(recipe.data.corpus))
         documents = open_documents(recipe.data.corpus, per_line=recipe.data.items)
-        return prepare(documents, recipe.tokenizer, where, held_out=recipe.data.held_out)
+        return prepare(documents, tokenizer or recipe.tokenizer, where, held_out=recipe.data.held_out)
 
     def _config(self, cell: Cell) -> ModelConfig:
         if cell.load is not None:
             return gptlab.load(cell.load).config
+        if cell.convert is not None:
+            return converted_config(cell.name, self.configs[self.base.name], cell.convert, cell.uptrain)
         assert self.dataset is not None
         return _config(cell, self.dataset)
 
     # --- training -------------------------------------------------------------------------------------------------
 
     def train(self) -> list[Answers]:
-        """Train what is to be trained; return what is known of each variant so far."""
-        answers = [Answers(cell, self.configs[cell.name], _tokens_of(cell, self.dataset)) for cell in self.cells]
+        """Train what is to be trained, and make what is made of the base; return what is known of each variant."""
+        answers = [Answers(cell, self.configs[cell.name], self._tokens_of(cell)) for cell in self.cells]
         trained = [one for one in answers if one.cell.recipe is not None]
         self.models: dict[tuple[str, int], str | Path] = {(c.name, 0): c.load for c in self.cells if c.load is not None}
         todo = [(one, seed) for seed in self.seeds for one in trained]
-        self._plan([(one.cell, seed) for one, seed in todo])
+        made = self.making.todo(self.seeds)
+        self._plan([*((one.cell, seed) for one, seed in todo), *(pair for pair in made if pair[0].uptrain)])
         for i, (one, seed) in enumerate(todo):
             self._phase("train", f"{one.cell.name}, seed {seed}", i, len(todo))
             assert one.cell.recipe is not None
             assert self.dataset is not None
-            run, model = self._train(one.cell.recipe, seed, self.dataset)
-            one.runs.append(run)
-            if model is None:
-                self.report({"event": "note", "text": f"{one.cell.name}, seed {seed} failed: {run['error']}"})
-            else:
-                self.models[one.cell.name, seed] = model
+            self._take(one, *self._train(one.cell.recipe, seed, self.dataset))
+        for i, (cell, seed) in enumerate(made):
+            seeded = f", seed {seed}" if cell.uptrain or self.base.recipe else ""
+            self._phase("train" if cell.uptrain else "convert", f"{cell.name}{seeded}", i, len(made))
+            one = next(one for one in answers if one.cell is cell)
+            self._take(
+                one, *self.making.make(cell, seed, self.models.get((self.base.name, self.making.base_seed(seed))))
+            )
         if not self.models:
             raise GptlabError(f"no variant could be trained: {trained[0].runs[0]['error']}")
         return answers
 
-    def _train(self, recipe: Recipe, seed: int, dataset: Dataset) -> Any:
-        def tell(row: dict[str, Any]) -> None:
-            self.report({"event": "training", "row": row})
+    def _take(self, one: Answers, run: Run | None, model: str | Path | None) -> None:
+        """Note what became of one run."""
+        if run is not None:
+            one.runs.append(run)
+        if model is not None:
+            self.models[one.cell.name, 0 if run is None else run["seed"]] = model
+        elif run is not None:
+            self.report({"event": "note", "text": f"{one.cell.name}, seed {run['seed']} failed: {run['error']}"})
 
-        return train_run(recipe, seed, dataset, self.out / RUNS, device=str(self.device), report=tell)
+    def _train(self, recipe: Recipe, seed: int, dataset: Dataset) -> tuple[Run, Path | None]:
+        return train_run(recipe, seed, dataset, self.out / RUNS, device=str(self.device), report=self._tell)
+
+    def _tell(self, row: dict[str, Any]) -> None:
+        self.report({"event": "training", "row": row})
 
     def _plan(self, runs: Sequence[tuple[Cell, int]]) -> None:
         """Say how much there is to train, and about how long that will take."""
-        assert self.dataset is not None or not runs
-        missing = [(cell, seed) for cell, seed in runs if finished(self._run(cell, seed)) is None]
-        tokens = sum(_tokens_of(cell, self.dataset) or 0 for cell, _ in missing)
+        missing = [(cell, seed) for cell, seed in runs if not self._done(cell, seed)]
+        tokens = sum(self._tokens_to_train(cell) for cell, _ in missing)
         seconds = tokens * self._seconds_per_token(missing[0][0]) if missing else 0.0
         self.report(
             {
@@ -146,16 +181,29 @@ class _Study:
             }
         )
 
-    def _run(self, cell: Cell, seed: int) -> Path:
-        assert cell.recipe is not None
+    def _done(self, cell: Cell, seed: int) -> bool:
+        if cell.recipe is None:
+            return self.making.done(cell, seed)
         assert self.dataset is not None
-        return self.out / RUNS / run_key(with_seed(cell.recipe, seed), self.dataset, str(self.device))
+        run = self.out / RUNS / run_key(with_seed(cell.recipe, seed), self.dataset, str(self.device))
+        return finished(run) is not None
+
+    def _tokens_to_train(self, cell: Cell) -> int:
+        if cell.uptrain is not None:
+            return max(self.making.tokens(cell).values())
+        return tokens_of(cell, self.configs[cell.name], self.dataset) or 0
+
+    def _tokens_of(self, cell: Cell) -> int | None:
+        """Tokens that a variant has seen, those of its base included."""
+        if cell.convert is None:
+            return tokens_of(cell, self.configs[cell.name], self.dataset)
+        return None if self.making.of is None else self.making.of + max(self.making.tokens(cell).values())
 
     def _seconds_per_token(self, cell: Cell) -> float:
         """Time a few training steps."""
-        assert cell.recipe is not None
-        config, rows = self.configs[cell.name], cell.recipe.batch.micro or cell.recipe.batch.size
-        step = training_step(gptlab.GPT(config).to(self.device), rows, cell.recipe)
+        recipe = cell.recipe or (cell.uptrain.recipe if cell.uptrain is not None else self.recipe)
+        config, rows = self.configs[cell.name], recipe.batch.micro or recipe.batch.size
+        step = training_step(gptlab.GPT(config).to(self.device), rows, recipe)
         step()
         return min(timed(step, self.device) for _ in range(2)) / (rows * config.context_length)
 
@@ -177,6 +225,10 @@ class _Study:
             one.inductions.append(ask.induction(lm, key))
             if one.heads is None:
                 one.heads, one.samples = ask.heads(lm, key), ask.samples(lm, key)
+        for one in answers:
+            if one.cell.convert is not None:
+                self._phase("evaluate", f"{one.cell.name}, on the way")
+                one.looks = self.making.ask(one.cell, ask, self.models)
         self._look(answers)
 
     def _look(self, answers: Sequence[Answers]) -> None:
@@ -219,7 +271,7 @@ class _Study:
             label=RACE,
             base=settings.base,
             corpus=Corpus(name=dataset.name, sha256=dataset.sha256),
-            tokens=_tokens_of(self.racers[0], dataset) or 0,
+            tokens=tokens_of(self.racers[0], base, dataset) or 0,
             recipe=stages.plain(recipe),
             variants=racers,
         )
@@ -235,16 +287,22 @@ class _Study:
             answers,
             seeds=self.seeds,
             corpus=corpus,
-            recipe=stages.plain(self.recipe) if self.dataset is not None else {},
+            recipe=stages.plain(self.recipe) if any(cell.recipe for cell in self.cells) else {},
             protocol=ask.protocol,
             text=ask.name,
             race=race,
+            converted=self.making.about(),
         )
 
     def timings(self, answers: Sequence[Answers], results: Results) -> Timings:
         """Measure; return what `timings.json` is to hold."""
         settings, cache = self.study.measure, self.out / CACHE
-        timings = measure(self.configs, settings, self.recipe, cache, device=self.device, report=self.report)
+        first = {config: name for name, config in reversed(self.configs.items())}
+        once = {name: config for name, config in self.configs.items() if first[config] == name}
+        timings = measure(once, settings, self.recipe, cache, device=self.device, report=self.report)
+        if "variants" in timings:  # those of one architecture share their times
+            of = timings["variants"]
+            timings["variants"] = {name: of[first[config]] for name, config in self.configs.items()}
         if self.study.claims:
             timings["claims"] = claims_of_timings(self.study.claims, results, timings)
         return timings
@@ -276,16 +334,3 @@ def _config(cell: Cell, dataset: Dataset) -> ModelConfig:
         return cell.recipe.model_for(dataset.tokenizer.vocab_size)
     except GptlabError as error:
         raise GptlabError(f"variant {cell.name!r} is impossible: {error}") from None
-
-
-def _tokens_of(cell: Cell, dataset: Dataset | None) -> int | None:
-    """Tokens that a run of a variant sees, or that a loaded model saw, where a card beside it says so."""
-    if cell.recipe is not None and dataset is not None:
-        length = _config(cell, dataset).context_length
-        rows, _ = rows_of(dataset, cell.recipe, length)
-        return cell.recipe.steps(length, len(rows)) * cell.recipe.batch.size * length
-    try:
-        tokens = json.loads((locate(str(cell.load)) / "card.json").read_text(encoding="utf-8"))["tokens_trained"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return tokens if isinstance(tokens, int) else None

@@ -19,6 +19,8 @@ from gptlab.training.recipe import Recipe
 
 Report = Callable[[dict[str, Any]], None]
 
+RUNS = "runs"
+
 
 class Interrupted(Exception):
     """A signal stopped the study; everything up to there is saved."""
@@ -73,26 +75,47 @@ def train_run(
     name = run_key(plan, dataset, device)
     where, error = runs / name, None
     if finished(where) is None:
-        try:
-            result = train(plan, dataset, where, resume=is_run(where), device=device, report=report)
-            if result.stopped_by is not None:
-                raise Interrupted(result.stopped_by)
-        except (Interrupted, OSError):  # nor would another variant fare better
-            raise
-        except Exception as caught:  # whatever ails one variant, the others are trained
-            error = str(caught) or type(caught).__name__
-            where.mkdir(parents=True, exist_ok=True)
-            (where / "failure.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        error = attempt(
+            where, lambda: train(plan, dataset, where, resume=is_run(where), device=device, report=report).stopped_by
+        )
+    return run_of(where, seed, error)
+
+
+def attempt(where: Path, work: Callable[[], signal.Signals | None]) -> str | None:
+    """Do what one run needs; return what it failed of, or None, and keep in its directory what Python said of that.
+
+    Args:
+        where: the run's directory.
+        work: returns the signal that stopped it, or None.
+
+    Raises:
+        Interrupted: a signal came.
+        OSError: the disk is full, or the like.
+    """
+    try:
+        stopped = work()
+        if stopped is not None:
+            raise Interrupted(stopped)
+    except (Interrupted, OSError):  # nor would another variant fare better
+        raise
+    except Exception as caught:  # whatever ails one variant, the others are trained
+        where.mkdir(parents=True, exist_ok=True)
+        (where / "failure.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        return str(caught) or type(caught).__name__
+    return None
+
+
+def run_of(where: Path, seed: int, error: str | None) -> tuple[Run, Path | None]:
+    """Return what a run's directory tells of it, and the directory of its model; ``error`` is what it failed of."""
     model = finished(where)
-    curve = _curve(where, "step", "loss")
     validation = _curve(where, "evaluate", "validation_loss")
     done = model is not None and error is None
     found = Run(
         seed=seed,
         status="done" if done else "failed",
         error=error,
-        key=name,
-        curve=curve,
+        key=where.name,
+        curve=_curve(where, "step", "loss"),
         validation_curve=validation,
         validation_loss=validation[-1][1] if done else None,
     )
@@ -100,8 +123,8 @@ def train_run(
 
 
 def _curve(run: Path, event: str, figure: str) -> list[list[float]]:
-    """(tokens, figure) of all rows of a kind, each step once, the last word counting."""
-    points = {row["tokens"]: row[figure] for row in _rows(run) if row["event"] == event}
+    """(tokens, figure) of all rows of a kind, each step once, the last word counting; of distillation its own loss."""
+    points = {row["tokens"]: row.get("cross_entropy", row[figure]) for row in _rows(run) if row["event"] == event}
     return [[tokens, points[tokens]] for tokens in sorted(points)]
 
 

@@ -16,7 +16,7 @@ import torch
 from gptlab.checkpoints.files import write_files
 from gptlab.training.recipe import Recipe
 
-CODE = {"train": 1, "evaluate": 1, "measure": 1}
+CODE = {"train": 1, "evaluate": 1, "measure": 1, "convert": 1}
 """Versions of what the stages compute: raised by hand when the same inputs would give other numbers."""
 FIRST: dict[str, tuple[str, ...]] = {
     "base": (),
@@ -38,9 +38,9 @@ def plain(recipe: Recipe) -> dict[str, Any]:
     usual = Recipe().model_dump(mode="json")
     found: dict[str, Any] = {}
     for section, values in recipe.model_dump(mode="json").items():
-        before, known = usual[section], FIRST.get(section)
+        before, known = usual.get(section), FIRST.get(section)
         if known and isinstance(values, dict):
-            found[section] = {n: v for n, v in values.items() if n in known or v != before.get(n)}
+            found[section] = {n: v for n, v in values.items() if n in known or v != (before or {}).get(n)}
         elif known is not None or values != before:
             found[section] = values
     return found

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptlab.config import ModelConfig
+from gptlab.conversion.changes import Changes
 from gptlab.errors import GptlabError, nearest
-from gptlab.study.files import NAME, FactorSettings, RaceSettings, StudySettings, VariantSettings
+from gptlab.study.conversions import Uptraining, read_changes, read_uptraining
+from gptlab.study.files import NAME, FactorSettings, RaceSettings, StudySettings, UptrainSettings, VariantSettings
 from gptlab.training.recipe import Recipe, read_recipe
 
+_UPTRAIN = "uptrain."
 _ORDER = ("rope", "gqa", "swa")
 
 FIELD_FACTORS = {"position": "rope", "n_kv_head": "gqa", "window": "swa"}
@@ -28,6 +31,8 @@ class Cell:
         recipe: what it is trained by, seed aside; None for a model that is loaded.
         load: the trained model to load, or None.
         factors: the grid's changes that it has.
+        convert: what the base is converted into; None where the variant is not made of it.
+        uptrain: how it is trained on then, if it is.
     """
 
     name: str
@@ -35,6 +40,8 @@ class Cell:
     recipe: Recipe | None
     load: str | None = None
     factors: tuple[str, ...] = ()
+    convert: Changes | None = None
+    uptrain: Uptraining | None = None
 
 
 def cells(study: StudySettings, settings: Sequence[str] = ()) -> list[Cell]:
@@ -42,13 +49,26 @@ def cells(study: StudySettings, settings: Sequence[str] = ()) -> list[Cell]:
 
     Args:
         study: the study.
-        settings: further changes to the recipe, ``section.key=value``.
+        settings: further changes to the recipe, ``section.key=value``; ``uptrain.section.key=value`` to that of
+            uptraining. Where the study trains in no other way, all are for uptraining.
 
     Raises:
         GptlabError: two variants of one name, no base, or a variant that is impossible, which is named.
     """
     asked = [*_grid(study.grid), *((variant, ()) for variant in study.variant)]
-    return _resolve(asked, study.recipe, [*study.set, *settings], study.base)
+    own = [setting for setting in settings if not setting.startswith(_UPTRAIN)]
+    further = [setting.removeprefix(_UPTRAIN) for setting in settings if setting.startswith(_UPTRAIN)]
+    if further and study.uptrain is None:
+        raise GptlabError(f"the study {study.name} has no [uptrain], so --set {_UPTRAIN}{further[0]} has no effect")
+    if study.uptrain is not None and not any(_trains(variant) for variant, _ in asked):
+        own, further = [], [setting.removeprefix(_UPTRAIN) for setting in settings]
+    return _resolve(asked, study.recipe, [*study.set, *own], study.base, study.uptrain, further)
+
+
+def study_order(study: StudySettings) -> list[str]:
+    """Return the names of a study's variants as a reader expects them: the base, the grid, the rest as in the file."""
+    names = [variant.name for variant, _ in _grid(study.grid)] + [variant.name for variant in study.variant]
+    return sorted(names, key=lambda name: name != study.base)
 
 
 def race_cells(race: RaceSettings) -> list[Cell]:
@@ -56,6 +76,8 @@ def race_cells(race: RaceSettings) -> list[Cell]:
     for variant in race.variant:
         if variant.load is not None:
             raise GptlabError(f"{variant.name!r} is to race, so it is trained; give model in place of load")
+        if _is_made(variant):
+            raise GptlabError(f"{variant.name!r} is to race, so it is trained; give model in place of convert")
     return _resolve([(variant, ()) for variant in race.variant], race.recipe, race.set, race.base)
 
 
@@ -80,7 +102,12 @@ def _rank(factor: str) -> tuple[int, str]:
 
 
 def _resolve(
-    asked: Sequence[tuple[VariantSettings, tuple[str, ...]]], recipe: str, settings: list[str], base: str
+    asked: Sequence[tuple[VariantSettings, tuple[str, ...]]],
+    recipe: str,
+    settings: list[str],
+    base: str,
+    uptrain: UptrainSettings | None = None,
+    further: Sequence[str] = (),
 ) -> list[Cell]:
     found: dict[str, Cell] = {}
     if any(setting.partition("=")[0].strip() == "train.seed" for setting in settings):
@@ -93,9 +120,10 @@ def _resolve(
             raise GptlabError(f"a variant is named by small letters, digits and hyphens, got {name!r}")
         if name in found:
             raise GptlabError(f"two variants are called {name!r}; rename one")
-        if variant.convert is not None:
-            raise GptlabError(f"variant {name!r} asks for a conversion, which comes with gptlab convert; leave it out")
         label = variant.label or ("base" if name == base else name)
+        if _is_made(variant):
+            found[name] = _made(variant, label, base, uptrain, further)
+            continue
         if variant.load is not None:
             if variant.model:
                 raise GptlabError(f"variant {name!r} is loaded, so model has no effect; give load or model")
@@ -117,9 +145,56 @@ def _resolve(
         raise GptlabError(f"no variant is the base {base!r}{hint}; set base to one of {', '.join(found)}")
 
     def place(cell: Cell) -> tuple[Any, ...]:
-        return cell.name != base, len(cell.factors), [_rank(factor) for factor in cell.factors], cell.name
+        return (
+            cell.name != base,
+            cell.convert is not None,
+            len(cell.factors),
+            [_rank(factor) for factor in cell.factors],
+            cell.name,
+        )
 
     return sorted(found.values(), key=place)
+
+
+def _is_made(variant: VariantSettings) -> bool:
+    """Is it made of the base?"""
+    return variant.convert is not None or variant.uptrain is not None
+
+
+def _trains(variant: VariantSettings) -> bool:
+    return variant.load is None and not _is_made(variant)
+
+
+def _made(
+    variant: VariantSettings, label: str, base: str, uptrain: UptrainSettings | None, further: Sequence[str]
+) -> Cell:
+    """A variant that is made of the base."""
+    name = variant.name
+    if name == base:
+        raise GptlabError(f"variant {name!r} is the base, so it cannot be converted from it; give load or model")
+    if variant.load is not None or variant.model:
+        field = "load" if variant.load is not None else "model"
+        raise GptlabError(f"variant {name!r} is made of the base, so {field} has no effect; leave it out")
+    changes = read_changes(variant)
+    if uptrain is None:
+        if variant.uptrain is not None:
+            raise GptlabError(f"variant {name!r} asks for uptraining, but the study has no [uptrain]; add it")
+        if changes == Changes():
+            raise GptlabError(f"variant {name!r} converts nothing, and the study has no [uptrain]; it is the base")
+    try:
+        plan = None if uptrain is None else read_uptraining(uptrain, variant.uptrain or (), further)
+    except GptlabError as error:
+        raise GptlabError(f"variant {name!r} is impossible: {error}") from None
+    asked = dict(variant.convert or {})
+    if asked.get("position") == "blend":
+        asked["position"] = "rope"
+    return Cell(name, label, None, None, factors_of(asked), changes, plan)
+
+
+def yardstick(found: Sequence[Cell]) -> Cell | None:
+    """Return the base that is trained on like the others, without a conversion and without settings of its own."""
+    plain = (cell for cell in found if cell.convert == Changes() and cell.uptrain and not cell.uptrain.own)
+    return next(plain, None)
 
 
 def factors_of(changes: Mapping[str, Any]) -> tuple[str, ...]:
@@ -137,7 +212,7 @@ def changes(config: ModelConfig, base: ModelConfig) -> dict[str, Any]:
 
 
 def chosen_cells(found: list[Cell], only: Sequence[str], base: str) -> list[Cell]:
-    """Return the base and the variants of these names.
+    """Return the base and the variants of these names, with the yardstick where one of them is trained on.
 
     Raises:
         GptlabError: no variant of a name (with the nearest right one).
@@ -146,4 +221,8 @@ def chosen_cells(found: list[Cell], only: Sequence[str], base: str) -> list[Cell
     for name in only:
         if name not in names:
             raise GptlabError(f"no variant {name!r}{nearest(name, names)}; there are {', '.join(names)}")
-    return [cell for cell in found if not only or cell.name in (*only, base)]
+    standard = yardstick(found)
+    always = {base}
+    if standard is not None and any(cell.uptrain is not None and cell.name in only for cell in found):
+        always.add(standard.name)
+    return [cell for cell in found if not only or cell.name in (*only, *always)]

@@ -1,0 +1,337 @@
+"""Variants made by conversion: what they are compared with, what is kept, and what is refused before any training."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from studies import order, small
+
+import gptlab
+from gptlab.config import ModelConfig
+from gptlab.conversion.heads import regroup
+from gptlab.errors import GptlabError
+from gptlab.evaluation.scoring import token_logprobs
+from gptlab.language_model import LanguageModel
+from gptlab.study import making, uptrain
+from gptlab.study import run as running
+from gptlab.study.orders import Order
+from gptlab.study.report import write_report
+from gptlab.study.results import read_results
+from gptlab.study.run import run_study
+from gptlab.study.variants import cells, chosen_cells, study_order, yardstick
+from gptlab.text.documents import open_documents
+from gptlab.text.tokenizers import byte_tokenizer
+
+pytestmark = pytest.mark.usefixtures("no_measuring")
+
+UPTRAIN: dict[str, Any] = {
+    "set": [
+        "batch.size=2",
+        "schedule.warmup_steps=1",
+        "train.dtype=float32",
+        "train.compile=false",
+        "train.evaluate_every=3",
+        "train.evaluate_tokens=400",
+    ],
+    "shares": [0, 0.25, 0.5],  # of 12 steps
+}
+BASE: dict[str, Any] = {"name": "base"}
+MADE: list[dict[str, Any]] = [
+    {"name": "longer", "label": "trained on", "convert": {}},
+    {"name": "twin", "convert": {}},
+    {"name": "mean", "convert": {"n_kv_head": 2, "method": "mean"}},
+    {"name": "first", "convert": {"n_kv_head": 2, "method": "first"}},
+    {"name": "taught", "convert": {"window": 8}, "uptrain": ["distill.teacher=base", "budget.share=0.25"]},
+]
+VARIANTS = [BASE, *MADE]
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that nothing happened to."""
+    out = tmp_path_factory.mktemp("whole") / "study"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "measure", lambda *_, **__: {})
+        torch.set_num_threads(1)
+        run_study(order(corpus, variant=VARIANTS, uptrain=UPTRAIN), out)
+    return out
+
+
+def asked(corpus: Path, *changes: str, **values: Any) -> Order:
+    return order(corpus, *changes, **{"variant": VARIANTS, "uptrain": UPTRAIN, **values})
+
+
+def loss_of(lm: LanguageModel, text: Path) -> float:
+    ids = [[256, *lm.needs_tokenizer().encode(document)] for document in open_documents([str(text)])]
+    return -torch.cat(token_logprobs(lm.model, ids, context=32)).double().mean().item()
+
+
+def looks(directory: Path, name: str) -> list[dict[str, Any]]:
+    return [dict(look) for look in read_results(directory)["variants"][name]["conversion"]["looks"]]
+
+
+def test_looks_are_the_models_at_those_steps(whole: Path) -> None:
+    results = read_results(whole)
+    base = gptlab.load(f"{whole / 'runs' / results['variants']['base']['runs'][0]['key']}@last")
+    mean = results["variants"]["mean"]
+    assert (mean["source"], mean["tokens_trained"], mean["changes"]) == ("converted", 768 + 384, {"n_kv_head": 2})
+    found = looks(whole, "mean")
+    assert [(look["share"], look["tokens"]) for look in found] == [(0, 0), (0.25, 192), (0.5, 384)]
+    by_hand = LanguageModel(regroup(base.model, 2, method="mean"), base.tokenizer)
+    assert found[0]["nats_per_token"] == pytest.approx(loss_of(by_hand, whole / "held_out.txt"), rel=1e-6)
+    run = whole / "runs" / mean["runs"][0]["key"]
+    for look, model in zip(found[1:], (run / "looks/step-000003", f"{run}@last"), strict=True):
+        assert look["nats_per_token"] == pytest.approx(loss_of(gptlab.load(model), whole / "held_out.txt"), rel=1e-6)
+    assert not list((run / "looks").rglob("training.*"))
+    assert mean["quality"] is not None
+    assert mean["quality"]["nats_per_token"] == found[-1]["nats_per_token"]
+    assert [tokens for tokens, _ in mean["runs"][0]["validation_curve"]] == [192, 384]
+    with torch.no_grad():
+        stream = [
+            256,
+            *(token for row in open_documents([str(whole / "held_out.txt")]) for token in [*row.encode(), 256]),
+        ]
+        rows = torch.tensor(stream[: 16 * 32]).view(-1, 32)[:, :-1]
+        p, q = (lm.model(rows).double().log_softmax(-1) for lm in (base, by_hand))
+    assert mean["conversion"]["moved"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+
+
+def test_differences_are_to_the_base_trained_on_as_long(whole: Path) -> None:
+    results = read_results(whole)
+    about = results["study"]["conversion"]
+    assert (about["yardstick"], about["of"]) == ("longer", 768)
+    assert results["study"]["kind"] == "trained"
+    base, longer = results["variants"]["base"]["quality"], looks(whole, "longer")
+    assert base is not None
+    assert longer[0]["nats_per_token"] == base["nats_per_token"]
+    assert [look["difference"] and look["difference"]["mean"] for look in longer] == [0.0, None, None]
+    for look, reference in zip(looks(whole, "mean"), longer, strict=True):
+        gap = look["nats_per_token"] - reference["nats_per_token"]
+        assert look["difference"]["mean"] == pytest.approx(gap, abs=1e-9)
+        assert look["difference"]["method"] == "paired bootstrap over documents"
+    # The base trained on, and once more: the same run, so no difference at all.
+    for look in looks(whole, "twin"):
+        assert {look["difference"][end] for end in ("mean", "low", "high")} == {0.0}
+    twins = [results["variants"][name]["runs"][0]["key"] for name in ("longer", "twin")]
+    assert twins[0] == twins[1]
+    gap = results["comparisons"]["mean"]["validation_loss"]
+    assert gap == looks(whole, "mean")[-1]["difference"]
+    assert results["comparisons"]["longer"]["validation_loss"]["mean"] == pytest.approx(
+        longer[-1]["nats_per_token"] - base["nats_per_token"], abs=1e-9
+    )
+    # Two ways to one architecture are compared with each other.
+    first, mean = looks(whole, "first")[-1], looks(whole, "mean")[-1]
+    assert first["rivals"]["mean"]["mean"] == pytest.approx(first["nats_per_token"] - mean["nats_per_token"], abs=1e-9)
+    assert not looks(whole, "twin")[-1]["rivals"].keys() - {"longer"}
+
+
+def test_a_shorter_run_with_the_base_for_its_teacher(whole: Path) -> None:
+    taught = read_results(whole)["variants"]["taught"]
+    assert [look["share"] for look in taught["conversion"]["looks"]] == [0, 0.25]
+    assert taught["conversion"]["uptrain"] == ["distill.teacher=base", "budget.share=0.25"]
+    run = whole / "runs" / taught["runs"][0]["key"]
+    recipe = json.loads((run / "run.json").read_text())["recipe"]
+    base = read_results(whole)["variants"]["base"]["runs"][0]["key"]
+    assert recipe["distill"]["teacher"] == str(whole / f"runs/{base}/checkpoints/step-000012")
+    assert (recipe["base"], recipe["budget"]["steps"]) == ("base", 3)
+
+
+def test_stopped_at_any_moment(whole: Path, corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+
+    class Stop(BaseException):
+        pass
+
+    draw, stops, out = random.Random(), 0, tmp_path / "study"
+    while True:
+        left = [draw.randint(5, 40)]
+
+        def report(row: dict[str, Any], left: list[int] = left) -> None:
+            left[0] -= 1
+            if not left[0]:
+                raise Stop
+
+        try:
+            run_study(asked(corpus, variant=VARIANTS[::-1]), out, report=report)
+            break
+        except Stop:
+            stops += 1
+        assert stops < 100
+    assert stops
+    assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+
+
+def test_what_is_done_is_not_done_again(whole: Path, corpus: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+    for module, name in ((uptrain, "train"), (uptrain, "convert")):
+        monkeypatch.setattr(module, name, None)
+    before = (whole / "results.json").read_bytes()
+    said: list[dict[str, Any]] = []
+    run_study(asked(corpus), whole, report=said.append)
+    assert (whole / "results.json").read_bytes() == before
+    assert (said[0]["runs"], said[0]["done"], said[0]["tokens"]) == (6, 6, 0)
+
+
+def test_one_failure_does_not_lose_the_others(whole: Path, corpus: Path, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+    real = uptrain.convert
+
+    def fragile(model: Any, changes: Any, rows: Any) -> Any:
+        if changes.method == "mean":
+            raise RuntimeError("the matrix is singular")
+        return real(model, changes, rows)
+
+    monkeypatch.setattr(uptrain, "convert", fragile)
+    variants = [BASE, MADE[2], MADE[3]]
+    results, _ = run_study(asked(corpus, variant=variants, uptrain=None), tmp_path / "study")
+    mean, first = results["variants"]["mean"], results["variants"]["first"]
+    assert (mean["runs"][0]["status"], mean["quality"]) == ("failed", None)
+    assert mean["runs"][0]["error"] == "the conversion failed: the matrix is singular"
+    assert mean["conversion"]["looks"] == []
+    assert "RuntimeError" in (tmp_path / "study/converted" / mean["runs"][0]["key"] / "failure.txt").read_text()
+    # Without uptraining the model is what it was right after the conversion.
+    assert first["runs"] == []
+    assert [look["share"] for look in first["conversion"]["looks"]] == [0]
+    assert first["quality"] is not None
+    assert first["quality"]["nats_per_token"] == looks(whole, "first")[0]["nats_per_token"]
+    assert results["study"]["conversion"]["yardstick"] is None
+    monkeypatch.setattr(uptrain, "convert", real)
+    results, _ = run_study(asked(corpus, variant=variants, uptrain=None), tmp_path / "study")
+    assert results["variants"]["mean"]["quality"] is not None
+
+
+def test_seeds_of_a_base_that_is_loaded(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+    config = ModelConfig.preset("tiny", vocab_size=257, context_length=32)
+    gptlab.save(LanguageModel(gptlab.GPT(config), byte_tokenizer()), tmp_path / "model")
+    variants = [{"name": "base", "load": str(tmp_path / "model")}, MADE[0], MADE[2]]
+    settings = {**UPTRAIN, "shares": [0, 0.1]}
+    order_of = lambda **more: asked(  # noqa: E731
+        corpus, variant=variants, uptrain={**settings, "set": [*UPTRAIN["set"], f"data.corpus=['{corpus}']"], **more}
+    )
+    with pytest.raises(
+        GptlabError, match=r"takes shares of the tokens that .*model was trained on, which nobody wrote"
+    ):
+        run_study(order_of(), tmp_path / "without")
+    (tmp_path / "model/card.json").write_text('{"tokens_trained": 1280}')
+    only = order_of()
+    results, _ = run_study(Order(only.study, ("data.held_out=0.2",), None, ("mean",), 2), tmp_path / "study")
+    assert list(results["variants"]) == ["base", "longer", "mean"]  # the yardstick is never left out
+    assert (results["study"]["kind"], results["study"]["seeds"], results["study"]["recipe"]) == ("shipped", [0, 1], {})
+    mean = results["variants"]["mean"]
+    assert mean["tokens_trained"] == 1280 + 128
+    first, last = mean["conversion"]["looks"]
+    assert first["difference"] is not None
+    assert last["difference"] is not None
+    assert (first["difference"]["method"], len(first["by_run"])) == ("paired bootstrap over documents", 1)
+    assert (last["difference"]["method"], last["difference"]["n"]) == ("paired over seeds", 2)
+    starts = [run["curve"][0][1] for run in mean["runs"]]
+    assert starts[0] != starts[1]  # the same model, other data
+
+
+REFUSALS = [
+    ({"name": "x", "convert": {"n_kv_heads": 2}}, r"variant 'x' is impossible: .*\(did you mean 'n_kv_head'\?\)"),
+    (
+        {"name": "x", "convert": {"n_kv_head": 3}},
+        r"variant 'x' is impossible: .*cannot be given 3|variant 'x' is imposs",
+    ),
+    ({"name": "x", "convert": {"window": 0}}, r"variant 'x' is impossible"),
+    ({"name": "x", "convert": {"position": "learned", "n_kv_head": 3}}, r"variant 'x' is impossible"),
+    ({"name": "x", "convert": {"position": "blend"}}, r"variant 'x' is impossible: position 'blend' becomes 'rope' by"),
+    ({"name": "x", "convert": {}, "load": "pocket"}, r"variant 'x' is made of the base, so load has no effect"),
+    ({"name": "x", "convert": {}, "model": {"window": 3}}, r"variant 'x' is made of the base, so model has no effect"),
+    ({"name": "x", "convert": {}, "uptrain": ["optimizer.nam=adamw"]}, r"variant 'x' is impossible: .*'name'"),
+    (
+        {"name": "x", "convert": {}, "uptrain": ["budget.steps=3"]},
+        r"counts uptraining in shares, so budget.steps has no",
+    ),
+    ({"name": "x", "convert": {}, "uptrain": ["budget.share=2"]}, r"share to train on for must lie between 0 and 1"),
+    ({"name": "x", "convert": {}, "uptrain": ["train.seed=3"]}, r"train\.seed has no effect in a study"),
+    ({"name": "x", "convert": {}, "uptrane": []}, r"unknown setting .*\(did you mean 'uptrain'\?\)"),
+]
+
+
+@pytest.mark.parametrize(("variant", "said"), REFUSALS)
+def test_what_is_impossible_is_named_before_anything_is_done(
+    corpus: Path, tmp_path: Path, variant: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(GptlabError, match=said):
+        run_study(asked(corpus, variant=[BASE, variant]), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+def test_what_has_no_effect(corpus: Path, tmp_path: Path) -> None:
+    for variants, uptraining, said in (
+        ([BASE, {"name": "x", "convert": {}}], None, "converts nothing, and the study has no"),
+        (
+            [BASE, {"name": "x", "uptrain": ["batch.size=2"]}],
+            None,
+            r"asks for uptraining, but the study has no \[uptrain\]",
+        ),
+        ([{"name": "base", "convert": {}}], UPTRAIN, "is the base, so it cannot be converted from it"),
+        (VARIANTS, {**UPTRAIN, "shares": [2]}, "uptrain.shares must lie between 0 and 1"),
+        (VARIANTS, {**UPTRAIN, "share": [0]}, r"unknown setting 'uptrain.share'.*'shares'"),
+    ):
+        with pytest.raises(GptlabError, match=said):
+            cells(small(corpus, variant=variants, uptrain=uptraining))
+    with pytest.raises(GptlabError, match=r"has no \[uptrain\], so --set uptrain.batch.size=3 has no effect"):
+        cells(small(corpus), ["uptrain.batch.size=3"])
+    with pytest.raises(GptlabError, match=r"the shares 0.25 and 0.26 of 768 tokens are as many steps of 64 tokens"):
+        run_study(asked(corpus, uptrain={**UPTRAIN, "shares": [0.25, 0.26, 0.5]}), tmp_path / "study")
+
+
+def test_settings_reach_the_right_recipe(corpus: Path) -> None:
+    study = small(corpus, variant=VARIANTS, uptrain=UPTRAIN)
+    found = {cell.name: cell for cell in cells(study, ["optimizer.beta1=0.8", "uptrain.optimizer.beta1=0.7"])}
+    assert found["base"].recipe is not None
+    assert found["mean"].uptrain is not None
+    assert (found["base"].recipe.optimizer.beta1, found["mean"].uptrain.recipe.optimizer.beta1) == (0.8, 0.7)
+    loaded = small(corpus, variant=[{"name": "base", "load": "pocket"}, *MADE], uptrain=UPTRAIN)
+    found = {cell.name: cell for cell in cells(loaded, ["optimizer.beta1=0.8"])}
+    assert found["mean"].uptrain is not None
+    assert found["mean"].uptrain.recipe.optimizer.beta1 == 0.8
+    standard = yardstick(list(found.values()))
+    assert standard is not None
+    assert standard.name == "longer"
+    assert [cell.name for cell in chosen_cells(list(found.values()), ["taught"], "base")] == [
+        "base",
+        "longer",
+        "taught",
+    ]
+
+
+def test_the_report_of_a_study_with_conversions(whole: Path, no_drawing: None) -> None:
+    (whole / "timings.json").unlink(missing_ok=True)
+    write_report(whole)
+    text = (whole / "report.md").read_text(encoding="utf-8")
+    _, _, section = text.partition("\n## Conversion\n")
+    section = section.partition("\n## ")[0]
+    table = section.partition("**Loss added**")[2]
+    names = [line.split("|")[1].strip(" *") for line in table.splitlines() if line.startswith("| **")]
+    assert names[:5] == ["trained on", "twin", "mean", "first", "taught"]  # as the file has them
+    longer = looks(whole, "longer")
+    assert all(f"{look['nats_per_token']:.4f}" in table for look in longer)
+    assert "### Fewer key heads" in section
+    assert "### Windows" in section
+    assert "A curve is one run, looked at on its way: its learning rate falls as a cosine" in section
+    assert "Differences are to trained on, which is base trained on with the same tokens" in section
+    assert "of 2 ways to the same architecture" in section
+    assert "None" not in section
+    assert "is compared with trained on, which saw as many tokens" in text
+
+
+def test_a_reader_finds_the_order_of_the_file(corpus: Path) -> None:
+    study = small(
+        corpus, variant=[{"name": "z", "convert": {"window": 8}}, BASE, {"name": "a", "model": {"window": 8}}]
+    )
+    assert study_order(study) == ["base", "z", "a"]
+
+
+def test_making_counts_tokens_of_a_model_without_a_card(tmp_path: Path) -> None:
+    cell = cells(small(tmp_path, variant=[{"name": "base", "load": "pocket"}]))[0]
+    assert making.tokens_of(cell, ModelConfig.preset("pocket"), None) == 8_192_000
