@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDIES = ("standard", "papers")
-"""Those whose results docs/results.md shows; tools/keep_results.py puts them there."""
+STUDIES = ("standard", "papers", "convert")
+"""Those whose results the docs show, where a page has a place for them; tools/keep_results.py puts them there."""
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)*src/[\w/]+\.py)(?:#L\d+)?\)")
 
 

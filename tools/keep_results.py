@@ -4,8 +4,8 @@
     python tools/keep_results.py studies/standard standard
     make docs
 
-Two files are kept: `results.json` without what is large and what the page does not show (the attention maps), and
-`timings.json`. Lists of numbers stand on one line each.
+Two files are kept: `results.json` without what is large and what the page does not show (the attention maps; of
+conversions, which are many, the heads and samples too), and `timings.json`. Lists of numbers stand on one line each.
 """
 
 from __future__ import annotations
@@ -46,12 +46,22 @@ def keep(directory: Path, name: str, folder: Path) -> list[Path]:
 
 
 def trim(study: Study) -> dict[str, Any]:
-    """Return the results without the attention maps, and without the folders that a corpus lay in."""
-    about, recipe = dict(study.about), dict(study.about["recipe"])
-    if "data" in recipe:
-        recipe["data"] = {**recipe["data"], "corpus": [Path(corpus).name for corpus in recipe["data"]["corpus"]]}
+    """Return the results without what is large, and without the folders that a corpus or a model lay in."""
+    about = {**study.about, "recipe": _without_folders(study.about["recipe"])}
+    if "conversion" in about and about["conversion"]["recipe"]:
+        about["conversion"] = {**about["conversion"], "recipe": _without_folders(about["conversion"]["recipe"])}
     variants = {name: {**values, "attention_maps": None} for name, values in study.variants.items()}
-    return {**study.results, "study": {**about, "recipe": recipe}, "variants": variants}
+    for values in variants.values():
+        if values["source"] == "converted":
+            values |= {"heads": None, "samples": []}
+    return {**study.results, "study": about, "variants": variants}
+
+
+def _without_folders(recipe: dict[str, Any]) -> dict[str, Any]:
+    if "data" not in recipe:
+        return recipe
+    corpus = [Path(corpus).name for corpus in recipe["data"]["corpus"]]
+    return {**recipe, "data": {**recipe["data"], "corpus": corpus}}
 
 
 def encode(values: Any) -> bytes:

@@ -17,7 +17,8 @@ import torch
 from rich.console import Console
 
 from gptlab.cli import main
-from gptlab.cli.study import StudyProgress, difference, notes, plan, summary
+from gptlab.cli.study import StudyProgress, plan
+from gptlab.cli.study_tables import difference, notes, summary
 from gptlab.study import measure, report
 from gptlab.study import run as running
 from gptlab.study.results import Interval, read_results, read_timings
@@ -134,6 +135,41 @@ def test_a_study_ends_with_a_table_and_the_path_of_its_report(gptlab: Gptlab, fi
     assert (out / "report.html").exists()
 
 
+CONVERSIONS = """
+[uptrain]
+set = [
+  "batch.size=2", "schedule.warmup_steps=1", "train.evaluate_tokens=400", "train.dtype=float32", "train.compile=false",
+]
+shares = [0, 0.5]
+[[variant]]
+name = "z"
+label = "trained on"
+convert = {}
+[[variant]]
+name = "a"
+label = "grouped"
+convert = { n_kv_head = 2, method = "mean" }
+"""
+
+
+def test_conversions_have_a_table_of_their_own(gptlab: Gptlab, file: Path, tmp_path: Path) -> None:
+    file.write_text(file.read_text().replace("[evaluate]", CONVERSIONS + "[evaluate]"))
+    code, said, told = gptlab("study", file, "--out", tmp_path / "out", "--only", "a")
+    assert code == 0, told
+    variants = read_results(tmp_path / "out")["variants"]
+    whole, _, own = said.partition("loss less that of trained on, by share of the pre-training")
+    for text in (whole, own):  # as the file has them, not by name
+        assert text.index("│ trained on ") < text.index("│ grouped ")
+    first, last = variants["a"]["conversion"]["looks"]
+    for look, reference in zip((first, last), variants["z"]["conversion"]["looks"], strict=True):
+        assert look["difference"] is not None
+        assert f"{look['difference']['mean']:+.4f}" in own
+        assert reference["difference"] is None or reference["difference"]["mean"] == 0
+    assert f"{variants['z']['conversion']['looks'][-1]['nats_per_token']:.4f}" in own
+    assert "is compared with 'trained on', the base trained on for as long." in own
+    assert "train a, seed 0 (2 of 2)" in told
+
+
 def test_flags(gptlab: Gptlab, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "other.txt").write_text("<|endoftext|>\n".join(f"{i} bottles of beer\n" * 9 for i in range(30)))
     out = tmp_path / "out"
@@ -174,7 +210,7 @@ def test_the_report_of_a_study(file: Path, tmp_path: Path) -> None:
 
 
 REFUSALS = [
-    (["study"], r"no study is named; give a .toml file or one of gpt2-small, papers, quick, standard"),
+    (["study"], r"no study is named; give a .toml file or one of convert, gpt2-small, papers, quick, standard"),
     (["study", "qick"], r"no study 'qick' \(did you mean 'quick'\?\)"),
     (["study", "--resume"], r"--resume needs the directory of the study; name it by --out"),
     (["study", "--resume", "--out", "nowhere"], r"nowhere holds no study to go on with"),
@@ -188,6 +224,7 @@ REFUSALS = [
     (["study", "FILE", "--corpus", "nowhere.txt"], r"no corpus at nowhere.txt"),
     (["study", "FILE", "--data", "nowhere"], r"nowhere is no dataset"),
     (["study", "gpt2-small"], r"the study gpt2-small needs data"),
+    (["study", "convert"], r"the study convert needs data"),
     (["study", "quick", "--seeds", 2], r"the study quick trains none of its variants"),
 ]
 

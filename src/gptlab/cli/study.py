@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gptlab.cli.study_tables import conversion_table, notes, summary
+
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from gptlab.study.orders import Order
-    from gptlab.study.results import Interval, Results, Timings
 
 EVERY = 30.0
 """Seconds between two lines where there is no terminal."""
@@ -26,7 +26,8 @@ EVERY = 30.0
 
 def study(
     name: Annotated[
-        str | None, typer.Argument(help="quick, standard, papers, gpt2-small, or a .toml file; none with --resume.")
+        str | None,
+        typer.Argument(help="quick, standard, papers, convert, gpt2-small, or a .toml file; none with --resume."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the study (default studies/NAME).")] = None,
     resume: Annotated[
@@ -71,6 +72,7 @@ def _run(order: Order, out: Path) -> None:
     from gptlab.study.report import write_report
     from gptlab.study.run import run_study
     from gptlab.study.runs import Interrupted
+    from gptlab.study.variants import study_order
 
     try:
         with StudyProgress() as progress:
@@ -81,98 +83,13 @@ def _run(order: Order, out: Path) -> None:
         print(f"stopped and saved; go on with: gptlab study --resume --out {out}", file=sys.stderr)
         raise typer.Exit(128 + number) from None
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 140)
-    console.print(summary(results, timings))
+    places = study_order(order.study)
+    console.print(summary(results, timings, places))
+    if conversions := conversion_table(results, places):
+        console.print(conversions)
     for note in notes(results, timings):
         console.print(note, soft_wrap=True)
     print(f"results: {out / 'results.json'}, {out / 'timings.json'}\nreport: {path}")
-
-
-def summary(results: Results, timings: Timings) -> Table:
-    """Return the table of all variants: size, memory, loss with its difference to the base, speed."""
-    from rich.table import Table
-
-    about, context = results["study"], _context(results)
-    batch = max((row["batch"] for row in _base_points(results, timings) if row["context"] == context), default=1)
-    table = Table("variant", title=about["title"], title_justify="left")
-    columns = (
-        "parameters",
-        f"cache, {context:,} tokens",
-        "loss, nats a token",
-        "less the base [95%]",
-        f"ms a token, batch {batch}",
-    )
-    for column in columns:
-        table.add_column(column, justify="right")
-    for name, variant in results["variants"].items():
-        size = next(
-            row["bytes"] for row in variant["cache"] if (row["context"], row["batch"]) == (context, _least(variant))
-        )
-        quality, timing = variant["quality"], timings["variants"][name]
-        point = next((row for row in timing["decode"] if (row["context"], row["batch"]) == (context, batch)), None)
-        table.add_row(
-            variant["label"],
-            f"{variant['parameters']['total']:,}",
-            _size(size / _least(variant)),
-            "failed" if quality is None else f"{quality['nats_per_token']:.4f}",
-            "" if name == about["base"] else difference(results["comparisons"][name].get("validation_loss")),
-            "" if point is None else f"{point['milliseconds']:.2f}",
-        )
-    return table
-
-
-def difference(interval: Interval | None) -> str:
-    """Return a difference with its interval in few words."""
-    if interval is None:
-        return "no run"
-    if interval["low"] is None or interval["high"] is None:
-        return f"{interval['mean']:+.4f}"
-    inside = ", noise" if interval["low"] <= 0 <= interval["high"] else ""
-    return f"{interval['mean']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}{inside}]"
-
-
-def notes(results: Results, timings: Timings) -> list[str]:
-    """Return what the table's figures depend on, in sentences."""
-    about, machine = results["study"], timings["machine"]
-    found = []
-    tokens = {variant["tokens_trained"] for variant in results["variants"].values()} - {None}
-    if tokens:
-        seeds = f", {len(about['seeds'])} seeds" if len(about["seeds"]) > 1 else ", one seed"
-        found.append(f"Trained on {' or '.join(f'{n:,}' for n in sorted(filter(None, tokens)))} tokens{seeds}.")
-    quality = next((v["quality"] for v in results["variants"].values() if v["quality"]), None)
-    if quality:
-        found.append(f"Loss: {quality['text']}, {quality['tokens']:,} tokens, {quality['protocol']}.")
-    intervals = [one["validation_loss"] for one in results["comparisons"].values() if one]
-    if intervals:
-        found.append(f"Intervals: {intervals[0]['method']}, n = {intervals[0]['n']}.")
-    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
-    found.append(
-        f"Cache of one sequence in bfloat16; times in {timings['dtype']} on {machine['processor']}, {threads}, torch"
-        f" {machine['torch']}."
-    )
-    failed = [
-        f"{name}, seed {run['seed']}: {run['error']}"
-        for name, variant in results["variants"].items()
-        for run in variant["runs"]
-        if run["status"] == "failed"
-    ]
-    return found + [f"Failed: {one}" for one in failed]
-
-
-def _base_points(results: Results, timings: Timings) -> list[Any]:
-    return list(timings["variants"][results["study"]["base"]]["decode"])
-
-
-def _context(results: Results) -> int:
-    """The longest context that a cache is told of."""
-    return max(row["context"] for row in results["variants"][results["study"]["base"]]["cache"])
-
-
-def _least(variant: Any) -> int:
-    return min(row["batch"] for row in variant["cache"])
-
-
-def _size(n_bytes: float) -> str:
-    return f"{n_bytes / 2**20:,.2f} MiB" if n_bytes >= 2**20 else f"{n_bytes / 2**10:,.1f} KiB"
 
 
 class StudyProgress:
