@@ -8,6 +8,7 @@ import pytest
 from trainings import small
 
 import gptlab
+from gptlab.training.budget import with_count
 from gptlab.training.recipe import (
     BudgetSettings,
     Recipe,
@@ -34,7 +35,7 @@ def test_the_recipes_that_are_promised_are_there() -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_makes_a_model_that_learns_something(name: str) -> None:
-    plan = read_recipe(name)
+    plan = with_count(read_recipe(name))
     assert make_recipe(plan.model_dump(mode="json")) == plan  # as a run saves it
     settings = plan.budget
     assert plan.steps(64, 1000) >= 1
@@ -92,7 +93,7 @@ def test_a_budget_in_steps_tokens_or_epochs(budget: dict[str, float], steps: int
 @pytest.mark.parametrize(
     ("budget", "complaint"),
     [
-        ({}, "give one of budget.steps, budget.tokens and budget.epochs, got none"),
+        ({}, "give one of budget.steps, budget.tokens, budget.epochs and budget.share, got none"),
         ({"steps": 5, "tokens": 5}, "got steps and tokens"),
         ({"steps": 0}, "impossible value for budget.steps"),
         ({"tokens": 1.5}, "impossible value for budget.tokens"),

@@ -54,7 +54,7 @@ def run(
     losses = []
     for step in range(steps):
         seed_step(0, step, 0)
-        losses.append(gradients(model, batches[step], micro, dtype, ALONE, slope).item())
+        losses.append(gradients(model, batches[step], micro, dtype, ALONE, slope)[0].item())
         clip(list(model.parameters()), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -85,7 +85,7 @@ def test_bfloat16_is_near_float32_and_leaves_weights_and_gradients_in_float32() 
     model = make()
     ids = torch.randint(257, (3, 33), generator=torch.Generator().manual_seed(0))
     batch = Batch(ids[:, :-1], ids[:, 1:], None, torch.arange(3))
-    exact, low = (gradients(model, batch, None, dtype, ALONE).item() for dtype in (torch.float32, torch.bfloat16))
+    exact, low = (gradients(model, batch, None, dtype, ALONE)[0].item() for dtype in (torch.float32, torch.bfloat16))
     assert low == pytest.approx(exact, rel=1e-3)
     assert low != exact
     assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -137,7 +137,8 @@ def test_micro_batches_are_weighted_by_their_tokens() -> None:
     slopes = torch.autograd.grad(expected, list(model.parameters()))
     for micro in (None, 1, 3):
         model.zero_grad()
-        assert gradients(model, batch, micro, torch.float32, ALONE).item() == pytest.approx(expected.item(), rel=1e-6)
+        found = gradients(model, batch, micro, torch.float32, ALONE).tolist()
+        assert found == pytest.approx([expected.item()] * 2, rel=1e-6)
         for p, slope in zip(model.parameters(), slopes, strict=True):
             torch.testing.assert_close(p.grad, slope, rtol=1e-5, atol=1e-6)
 

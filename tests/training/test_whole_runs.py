@@ -219,7 +219,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
 
 
 def test_a_first_step_that_is_no_number(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "gradients", lambda *rest: torch.tensor(math.inf))
+    monkeypatch.setattr(loop, "gradients", lambda *rest: torch.full((2,), math.inf))
     with pytest.raises(gptlab.GptlabError, match=r"the loss is inf in step 1, .* there is no checkpoint yet; lower"):
         train(small(), data, tmp_path / "run")
 

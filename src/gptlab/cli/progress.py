@@ -146,7 +146,8 @@ class Progress:
 
     def _losses(self) -> str:
         average = "" if math.isnan(self.average) else f"smoothed {self.average:.4f}"
-        return _joined(_figure("loss {:.4f}", self.row, "loss"), average)
+        own = _figure("cross-entropy {:.4f}", self.row, "cross_entropy")
+        return _joined(_figure("loss {:.4f}", self.row, "loss"), average, own)
 
     def _speed(self) -> str:
         rate, memory = self.row.get("tokens_per_second"), self.row.get("memory_bytes")
@@ -172,7 +173,9 @@ def plan(start: dict[str, Any]) -> str:
     parts = (
         _figure("{:,} steps", start, "steps"),
         f"{steps * tokens:,} tokens ({tokens:,} a step)" if steps and tokens else "",
+        f"{100 * start['share']:.4g}% of {start['share_of']:,} tokens" if start.get("share") else "",
         _figure("{:,} parameters", start, "parameters"),
+        _figure("learning from {}", start, "teacher"),
         _joined(_figure("{}", start, "device"), _figure("{}", start, "dtype"), by=" "),
         _figure("resumed after step {:,}", start, "resumed_from"),
         f"MFU relative to {peak / 1e12:.3g} TFLOP/s{source}" if peak else "",

@@ -74,17 +74,26 @@ def _refuse_idle(settings: list[str], data: Path | None, base: str | None) -> No
 
 def _start(plan: Recipe, data: Path | None, corpus: list[str], run: Path, device: str | None) -> Result:
     import gptlab
+    from gptlab.checkpoints.hub import locate
     from gptlab.checkpoints.runs import is_run
     from gptlab.cli.prepare import prepare_with_progress
     from gptlab.cli.progress import Progress
     from gptlab.text.shards import open_dataset
+    from gptlab.training.budget import with_count
     from gptlab.training.loop import train as run_training
     from gptlab.training.parallel import find_device
+    from gptlab.training.schedules import check_schedules
 
     if is_run(run):
         raise GptlabError(f"{run} holds a run already; go on with it by --resume {run}, or choose another --out")
-    find_device(device)  # before the corpus is prepared
+    # All that can be refused is, before the corpus is prepared.
+    find_device(device)
+    plan = with_count(plan)
     lm = gptlab.load(plan.base) if plan.base is not None else None
+    if lm is not None:
+        check_schedules(plan, lm.config)
+    if plan.distill is not None:
+        locate(plan.distill.teacher)
     first = os.environ.get("RANK", "0") == "0"
     if data is None:
         data = run / "data"

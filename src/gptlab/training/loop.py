@@ -20,21 +20,26 @@ import gptlab
 from gptlab.checkpoints import Checkpoint
 from gptlab.checkpoints.files import write_files
 from gptlab.checkpoints.runs import is_run, read_run, run_checkpoints
+from gptlab.conversion.rotary import finish_blend
 from gptlab.errors import GptlabError
 from gptlab.language_model import LanguageModel
 from gptlab.model import cost
 from gptlab.model.gpt import GPT
 from gptlab.text.shards import Dataset
 from gptlab.training import metrics, state
+from gptlab.training.budget import with_count
 from gptlab.training.data import Batches, Items, Windows
+from gptlab.training.distill import Teacher, load_teacher
 from gptlab.training.hardware import keep_memory, memory_bytes, peak_flops
 from gptlab.training.items import novelty
 from gptlab.training.loss import Slope, softmax_slope
 from gptlab.training.optimizer import clip, learning_rate_share, make_optimizers
 from gptlab.training.parallel import Group, join, spread
 from gptlab.training.recipe import Recipe, differences, make_recipe
+from gptlab.training.schedules import check_schedules, set_stage, settled
 from gptlab.training.step import (
     DTYPES,
+    compile_distillation,
     compile_step,
     gradients,
     recompute_blocks,
@@ -52,8 +57,17 @@ ROW_EVERY = 10
 NOVELTY_SAMPLES = 200
 """Items sampled at the end of a run on items."""
 
-FREE = ("batch.micro", "train.recompute", "train.compile", "train.keep_last", "train.save_every", "parallel")
-"""Settings that a resumed run may change. They change its numbers by rounding, and which values dropout drops."""
+FREE = (
+    "batch.micro",
+    "train.recompute",
+    "train.compile",
+    "train.keep_last",
+    "train.save_every",
+    "parallel",
+    "distill.teacher",
+)
+"""Settings that a resumed run may change. They change its numbers by rounding, and which values dropout drops. The
+teacher may have moved; its weights are compared."""
 
 
 @dataclass
@@ -111,13 +125,21 @@ def train(
             a run that cannot be resumed as asked.
     """
     run = Path(run)
+    recipe = with_count(recipe, make_recipe(read_run(run)["recipe"]) if resume else None)
     with join(device) as group:
         tell: Report = report if group.first else lambda row: None
         note = lambda text: tell({"event": "note", "text": text})  # noqa: E731
         saved = _read_saved(run, recipe, dataset, note) if resume else None
         model = _start(recipe, dataset, base) if saved is None else GPT(saved[0].config)
+        teacher = None
+        if recipe.distill is not None:
+            teacher = load_teacher(recipe.distill, model.config, dataset.tokenizer)
+            _check_teacher(run, teacher, resume)
         training, validation = rows_of(dataset, recipe, model.config.context_length)
         batches = Batches(training, recipe.batch.size, recipe.train.seed)
+        if model.config.position == "blend" and recipe.blend is None:
+            text = "positions stay between learned and rotary as they are, since the recipe has no section [blend]"
+            tell({"event": "note", "text": text})
         if recipe.batch.size < group.size:
             raise GptlabError(f"batch.size={recipe.batch.size} leaves some of {group.size} processes idle; raise it")
         if not validation.n_targets:
@@ -125,8 +147,8 @@ def train(
         if group.first:
             dataset.verify()
         if not resume:
-            _begin(run, recipe, dataset, group)
-        compiled_slope = _place(model, recipe, batches, group, note)
+            _begin(run, recipe, dataset, group, teacher)
+        compiled, slope, teacher = _place(model, teacher, recipe, batches, group, note)
         module = spread(model, recipe.parallel, group)
         optimizers = make_optimizers(model, recipe.optimizer)
         step, seconds, validation_loss = 0, 0.0, None
@@ -151,9 +173,10 @@ def train(
             step,
             seconds,
             validation_loss,
-            compiled_slope or softmax_slope,
+            slope,
+            teacher,
         )
-        return loop.go(tell, _plan(recipe, run.name, model, group, steps, step, compiled_slope is not None))
+        return loop.go(tell, _plan(recipe, run.name, model, group, steps, step, compiled))
 
 
 def _start(recipe: Recipe, dataset: Dataset, base: LanguageModel | None) -> GPT:
@@ -169,11 +192,24 @@ def _start(recipe: Recipe, dataset: Dataset, base: LanguageModel | None) -> GPT:
                 f"{recipe.base} knows {known:,} ids, the tokenizer of the data {dataset.name} has {needed:,}; prepare"
                 " the data with the tokenizer that the model was trained with"
             )
+        check_schedules(recipe, base.config)
         return base.model.float()
-    return GPT(recipe.model_for(dataset.tokenizer.vocab_size), recipe.train.seed)
+    config = recipe.model_for(dataset.tokenizer.vocab_size)
+    check_schedules(recipe, config)
+    return GPT(config, recipe.train.seed)
 
 
-def _begin(run: Path, recipe: Recipe, dataset: Dataset, group: Group) -> None:
+def _check_teacher(run: Path, teacher: Teacher, resume: bool) -> None:
+    """Refuse to go on with a run that had another teacher."""
+    before = json.loads((run / "run.json").read_text(encoding="utf-8")).get("teacher", {}) if resume else teacher.about
+    if before.get("sha256") != teacher.about["sha256"]:
+        raise GptlabError(
+            f"the run {run} learns from another teacher than {teacher.about['name']} is now: its weights have changed"
+            " since the run began; restore them, name the right one with --set distill.teacher=..., or start a new run"
+        )
+
+
+def _begin(run: Path, recipe: Recipe, dataset: Dataset, group: Group, teacher: Teacher | None) -> None:
     """Write what defines the run; refuse a directory that holds one already."""
     taken = is_run(run)
     group.wait()  # all look before the first one writes
@@ -182,6 +218,8 @@ def _begin(run: Path, recipe: Recipe, dataset: Dataset, group: Group) -> None:
     if group.first:
         where = {"path": str(dataset.directory.resolve()), "name": dataset.name, "sha256": dataset.sha256}
         about = {"recipe": recipe.model_dump(mode="json"), "data": where, "made_with": _versions()}
+        if teacher is not None:
+            about["teacher"] = teacher.about
         write_files(run, {"run.json": json.dumps(about, indent=2).encode() + b"\n"})
 
 
@@ -224,24 +262,39 @@ def _read_saved(run: Path, recipe: Recipe, dataset: Dataset, note: Callable[[str
     return saved
 
 
-def _place(model: GPT, recipe: Recipe, batches: Batches, group: Group, note: Callable[[str], None]) -> Slope | None:
-    """Move the model where it will train and compile it if asked; return the compiled slope of the loss, if it is."""
+def _place(
+    model: GPT, teacher: Teacher | None, recipe: Recipe, batches: Batches, group: Group, note: Callable[[str], None]
+) -> tuple[bool, Slope, Teacher | None]:
+    """Move the model and its teacher where it will train and compile them if asked.
+
+    Returns:
+        Whether all is compiled; the slope of the loss and the teacher, compiled where they could be.
+    """
     settings, config = recipe.train, model.config
     model.to(group.device)
+    if teacher is not None:
+        teacher.model.to(group.device)
     if group.size == 1:
         spare_embedding(model)
-    steps = recipe.steps(config.context_length, len(batches.rows))
-    flops = cost.training_flops(config, config.context_length) * recipe.batch.size * steps / group.size
-    slope = None
+    steps, length = recipe.steps(config.context_length, len(batches.rows)), config.context_length
+    flops = cost.training_flops(config, length)
+    if teacher is not None:
+        flops += cost.forward_flops(teacher.model.config, length).total
+    flops = flops * recipe.batch.size * steps // group.size
+    slope = taught = None
     if worth_compiling(flops, group.device) if settings.compile == "auto" else settings.compile:
         note("compiling: half a minute or so")
         mine = batches[0].rows(group.share(recipe.batch.size))
         part = mine.rows(slice(0, recipe.batch.micro)).to(group.device)
         dtype, must = DTYPES[settings.dtype], settings.compile is True
-        slope = compile_step(model, part, dtype, must, note, settings.recompute)
-    if settings.recompute and slope is None:
+        if teacher is None:
+            slope = compile_step(model, part, dtype, must, note, settings.recompute)
+        else:
+            taught = compile_distillation(model, teacher, part, dtype, must, note, settings.recompute)
+    compiled = slope is not None or taught is not None
+    if settings.recompute and not compiled:
         recompute_blocks(model)
-    return slope
+    return compiled, slope or softmax_slope, taught or teacher
 
 
 def _plan(recipe: Recipe, name: str, model: GPT, group: Group, steps: int, step: int, compiled: bool) -> dict[str, Any]:
@@ -263,6 +316,8 @@ def _plan(recipe: Recipe, name: str, model: GPT, group: Group, steps: int, step:
         "dtype": recipe.train.dtype,
         "compiled": compiled,
         "resumed_from": step or None,
+        **({"share": recipe.budget.share, "share_of": recipe.budget.of} if recipe.budget.share else {}),
+        **({"teacher": recipe.distill.teacher} if recipe.distill else {}),
     }
 
 
@@ -282,6 +337,7 @@ class _Loop:
     seconds: float
     validation_loss: float | None
     slope: Slope
+    teacher: Teacher | None
 
     def go(self, tell: Report, plan: dict[str, Any]) -> Result:
         settings = self.recipe.train
@@ -292,14 +348,14 @@ class _Loop:
             rows.row(**plan)
             pace, first = _Pace(self.step), self.step + 1
             while self.step < self.steps and stop is None:
-                loss, norm, rate = self._take_step()
+                losses, norm, rate = self._take_step()
                 if self.step == first and self.group.device.type == "cpu":
                     keep_memory()
                 self.seconds, self.validation_loss = time.perf_counter() - began, None
                 last = self.step == self.steps
                 if self.step % ROW_EVERY == 0 or self.step == 1 or last:
                     rows.row(
-                        **self._row("step"), loss=loss, gradient_norm=norm, learning_rate=rate, **pace.measure(self)
+                        **self._row("step"), **losses, gradient_norm=norm, learning_rate=rate, **pace.measure(self)
                     )
                 if self.step % settings.evaluate_every == 0 or last:
                     self._evaluate()
@@ -327,14 +383,17 @@ class _Loop:
         tokens = self.step * self.recipe.batch.size * self.batches.rows.length
         return {"event": event, "step": self.step, "tokens": tokens, "seconds": self.seconds}
 
-    def _take_step(self) -> tuple[float, float, float]:
-        """Take one step; return its loss, the norm of its gradient, and the learning rate."""
+    def _take_step(self) -> tuple[dict[str, float], float, float]:
+        """Take one step; return its losses by name, the norm of its gradient, and the learning rate."""
         recipe = self.recipe
+        set_stage(self.model, recipe, self.step, self.steps, training=True)
         self.module.train()
         seed_step(recipe.train.seed, self.step, self.group.rank)
         batch = self.batches[self.step]
         dtype = DTYPES[recipe.train.dtype]
-        loss = gradients(self.module, batch, recipe.batch.micro, dtype, self.group, self.slope).item()
+        micro = recipe.batch.micro
+        found = gradients(self.module, batch, micro, dtype, self.group, self.slope, self.teacher)
+        loss, nats = found.tolist()
         norm = clip(list(self.model.parameters()), recipe.optimizer.clip_norm).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._refuse(loss, norm, batch.origins.tolist())
@@ -346,7 +405,7 @@ class _Loop:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return loss, norm, rate
+        return {"loss": loss} if self.teacher is None else {"loss": loss, "cross_entropy": nats}, norm, rate
 
     def _refuse(self, loss: float, norm: float, origins: list[int]) -> None:
         """Stop before a step that would spoil the weights."""
@@ -364,6 +423,7 @@ class _Loop:
 
     def _evaluate(self) -> None:
         settings = self.recipe.train
+        set_stage(self.model, self.recipe, self.step, self.steps, training=False)
         size = self.recipe.batch.micro or max(self.recipe.batch.size // self.group.size, 1)
         self.validation_loss = stream_loss(
             self.module,
@@ -380,11 +440,15 @@ class _Loop:
             )
 
     def _save(self) -> Path | None:
-        weights, memory = state.model_state(self.model), state.optimizer_state(self.model, self.optimizers)
+        set_stage(self.model, self.recipe, self.step, self.steps, training=False)
+        model = self._rotary() if self._is_blended() else self.model
+        weights, memory = state.model_state(model), state.optimizer_state(self.model, self.optimizers)
+        memory = {name: value for name, value in memory.items() if name.rpartition("/")[0] in weights}
         facts = {
             "step": self.step,
             "seconds": self.seconds,
-            "validation_loss": self.validation_loss,
+            # What is still on its way to its final self is never the run's best.
+            "validation_loss": self.validation_loss if settled(self.recipe, self.step, self.steps) else None,
             "recipe": self.recipe.model_dump(mode="json"),
             "data_sha256": self.dataset.sha256,
             "made_with": _versions(),
@@ -392,16 +456,28 @@ class _Loop:
         path = None
         if self.group.first:
             keep = self.recipe.train.keep_last
-            path = state.write_checkpoint(self.run, self.model, self.dataset.tokenizer, weights, memory, facts, keep)
+            path = state.write_checkpoint(self.run, model, self.dataset.tokenizer, weights, memory, facts, keep)
         self.group.wait()
         return path
 
     def _language_model(self) -> LanguageModel:
+        model = self._rotary() if self._is_blended() else self._whole_model()
+        return LanguageModel(model.eval(), self.dataset.tokenizer)
+
+    def _whole_model(self) -> GPT:
+        """Return a copy of the model in one piece on the CPU. All processes must ask together."""
         weights = state.model_state(self.model)
         model = GPT(self.model.config)
         model.load_state_dict(weights, strict=not self.model.config.tie_embeddings)
         model.tie()
-        return LanguageModel(model.eval(), self.dataset.tokenizer)
+        return model
+
+    def _is_blended(self) -> bool:
+        """Is the model at the end of a blend, where learned positions have no part any more?"""
+        return self.recipe.blend is not None and self.step == self.steps and self.model.config.position == "blend"
+
+    def _rotary(self) -> GPT:
+        return finish_blend(self._whole_model())
 
     def _figures(self, lm: LanguageModel) -> dict[str, Any]:
         """The figures of a finished run, with the protocol that gave them."""

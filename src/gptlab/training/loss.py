@@ -25,6 +25,11 @@ Slope = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """`softmax_slope`, or a compiled form of it."""
 
 
+Work = Callable[[Tensor, slice], Tensor]
+"""What is done with the logits (n, V) of some tokens: return sums over them, and leave the slope of the first sum in
+place of the logits where `wants_slope`."""
+
+
 def softmax_slope(logits: Tensor, safe: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy of some tokens, and its slope but for the targets' own elements.
 
@@ -59,37 +64,70 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, slope: Slope 
         targets: (...) int64 ids, or `IGNORED`.
         slope: how softmax and loss are computed, between the products.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    # Inside a function of autograd this can no longer be told: there gradients are off, and evaluation needs none.
-    training = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    chosen = slope if training else None
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), dtype, chosen)  # type: ignore[no-untyped-call]
-    return loss
+    wanted = targets.flatten()
+    chosen = slope if wants_slope(hidden, weight) else None
+
+    def work(logits: Tensor, where: slice) -> Tensor:
+        targets = wanted[where, None]
+        counts = targets != IGNORED
+        safe = targets.masked_fill(~counts, 0)
+        total = torch.zeros(1, device=logits.device)
+        for part in zip(in_cache(logits, logits), in_cache(safe, logits), in_cache(counts, logits), strict=True):
+            total += _nats(*part) if chosen is None else _nats_and_slope(*part, chosen)
+        return total
+
+    return sum_in_chunks(hidden, weight, work)[0]
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+def wants_slope(hidden: Tensor, weight: Tensor) -> bool:
+    """Will anybody ask for gradients? Inside a function of autograd this can no longer be told."""
+    return torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of a product with this weight: autocast's, else its own."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def sum_in_chunks(hidden: Tensor, weight: Tensor, work: Work, held: int = 1) -> Tensor:
+    """Return the sums of ``work`` over all tokens, float32; only the first of them has gradients.
+
+    Args:
+        hidden: (..., C) float32.
+        weight: (V, C) the output projection.
+        work: see `Work`; called for a few tokens at a time, in their order.
+        held: how many times the logits' memory ``work`` holds at once.
+    """
+    slopes, dtype = wants_slope(hidden, weight), product_dtype(weight)
+    sums: Tensor = _Chunks.apply(hidden.flatten(0, -2), weight, dtype, work, held, slopes)  # type: ignore[no-untyped-call]
+    return sums
+
+
+def in_cache(x: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+    """Cut the rows of ``x`` into parts, so few that the softmax over their ``logits`` stays in the cache."""
+    return x.split(_at_once(SOFTMAX_BYTES.get(logits.device.type, 1 << 62), logits.shape[1] * 4))
+
+
+class _Chunks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, slope: Slope | None
+        ctx: Any, hidden: Tensor, weight: Tensor, dtype: torch.dtype, work: Work, held: int, slopes: bool
     ) -> Tensor:
         device, n_ids = hidden.device.type, len(weight)
         low = weight.to(dtype)
-        total = torch.zeros((), device=hidden.device)
-        dhidden = None if slope is None else torch.empty_like(hidden)
-        dweight = None if slope is None else torch.empty(weight.shape, device=hidden.device)
-        chunk = _at_once(LOGITS_BYTES.get(device, 1 << 27), n_ids * dtype.itemsize)
-        rows = _at_once(SOFTMAX_BYTES.get(device, 1 << 62), n_ids * 4)
+        sums: list[Tensor] = []
+        dhidden = torch.empty_like(hidden) if slopes else None
+        dweight = torch.empty(weight.shape, device=hidden.device) if slopes else None
+        chunk = _at_once(LOGITS_BYTES.get(device, 1 << 27), n_ids * dtype.itemsize * held)
         with torch.autocast(device, enabled=False):
             for first in range(0, len(hidden), chunk):
-                x, wanted = hidden[first : first + chunk].to(dtype), targets[first : first + chunk, None]
-                counts = wanted != IGNORED
-                safe = wanted.masked_fill(~counts, 0)
+                where = slice(first, first + chunk)
+                x = hidden[where].to(dtype)
                 logits = x @ low.T  # (n, V)
-                for part in zip(logits.split(rows), safe.split(rows), counts.split(rows), strict=True):
-                    total += _nats(*part) if slope is None else _nats_and_slope(*part, slope)
+                sums.append(work(logits, where))
                 if dhidden is not None and dweight is not None:
-                    dhidden[first : first + chunk] = logits @ low
+                    dhidden[where] = logits @ low
                     for ids in range(0, n_ids, _IDS):  # or the products' results would be held whole beside the sum
                         part_of_sum = logits[:, ids : ids + _IDS].T @ x
                         if first == 0:
@@ -98,13 +136,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                             dweight[ids : ids + _IDS] += part_of_sum
         ctx.save_for_backward(dhidden, dweight)
         ctx.dtype = weight.dtype
-        return total
+        return torch.stack(sums).sum(0)
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dsums: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight = ctx.saved_tensors
         # In place: the gradient of a vocabulary is too large to be held twice, and nobody else reads it.
-        return dhidden * dloss, dweight.mul_(dloss).to(ctx.dtype), None, None, None
+        return dhidden * dsums[0], dweight.mul_(dsums[0]).to(ctx.dtype), None, None, None, None
 
 
 def _at_once(limit: int, each: int) -> int:

@@ -7,9 +7,17 @@ import importlib.resources
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError, nearest
@@ -88,20 +96,34 @@ class ScheduleSettings(_Section):
 
 
 class BudgetSettings(_Section):
-    """How long to train: exactly one of the three."""
+    """How long to train: exactly one of steps, tokens, epochs and share.
+
+    Attributes:
+        steps: of the optimizer.
+        tokens: that are predicted.
+        epochs: passes over the training data.
+        share: of the tokens that the base was trained on, as in the GQA paper's uptraining (alpha = 0.05 there).
+        of: how many those are; None asks the base (see `gptlab.training.schedules.with_count`).
+    """
 
     steps: int | None = Field(None, ge=1)
     tokens: int | None = Field(None, ge=1)
     epochs: float | None = Field(None, gt=0, allow_inf_nan=False)
+    share: float | None = Field(None, gt=0, allow_inf_nan=False)
+    of: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _exactly_one(self) -> BudgetSettings:
-        given = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]
+        given = [name for name in _KINDS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"give one of budget.steps, budget.tokens and budget.epochs, got {' and '.join(given) or 'none'}"
-            )
+            one_of = " and ".join([", ".join(f"budget.{name}" for name in _KINDS[:-1]), f"budget.{_KINDS[-1]}"])
+            raise ValueError(f"give one of {one_of}, got {' and '.join(given) or 'none'}")
+        if self.of is not None and self.share is None:
+            raise ValueError("budget.of is what budget.share is a share of, and has no effect without it")
         return self
+
+
+_KINDS = ("steps", "tokens", "epochs", "share")
 
 
 class TrainSettings(_Section):
@@ -128,6 +150,60 @@ class TrainSettings(_Section):
     keep_last: int = Field(2, ge=1)
 
 
+class DistillSettings(_Section):
+    """A teacher (Hinton et al. 2015): the loss is (1 - weight) cross-entropy + weight T^2 KL(teacher || student).
+
+    Attributes:
+        teacher: a model by name or directory, with the student's tokenizer and at least its context.
+        weight: share of the divergence in the loss.
+        temperature: T, what the logits of both are divided by in the divergence.
+    """
+
+    teacher: str
+    weight: float = Field(1.0, gt=0, le=1)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+
+class BlendSettings(_Section):
+    """From learned positions to rotary ones, for a base of position ``blend``; the last model has position ``rope``.
+
+    Attributes:
+        ramp: ``geometric`` turns all pairs together, from 2^-12 of their angle to all of it; ``pairs`` one after the
+            other, from the slowest to the fastest, each in the same way.
+        rope_end: share of the run at which rotation is whole.
+        wpe_start: share of the run until which the learned positions stay whole.
+        wpe_end: share of the run at which they are gone.
+    """
+
+    ramp: Literal["geometric", "pairs"] = "geometric"
+    rope_end: float = Field(0.4, gt=0, le=1)
+    wpe_start: float = Field(0.2, ge=0, lt=1)
+    wpe_end: float = Field(0.6, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> BlendSettings:
+        if self.wpe_start >= self.wpe_end:
+            raise ValueError(
+                f"blend.wpe_start={self.wpe_start} must lie before blend.wpe_end={self.wpe_end}: the learned positions"
+                " fall from whole to nothing between the two"
+            )
+        return self
+
+
+class NarrowSettings(_Section):
+    """Wider windows at the beginning; evaluation sees the model's own all the time.
+
+    Attributes:
+        first: the window to begin with, in tokens that it reaches back; None is the context.
+        stages: windows before the model's own, each smaller than the one before by the same factor; None halves.
+        end: share of the run at which the model's own windows are reached.
+    """
+
+    first: int | None = Field(None, ge=2)
+    stages: int | None = Field(None, ge=1)
+    end: float = Field(0.5, gt=0, le=1)
+
+
 class Recipe(_Section):
     """Everything that defines a run but the data.
 
@@ -141,6 +217,9 @@ class Recipe(_Section):
         schedule: the learning rate over the run.
         budget: how long the run is.
         train: the loop.
+        distill: a teacher to learn from, or None.
+        blend: how a base of position ``blend`` becomes rotary on the way, or None.
+        narrow: wider windows at the beginning, or None.
         parallel: how several processes share the work: ``ddp`` copies the model, ``fsdp`` divides it (FSDP2).
     """
 
@@ -153,7 +232,19 @@ class Recipe(_Section):
     schedule: ScheduleSettings = ScheduleSettings()
     budget: BudgetSettings = BudgetSettings(steps=1000)
     train: TrainSettings = TrainSettings()
+    distill: DistillSettings | None = None
+    blend: BlendSettings | None = None
+    narrow: NarrowSettings | None = None
     parallel: Literal["ddp", "fsdp"] = "ddp"
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave unset what came later, so that an older recipe, which may be the name of a run, stays what it was."""
+        values: dict[str, Any] = dump(self)
+        values = {name: value for name, value in values.items() if value is not None or name not in _LATER}
+        if "budget" in values:
+            values["budget"] = {k: v for k, v in values["budget"].items() if v is not None or k not in _LATER}
+        return values
 
     def model_for(self, vocab_size: int) -> ModelConfig:
         """Return the model's configuration for a tokenizer of ``vocab_size`` ids.
@@ -174,9 +265,17 @@ class Recipe(_Section):
         budget = self.budget
         if budget.steps is not None:
             return budget.steps
-        if budget.tokens is not None:
-            return max(budget.tokens // (self.batch.size * context_length), 1)
+        tokens = budget.tokens
+        if budget.share is not None:
+            if budget.of is None:
+                raise GptlabError(f"budget.share={budget.share} is a share of no number; set budget.of to the tokens")
+            tokens = round(budget.share * budget.of)
+        if tokens is not None:
+            return max(tokens // (self.batch.size * context_length), 1)
         return max(int((budget.epochs or 0) * n_windows / self.batch.size), 1)
+
+
+_LATER = ("distill", "blend", "narrow", "share", "of")
 
 
 def recipe_names() -> list[str]:
@@ -290,31 +389,38 @@ def _apply(values: dict[str, Any], setting: str) -> None:
     target = values.setdefault(section, {})
     if not isinstance(target, dict):
         raise GptlabError(f"{section!r} is no section of the recipe, so --set {setting} has nowhere to go")
-    if section == "budget":  # another kind of budget takes the place of the recipe's
-        target.clear()
+    if section == "budget" and name in _KINDS:  # another kind of budget takes the place of the recipe's
+        for other in [key for key in target if key != "of" or name != "share"]:
+            del target[other]
     target[name] = value
 
 
 def _is_section(name: str) -> bool:
-    return name == "model" or hasattr(Recipe.model_fields[name].annotation, "model_fields")
+    return name == "model" or bool(_fields(name))
+
+
+def _fields(section: str) -> dict[str, Any]:
+    """The settings of a section of the recipe, which may be off by default; empty where it is none."""
+    kind: Any = Recipe.model_fields[section].annotation
+    found = [getattr(one, "model_fields", None) for one in (kind, *get_args(kind))]
+    return next((fields for fields in found if fields), {})
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
+    # A wrong name first: what it was meant to set may be missing because of it.
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     path = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        home: Any = Recipe if len(path) == 1 else Recipe.model_fields[path[0]].annotation
-        everywhere = {
-            name: f"{section}.{name}"
-            for section, field in Recipe.model_fields.items()
-            for name in getattr(field.annotation, "model_fields", ())
-        }
-        hint = nearest(path[-1], home.model_fields)
+        home = Recipe.model_fields if len(path) == 1 else _fields(path[0])
+        everywhere = {name: f"{section}.{name}" for section in Recipe.model_fields for name in _fields(section)}
+        hint = nearest(path[-1], home)
         if not hint and (elsewhere := difflib.get_close_matches(path[-1], everywhere, n=1, cutoff=0.8)):
             hint = f" (did you mean {everywhere[elsewhere[0]]!r}?)"
         return f"unknown setting {'.'.join(path)!r} in the recipe{hint}"
     if first["type"] == "value_error":
         return first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{'.'.join(path)} is missing in the recipe; set it, or leave the section [{path[0]}] out"
     # A field that may be one of several types names the type that failed after itself.
     path = path[: 1 + (path[0] in Recipe.model_fields and _is_section(path[0]))]
     return f"impossible value for {'.'.join(path)} in the recipe: {first['msg'].lower()}, got {first['input']!r}"

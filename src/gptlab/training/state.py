@@ -39,8 +39,8 @@ VERSION = 1
 
 
 def model_state(model: GPT) -> dict[str, Tensor]:
-    """Return every parameter in one piece on the CPU. All processes must ask together."""
-    return {name: whole(p.detach()).cpu() for name, p in model.named_parameters()}
+    """Return every parameter and buffer in one piece on the CPU. All processes must ask together."""
+    return {name: whole(tensor).cpu() for name, tensor in model.tensors().items()}
 
 
 def optimizer_state(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -63,8 +63,8 @@ def restore(
         GptlabError: the state is of another model or another optimizer.
     """
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(like(weights[name], parameter))
+        for name, tensor in model.tensors().items():
+            tensor.copy_(like(weights[name], tensor))
     left = dict(memory)
     for optimizer in optimizers:
         for group in optimizer.param_groups:

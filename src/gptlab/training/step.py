@@ -17,6 +17,7 @@ from gptlab.errors import GptlabError
 from gptlab.model.gpt import GPT
 from gptlab.model.linear import Linear
 from gptlab.training.data import Batch, Items, Windows
+from gptlab.training.distill import Teacher, distilled_loss, teaching_slope
 from gptlab.training.loss import IGNORED, Slope, cross_entropy, softmax_slope
 from gptlab.training.parallel import Group, synchronised
 
@@ -45,8 +46,11 @@ def gradients(
     dtype: torch.dtype,
     group: Group,
     slope: Slope = softmax_slope,
+    teacher: Teacher | None = None,
 ) -> Tensor:
-    """Compute the gradients of a global batch's mean loss; return that loss in nats a token.
+    """Compute the gradients of a global batch's mean loss; return (2,) that loss and the cross-entropy, nats a token.
+
+    The two differ only where there is a teacher.
 
     Every process takes its rows, ``micro`` at a time. The mean is over all tokens of the batch, whatever row or process
     they are on, so neither number changes the result by more than rounding.
@@ -56,17 +60,20 @@ def gradients(
     largest = -(-len(batch.ids) // group.size)
     micro = micro or largest
     passes = range(0, largest, micro)
-    total = torch.zeros((), device=group.device)
+    total = torch.zeros(2, device=group.device)
     for first in passes:
         part = mine.rows(slice(first, first + micro))
         if not len(part.ids):  # another process has a row more; divided parameters are put together by all or none
             part = mine.rows(slice(0, 1))
             part = replace(part, targets=torch.full_like(part.targets, IGNORED))
         with synchronised(module, first == passes[-1]):
-            loss = summed_loss(module, part, dtype, slope)
+            if teacher is None:
+                loss = nats = summed_loss(module, part, dtype, slope)
+            else:
+                loss, nats = distilled_loss(module, part, dtype, teacher)
             # Engines average over processes; the sum is divided by the tokens of all of them.
             (loss * (group.size / n_targets)).backward()
-        total += loss.detach()
+        total += torch.stack([loss.detach(), nats.detach()])
     return group.sum(total) / n_targets
 
 
@@ -146,19 +153,50 @@ def compile_step(
     Returns:
         The compiled `softmax_slope`, for `gradients`; None where compiling failed, and the blocks are as they were.
     """
-    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
-    eager = [block.forward for block in model.blocks]
-    for block in model.blocks:
-        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
     slope: Slope = torch.compile(softmax_slope)
-    model.train()
+    trial = functools.partial(summed_loss, model, batch, dtype, slope)
+    return slope if _compiled([model], trial, must, say, recompute) else None
+
+
+def compile_distillation(
+    model: GPT,
+    teacher: Teacher,
+    batch: Batch,
+    dtype: torch.dtype,
+    must: bool,
+    say: Callable[[str], None],
+    recompute: bool = False,
+) -> Teacher | None:
+    """Compile the blocks of a model and of its teacher, and the loss that it has with it; else as `compile_step`.
+
+    Returns:
+        The teacher with the compiled `teaching_slope`, for `gradients`; None where compiling failed.
+    """
+    compiled = replace(teacher, slope=torch.compile(teaching_slope))
+
+    def trial() -> Tensor:
+        return distilled_loss(model, batch, dtype, compiled)[0]
+
+    return compiled if _compiled([model, teacher.model], trial, must, say, recompute) else None
+
+
+def _compiled(
+    models: list[GPT], trial: Callable[[], Tensor], must: bool, say: Callable[[str], None], recompute: bool
+) -> bool:
+    """Compile the blocks of the models, the first of which trains; False where the trial of a step then fails."""
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
+    blocks = [block for model in models for block in model.blocks]
+    eager = [block.forward for block in blocks]
+    for block in blocks:
+        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+    models[0].train()
     try:
         # How much is kept is decided where the first backward pass is compiled.
         budget = torch._functorch.config.patch(activation_memory_budget=0.5 if recompute else 1.0)
         with _quiet(), budget:
-            summed_loss(model, batch, dtype, slope).backward()
+            trial().backward()
     except Exception as error:  # the compiler's own errors have no common type
-        for block, forward in zip(model.blocks, eager, strict=True):
+        for block, forward in zip(blocks, eager, strict=True):
             block.forward = forward  # type: ignore[method-assign]
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if must:
@@ -166,10 +204,10 @@ def compile_step(
                 f"torch.compile does not work here ({reason}); set train.compile=false, or install a C++ compiler"
             ) from None
         say(f"torch.compile does not work here ({reason}); going on without, which is slower")
-        return None
+        return False
     finally:
-        model.zero_grad(set_to_none=True)
-    return slope
+        models[0].zero_grad(set_to_none=True)
+    return True
 
 
 @contextlib.contextmanager
