@@ -20,9 +20,9 @@ from gptlab.study.evaluate import Questions, check_settings, model_key, write_he
 from gptlab.study.making import Making, tokens_of
 from gptlab.study.measure import measure
 from gptlab.study.orders import Order, claim_directory
+from gptlab.study.plans import plan_row
 from gptlab.study.results import Corpus, Race, Racer, Results, Run, Timings, write_results, write_timings
-from gptlab.study.runs import RUNS, finished, run_key, train_run, with_seed
-from gptlab.study.timing import timed, training_step
+from gptlab.study.runs import RUNS, train_run
 from gptlab.study.variants import Cell, cells, changes, chosen_cells, race_cells
 from gptlab.text.documents import open_documents
 from gptlab.text.shards import Dataset, open_dataset, prepare
@@ -132,7 +132,8 @@ class _Study:
         self.models: dict[tuple[str, int], str | Path] = {(c.name, 0): c.load for c in self.cells if c.load is not None}
         todo = [(one, seed) for seed in self.seeds for one in trained]
         made = self.making.todo(self.seeds)
-        self._plan([*((one.cell, seed) for one, seed in todo), *(pair for pair in made if pair[0].uptrain)])
+        runs = [*((one.cell, seed) for one, seed in todo), *(pair for pair in made if pair[0].uptrain)]
+        self.report(plan_row(self.study.name, len(self.cells), runs, self.making))
         for i, (one, seed) in enumerate(todo):
             self._phase("train", f"{one.cell.name}, seed {seed}", i, len(todo))
             assert one.cell.recipe is not None
@@ -164,48 +165,11 @@ class _Study:
     def _tell(self, row: dict[str, Any]) -> None:
         self.report({"event": "training", "row": row})
 
-    def _plan(self, runs: Sequence[tuple[Cell, int]]) -> None:
-        """Say how much there is to train, and about how long that will take."""
-        missing = [(cell, seed) for cell, seed in runs if not self._done(cell, seed)]
-        tokens = sum(self._tokens_to_train(cell) for cell, _ in missing)
-        seconds = tokens * self._seconds_per_token(missing[0][0]) if missing else 0.0
-        self.report(
-            {
-                "event": "plan",
-                "study": self.study.name,
-                "variants": len(self.cells),
-                "runs": len(runs),
-                "done": len(runs) - len(missing),
-                "tokens": tokens,
-                "seconds": seconds,
-            }
-        )
-
-    def _done(self, cell: Cell, seed: int) -> bool:
-        if cell.recipe is None:
-            return self.making.done(cell, seed)
-        assert self.dataset is not None
-        run = self.out / RUNS / run_key(with_seed(cell.recipe, seed), self.dataset, str(self.device))
-        return finished(run) is not None
-
-    def _tokens_to_train(self, cell: Cell) -> int:
-        if cell.uptrain is not None:
-            return max(self.making.tokens(cell).values())
-        return tokens_of(cell, self.configs[cell.name], self.dataset) or 0
-
     def _tokens_of(self, cell: Cell) -> int | None:
         """Tokens that a variant has seen, those of its base included."""
         if cell.convert is None:
             return tokens_of(cell, self.configs[cell.name], self.dataset)
         return None if self.making.of is None else self.making.of + max(self.making.tokens(cell).values())
-
-    def _seconds_per_token(self, cell: Cell) -> float:
-        """Time a few training steps."""
-        recipe = cell.recipe or (cell.uptrain.recipe if cell.uptrain is not None else self.recipe)
-        config, rows = self.configs[cell.name], recipe.batch.micro or recipe.batch.size
-        step = training_step(gptlab.GPT(config).to(self.device), rows, recipe)
-        step()
-        return min(timed(step, self.device) for _ in range(2)) / (rows * config.context_length)
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 

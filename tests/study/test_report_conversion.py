@@ -1,0 +1,218 @@
+"""What the report says of conversions, and the verdicts on claims about them, from numbers that nobody measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import plausible
+import pytest
+from test_statistics import scored
+
+from gptlab.config import ModelConfig
+from gptlab.model import cost
+from gptlab.study import report_pictures_conversion as pictures
+from gptlab.study.assemble_conversion import at
+from gptlab.study.claims import CLAIMS, claims_of_results
+from gptlab.study.report import outline, write_report
+from gptlab.study.report_blocks import Bullets, Section, Table, to_plain
+from gptlab.study.report_conversion import conversion
+from gptlab.study.report_data import Study, read_study
+
+SHARES = (0.0, 0.01, 0.05)
+OF, LOSS = 8_192_000, (4.4, 4.39, 4.38)
+MADE: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+    "longer": ({}, (0.0, 0.0, 0.0)),
+    "svd": ({"n_kv_head": 2, "method": "svd"}, (0.01, 0.004, 0.0001)),
+    "mean": ({"n_kv_head": 2, "method": "mean"}, (0.2, 0.06, 0.03)),
+    "rope": ({"position": "rope"}, (2.0, 0.5, 0.1)),
+    "swa": ({"window": 128}, (-0.01, -0.02, -0.03)),
+    "all": ({"n_kv_head": 2, "position": "rope", "window": 128}, (2.2, 0.6, 0.2)),
+}
+
+
+def interval(mean: float, half: float = 0.006) -> dict[str, Any]:
+    method = "paired bootstrap over documents"
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": 39, "unit": "nats a token", "method": method}
+
+
+def found(only: tuple[str, ...] = tuple(MADE), uptrained: bool = True) -> dict[str, Any]:
+    """`results.json` of a study of conversions; as the runner writes it, by name."""
+    results = plausible.results([()])
+    shares = SHARES if uptrained else SHARES[:1]
+    for name in sorted(only):
+        changes, added = MADE[name]
+        fields = {key: value for key, value in changes.items() if key != "method"}
+        config = ModelConfig.preset("pocket", **fields)
+        parts = cost.parameters(config)
+        alike = [n for n in only if n != name and {**MADE[n][0], "method": 0} == {**changes, "method": 0} and changes]
+        looks = []
+        for i, share in enumerate(shares):
+            rivals = {other: interval(added[i] - MADE[other][1][i]) for other in alike}
+            gap = None if name == "longer" and i else interval(added[i])
+            look = {"share": share, "tokens": int(share * OF), "nats_per_token": LOSS[i] + added[i]}
+            looks.append({**look, "by_run": [LOSS[i] + added[i]], "difference": gap, "rivals": rivals})
+        values = plausible.variant((), label=f"by {name}", source="converted", changes=fields, config=config.to_dict())
+        about = {"changes": changes, "steps": ["a -> b"] if changes else [], "uptrain": [], "looks": looks}
+        values |= {
+            "conversion": {**about, "moved": 0.5, "moved_tokens": 8000},
+            "parameters": {**parts, "total": sum(parts.values())},
+            "tokens_trained": OF + looks[-1]["tokens"],
+        }
+        results["variants"][name] = values
+        results["comparisons"][name] = {"validation_loss": interval(added[len(shares) - 1])}
+    recipe = {"schedule": {"kind": "cosine"}, "budget": {"steps": 1}}
+    results["study"] |= {
+        "name": "mine",
+        "conversion": {
+            "calibration": "about 30 tokens of a text",
+            "yardstick": "longer" if uptrained else None,
+            "of": OF if uptrained else None,
+            "recipe": recipe if uptrained else None,
+        },
+    }
+    return results
+
+
+def section(results: dict[str, Any]) -> Section:
+    return conversion(Study(results, None, list(MADE)))
+
+
+def sentences(part: Section) -> str:
+    return " ".join(to_plain(item) for block in part.blocks if isinstance(block, Bullets) for item in block.items)
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_the_table_has_variants_in_the_order_of_the_file() -> None:
+    table, made = (block for block in section(found()).blocks if isinstance(block, Table))
+    assert [row[0] for row in table.rows] == [f"**by {name}**" for name in MADE]
+    assert [column.title for column in table.columns][:4] == ["variant", "0%", "1%", "5%"]
+    rows = {row[0].strip("*").removeprefix("by "): row[1:5] for row in table.rows}
+    assert rows["longer"] == ["4.4000", "4.3900", "4.3800", ""]
+    assert rows["mean"] == ["+0.200", "+0.060", "+0.030", "+0.024 to +0.036"]
+    assert rows["svd"][2] == "(+0.00010)"  # inside the noise
+    assert [row[0] for row in made.rows] == [row[0] for row in table.rows]
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_sentences_are_made_of_numbers() -> None:
+    parts = {part.title: sentences(part) for part in section(found()).parts}
+    assert list(parts) == ["Fewer key heads", "Rotary positions", "Windows", "Several changes at once"]
+    heads = parts["Fewer key heads"]
+    assert "by mean. Right after conversion loss 0.200 nats a token higher (95% interval +0.194 to +0.206)." in heads
+    assert "After 5% loss 0.030 nats a token higher (95% interval +0.024 to +0.036): 85% of it came back." in heads
+    assert "by svd. Right after conversion loss 0.010 nats a token higher" in heads
+    assert "After 5% loss inside the noise, +0.00010 nats a token" in heads
+    assert "Right after conversion by svd has the lowest loss of 2 ways to the same architecture." in heads
+    assert "Behind it: by mean (+0.190) nats a token. It adds 5.0% of the loss that the other adds." in heads
+    assert (
+        "After 5% by svd has the lowest loss of 2 ways to the same architecture. Behind it: by mean (+0.030)" in heads
+    )
+    assert "came back" not in parts["Windows"]
+    assert "ways to the same" not in parts["Rotary positions"]
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_without_uptraining_and_without_conversions() -> None:
+    whole = section(found(("svd", "mean"), uptrained=False))
+    table = next(block for block in whole.blocks if isinstance(block, Table))
+    assert [column.title for column in table.columns][:2] == ["variant", "0%"]
+    assert "None was trained on" in to_plain(whole.blocks[0].text)  # type: ignore[union-attr]
+    assert section(plausible.results()).empty
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_a_failed_conversion_has_no_row(tmp_path: Path) -> None:
+    results = found(("longer", "mean", "svd"))
+    failed = {"seed": 0, "status": "failed", "error": "it is singular", "key": "k", "curve": [], "validation_curve": []}
+    results["variants"]["mean"] |= {"runs": [{**failed, "validation_loss": None}], "quality": None}
+    results["variants"]["mean"]["conversion"] |= {"looks": [], "moved": None}
+    results["comparisons"]["mean"] = {}
+    for look in results["variants"]["svd"]["conversion"]["looks"]:
+        look["rivals"] = {}
+    directory = plausible.write(tmp_path / "study", results)
+    write_report(directory)
+    text = (directory / "report.md").read_text(encoding="utf-8")
+    assert "by mean, seed 0: it is singular" in text
+    assert "None" not in text
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_the_rest_of_the_report_compares_like_with_like(tmp_path: Path) -> None:
+    directory = plausible.write(tmp_path / "study", found(), plausible.timings(found()))
+    study = read_study(directory)
+    assert study.reference("mean") == "longer"
+    assert study.reference("longer") == "base"
+    assert study.drawn == ["base", "all", "mean", "rope", "swa"]  # svd and longer have the architecture of others
+    assert study.made("mean") == "by mean"
+    titles = [part.title for part in outline(study) if not part.empty]
+    assert titles[:4] == ["In brief", "Summary", "Quality", "Conversion"]
+    write_report(directory)
+    text = (directory / "report.md").read_text(encoding="utf-8")
+    assert "What was converted and trained on is compared with by longer, which saw as many tokens." in text
+    assert "Variants of one architecture have one row, that of the first." in text
+
+
+def test_the_curves_are_drawn(tmp_path: Path) -> None:
+    drawn = pictures.curves(Study(found(), None, list(MADE)))
+    assert [one.name for one in drawn] == [
+        f"conversion-{kind}" for kind in ("heads", "positions", "windows", "several")
+    ]
+    axes = [one.drawing.axes[0] for one in drawn]
+    lines = {line.get_label(): line for line in axes[0].lines if len(line.get_xdata()) == 3}
+    assert sorted(tuple(line.get_ydata()) for line in lines.values()) == sorted([MADE["svd"][1], MADE["mean"][1]])
+    assert all(tuple(line.get_xdata()) == (0.0, 1.0, 5.0) for line in lines.values())
+    assert len({line.get_linestyle() for line in lines.values()}) == 2  # one architecture, two ways
+    assert axes[1].get_ylim()[1] < 1.0  # the first point of abrupt leaves the picture, and the caption says so
+    assert "leave the picture" in drawn[1].caption
+    assert "leave the picture" not in drawn[2].caption
+
+
+# --- claims -------------------------------------------------------------------------------------------------------
+
+
+def judged(claim: str, losses: dict[tuple[str, float], float], whole: bool = False) -> dict[str, Any]:
+    """The verdict on a claim from losses by variant and share, three seeds each."""
+    names = {name for name, _ in losses}
+    scores = scored(**{f"v{i}": loss for i, loss in enumerate(losses.values())})
+    long = {name for name in names if name.startswith("context")} if whole else set()
+    keys = [at(name, share, whole=name in long) for name, share in losses]
+    ends = {name: [{"share": share} for n, share in losses if n == name] for name in names}
+    results: Any = {
+        "study": {"base": "base", "conversion": {"yardstick": "longer"}},
+        "variants": {name: {"conversion": {"looks": looks}} for name, looks in ends.items()},
+    }
+    (one,) = claims_of_results([claim], results, dict(zip(keys, scores.values(), strict=True)))
+    return dict(one)
+
+
+@pytest.mark.parametrize(("share", "claim"), [(0.0, "uptraining-pooling-before"), (0.05, "uptraining-pooling")])
+def test_pooling(share: float, claim: str) -> None:
+    names = ("mqa-mean", "mqa-first", "mqa-random")
+    for losses, holds in (((4.5, 4.6, 4.9), True), ((4.6, 4.5, 4.9), False), ((4.5, 4.50001, 4.9), None)):
+        found = judged(claim, {(name, share): loss for name, loss in zip(names, losses, strict=True)})
+        assert found["holds"] is holds
+    assert judged("uptraining-pooling", {(name, 0.0): 4.0 for name in names})["ours"] == "not obtained"
+
+
+def test_usable_right_after_conversion() -> None:
+    for several, single, holds in ((4.5, 5.8, True), (5.5, 5.8, False), (4.5, 4.8, False), (4.9999, 5.8, None)):
+        losses = {("base", 0.0): 4.0, ("gqa-mean", 0.0): several, ("mqa-mean", 0.0): single, ("mqa-random", 0.0): 6.0}
+        found = judged("uptraining-usable", losses)
+        assert found["holds"] is holds, several
+        assert f"loss added: {several - 4:+.3f}"[:-1] in found["ours"]
+
+
+def test_uptraining_recovers() -> None:
+    for several, single, holds in ((4.0, 4.1, True), (4.0, 4.6, False)):
+        losses = {("base", 0.0): 4.0, ("gqa-mean", 0.0): 4.2, ("mqa-mean", 0.0): 4.9, ("longer", 0.05): 3.95}
+        losses |= {("gqa-mean", 0.05): several, ("mqa-mean", 0.05): single}
+        assert judged("uptraining-recovers", losses)["holds"] is holds
+
+
+def test_copied_positions() -> None:
+    for share, claim in ((0.0, "positions-copied-before"), (0.05, "positions-copied")):
+        losses = {("context-copied", share): 4.2, ("context-random", share): 5.0}
+        assert judged(claim, losses, whole=True)["holds"] is True
+        assert judged(claim, losses)["ours"] == "not obtained"  # read in short windows, it says nothing
+    assert {rule.paper.split(" ")[0] for name, rule in CLAIMS.items() if name.startswith("uptraining")} == {"GQA"}
