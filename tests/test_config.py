@@ -189,12 +189,6 @@ def test_window_sinks_and_dilation_must_be_whole_numbers(name: str, value: Any) 
     assert f"{name} must be a whole number" in refusal(**{name: value})
 
 
-def test_what_this_version_cannot_compute_is_refused_in_words() -> None:
-    message = refusal(position="blend")
-    assert message.startswith("position")
-    assert "not available in this version" in message
-
-
 # Positions, windows and grouped queries: what goes together, and what has no effect
 
 
