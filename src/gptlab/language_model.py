@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -182,7 +182,13 @@ def load(
     return LanguageModel(model.to(device).eval(), chosen)
 
 
-def save(lm: LanguageModel, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
+def save(
+    lm: LanguageModel,
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> None:
     """Save a model and its tokenizer in gptlab's own format; `load` gives the same model back.
 
     An earlier checkpoint in the directory is replaced only once the new one is wholly on disk.
@@ -191,6 +197,7 @@ def save(lm: LanguageModel, directory: str | Path, *, dtype: torch.dtype | None 
         lm: the model.
         directory: made when it does not exist.
         dtype: to store the weights in; None keeps theirs.
+        files: to be written beside them, by name.
 
     Raises:
         GptlabError: the directory cannot be written, or the disk is full.
@@ -199,4 +206,4 @@ def save(lm: LanguageModel, directory: str | Path, *, dtype: torch.dtype | None 
         name: tensor if dtype is None or name in SCALES else tensor.to(dtype)
         for name, tensor in lm.model.tensors().items()
     }
-    native.write(Path(directory), lm.config, state, lm.tokenizer)
+    native.write(Path(directory), lm.config, state, lm.tokenizer, files)

@@ -8,6 +8,7 @@ import warnings
 
 import typer
 
+from gptlab.cli.convert import convert
 from gptlab.cli.evaluate import evaluate
 from gptlab.cli.generate import generate
 from gptlab.cli.inspect import inspect
@@ -19,15 +20,19 @@ from gptlab.cli.train import train
 from gptlab.cli.verify import verify
 from gptlab.errors import GptlabError
 
+ABOUT = (
+    "GPT-2 from scratch in PyTorch: generate, inspect, verify, prepare, train, convert, evaluate, plot, study, report."
+)
+
 app = typer.Typer(
     name="gptlab",
-    help="GPT-2 from scratch in PyTorch: generate, inspect, verify, prepare, train, evaluate, plot, study, report.",
+    help=ABOUT,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (generate, inspect, evaluate, verify, prepare, train, plot, study, report):
+for command in (generate, inspect, evaluate, verify, prepare, train, convert, plot, study, report):
     app.command()(command)
 
 
@@ -40,11 +45,11 @@ def version(show: bool = False) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(help=ABOUT)
 def options(
     version: bool = typer.Option(False, "--version", callback=version, is_eager=True, help="Print the version."),
 ) -> None:
-    """GPT-2 from scratch in PyTorch: generate, inspect, verify, prepare, train, evaluate, plot, study, report."""
+    """What comes before the command."""
 
 
 def _one_line(

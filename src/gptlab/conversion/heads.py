@@ -79,17 +79,8 @@ def regroup(
     """
     config = model.config
     method = best_method(config) if method is None else method
-    if method not in get_args(Method):
-        raise GptlabError(
-            f"method must be one of {', '.join(get_args(Method))}, got {method!r}{nearest(method, get_args(Method))}"
-        )
-    if method == "svd" and turns_keys(config):
-        raise GptlabError(
-            "method 'svd' mixes the channels of a key freely, which rotary positions do not allow; use 'procrustes',"
-            " or convert the heads of the model before its positions"
-        )
-    if grouping is None:
-        grouping = "fitted" if method in ("svd", "procrustes") else "contiguous"
+    check_method(config, method)
+    grouping = best_grouping(method) if grouping is None else grouping
     orders = group_heads(model, n_kv_head, grouping=grouping, statistics=statistics)
     moments = _moments(model, statistics)
     settings = {"n_kv_head": n_kv_head}
@@ -162,16 +153,8 @@ def group_heads(
         GptlabError: as `regroup`.
     """
     config = model.config
-    possible = [n for n in divisors(config.n_head) if n <= config.kv_heads]
-    if n_kv_head not in possible:
-        raise GptlabError(
-            f"a model of {config.n_head} query heads and {config.kv_heads} key/value heads cannot be given {n_kv_head}"
-            f" key/value heads; possible: {', '.join(map(str, possible))}"
-        )
-    if grouping not in get_args(Grouping):
-        raise GptlabError(
-            f"grouping must be fitted or contiguous, got {grouping!r}{nearest(grouping, get_args(Grouping))}"
-        )
+    check_heads(config, n_kv_head)
+    check_grouping(grouping)
     if grouping == "contiguous":
         return [list(range(config.n_head)) for _ in model.blocks]
     moments = _moments(model, statistics)
@@ -189,9 +172,79 @@ def _moments(model: GPT, statistics: Sequence[Moments] | None) -> Sequence[Momen
     return statistics
 
 
-def repeat_heads(model: GPT) -> GPT:
-    """Return a new model with a key and a value head of its own for every query head: exactly the same function."""
-    return rebuild(model, lambda _, heads: heads.expanded(), n_kv_head=model.config.n_head)
+def repeat_heads(model: GPT, n_kv_head: int | None = None) -> GPT:
+    """Return a new model with more key/value heads, each a repetition: exactly the same function.
+
+    Args:
+        model: the source.
+        n_kv_head: a multiple of the source's own that divides ``n_head``; None is one for every query head.
+
+    Raises:
+        GptlabError: any other number.
+    """
+    config = model.config
+    n_kv_head = config.n_head if n_kv_head is None else n_kv_head
+    check_heads(config, n_kv_head, more=True)
+    times = n_kv_head // config.kv_heads
+
+    def repeated(_: int, heads: Heads) -> Heads:
+        return heads._replace(k=heads.k.repeat_interleave(times, 0), v=heads.v.repeat_interleave(times, 0))
+
+    return rebuild(model, repeated, n_kv_head=n_kv_head)
+
+
+def check_heads(config: ModelConfig, n_kv_head: int, *, more: bool = False) -> None:
+    """Refuse numbers of key/value heads that a model cannot be given.
+
+    Args:
+        config: of the source.
+        n_kv_head: the number asked for.
+        more: by repetition; else by sharing.
+
+    Raises:
+        GptlabError: an impossible number; it names the possible ones.
+    """
+    has = config.kv_heads
+    possible = [n for n in divisors(config.n_head) if (n % has == 0 if more else n <= has)]
+    if n_kv_head not in possible:
+        raise GptlabError(
+            f"a model of {config.n_head} query heads and {has} key/value heads cannot be given {n_kv_head}"
+            f" key/value heads{' by repetition' if more else ''}; possible: {', '.join(map(str, possible))}"
+        )
+
+
+def check_method(config: ModelConfig, method: str) -> None:
+    """Refuse methods that do not exist or that a model's positions do not allow.
+
+    Raises:
+        GptlabError: one of the two.
+    """
+    if method not in get_args(Method):
+        raise GptlabError(
+            f"method must be one of {', '.join(get_args(Method))}, got {method!r}{nearest(method, get_args(Method))}"
+        )
+    if method == "svd" and turns_keys(config):
+        raise GptlabError(
+            "method 'svd' mixes the channels of a key freely, which rotary positions do not allow; use 'procrustes',"
+            " or convert the heads of the model before its positions"
+        )
+
+
+def check_grouping(grouping: str) -> None:
+    """Refuse groupings that do not exist.
+
+    Raises:
+        GptlabError: an unknown one.
+    """
+    if grouping not in get_args(Grouping):
+        raise GptlabError(
+            f"grouping must be fitted or contiguous, got {grouping!r}{nearest(grouping, get_args(Grouping))}"
+        )
+
+
+def best_grouping(method: Method) -> Grouping:
+    """Return the grouping that goes with a method where none is asked for."""
+    return "fitted" if method in ("svd", "procrustes") else "contiguous"
 
 
 def permute_heads(model: GPT, orders: Sequence[Sequence[int]]) -> GPT:

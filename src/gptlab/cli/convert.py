@@ -1,0 +1,233 @@
+"""`gptlab convert`."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gptlab.cli.model_options import DilationFlag, SinksFlag, WindowFlag, overrides
+from gptlab.errors import GptlabError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gptlab.config import ModelConfig
+    from gptlab.conversion.changes import Changes
+    from gptlab.conversion.convert import Step
+    from gptlab.language_model import LanguageModel
+
+HELD_OUT = 4096
+"""Tokens that are kept back to measure on."""
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="A built-in model, a directory, a run, gpt2, or owner/name.")],
+    out: Annotated[Path, typer.Option(help="Directory of the converted model; must not be there.")],
+    n_kv_head: Annotated[
+        int | None, typer.Option("--n-kv-head", help="Key/value heads: fewer by sharing, more by repetition.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="How heads share: svd, procrustes, mean, first or random (default: the best).")
+    ] = None,
+    grouping: Annotated[
+        str | None, typer.Option(help="Which heads share: fitted or contiguous (default: goes with the method).")
+    ] = None,
+    position: Annotated[
+        str | None, typer.Option(help="rope, or blend: rope at the end of further training (gptlab train uptrain).")
+    ] = None,
+    rotary: Annotated[
+        str | None, typer.Option(help="How positions become rotary: gauge or abrupt (default: the best).")
+    ] = None,
+    window: WindowFlag = None,
+    sinks: SinksFlag = None,
+    dilation: DilationFlag = None,
+    context: Annotated[
+        int | None, typer.Option(help="Longest text; learned positions are copied, as Longformer does.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text to fit on: a file, a directory, or a name (default: pydoc).")
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of it to fit on (default: 16 for each channel of the model).")
+    ] = None,
+    no_calibration: Annotated[
+        bool, typer.Option("--no-calibration", help="Look at the weights alone, and measure nothing.")
+    ] = False,
+    refit: Annotated[
+        bool | None, typer.Option("--refit/--no-refit", help="Fit output projections afterwards (default: no).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Turn a trained model into one of another architecture, and say what that moved."""
+    if no_calibration and (calibration is not None or calibration_tokens is not None):
+        raise GptlabError("--no-calibration leaves --calibration and --calibration-tokens without effect; drop one")
+    if calibration_tokens is not None and calibration_tokens < 1:
+        raise GptlabError(f"--calibration-tokens must be at least 1, got {calibration_tokens}")
+    if out.exists():
+        raise GptlabError(f"{out} is there already; choose another --out, or remove it")
+    asked = {
+        **overrides(position, n_kv_head, window, sinks, dilation),
+        "method": method,
+        "grouping": grouping,
+        "rotary": rotary,
+        "context_length": context,
+        "refit": refit,
+        "seed": seed,
+    }
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if not asked.keys() - {"refit", "seed"}:
+        raise GptlabError("no change is asked for; give --n-kv-head, --position, --window, --context, or several")
+    from gptlab import checkpoints
+    from gptlab.checkpoints import hub
+    from gptlab.conversion.convert import Changes, plan
+
+    changes = Changes.from_dict(asked)
+    directory = hub.locate(source)
+    # What is impossible is refused before any weight is read.
+    steps = plan(checkpoints.read_config(directory), changes, calibrated=not no_calibration)
+    if not steps:
+        said = f"{source} is so already; nothing is written"
+        print(json.dumps({"source": {"name": source}, "steps": []}, indent=2) if as_json else said)
+        return
+    if not as_json:
+        _show_plan(source, steps)
+    import gptlab
+
+    lm = gptlab.load(source)
+    fit, held_out, text = _texts(lm, steps, calibration, calibration_tokens, no_calibration)
+    new, facts = _convert(lm, changes, fit, held_out)
+    facts = {"source": _identity(lm, source, directory), "changes": changes.to_dict(), "calibration": text, **facts}
+    gptlab.save(new, out, files=_files(source, facts))
+    if as_json:
+        print(json.dumps({**facts, "out": str(out)}, indent=2))
+    else:
+        _show(facts, source, out, new.config.position == "blend")
+
+
+def _texts(
+    lm: LanguageModel, steps: Sequence[Step], calibration: str | None, n_tokens: int | None, none: bool
+) -> tuple[list[Tensor] | None, list[Tensor], dict[str, Any] | None]:
+    """Return the rows to fit on, those to measure on, and what to say of both."""
+    from gptlab.conversion import calibration as texts
+
+    if lm.tokenizer is None:
+        if calibration is None and (none or not any(step.fitted for step in steps)):
+            return None, [], None
+        lm.needs_tokenizer()
+    assert lm.tokenizer is not None
+    length = min(lm.config.context_length, texts.LONGEST_ROW)
+    n_fit = 0 if none else -(-(n_tokens or texts.TOKENS_PER_CHANNEL * lm.config.n_embd) // length)
+    n_held_out = -(-HELD_OUT // length)
+    name = calibration or texts.DEFAULT_TEXT
+    rows = texts.calibration_rows(lm.tokenizer, length, (n_fit + n_held_out) * length, name)
+    fit, held_out = ([], rows) if none else texts.keep_back(rows, n_held_out)
+    about: dict[str, Any] = {"text": name}
+    for key, some in (("fitted_on", fit), ("measured_on", held_out)):
+        if some:
+            about[key] = {"tokens": sum(map(len, some)), "sha256": texts.sha256_of_rows(some)}
+    return fit or None, held_out, about
+
+
+def _convert(
+    lm: LanguageModel, changes: Changes, fit: list[Tensor] | None, held_out: list[Tensor]
+) -> tuple[LanguageModel, dict[str, Any]]:
+    """Return the converted model, and what it is like beside its source."""
+    import dataclasses
+
+    from gptlab.conversion.convert import convert
+    from gptlab.conversion.drift import measure_drift
+    from gptlab.language_model import LanguageModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the plan has warned
+        converted = convert(lm.model, changes, fit)
+    outputs = dataclasses.asdict(measure_drift(lm.model, converted.model, held_out)) if held_out else None
+    facts = {
+        "steps": [dataclasses.asdict(step) for step in converted.steps],
+        "model": converted.model.config.to_dict(),
+        "parameters": {"before": _size(lm.config), "after": _size(converted.model.config)},
+        "cache": _caches(lm.config, converted.model.config),
+        "outputs": outputs,
+    }
+    return LanguageModel(converted.model, lm.tokenizer), facts
+
+
+def _size(config: ModelConfig) -> int:
+    from gptlab.model import cost
+
+    return sum(cost.parameters(config).values())
+
+
+def _caches(before: ModelConfig, after: ModelConfig) -> dict[str, Any]:
+    """Return the bytes of a bfloat16 cache, each model at its own context."""
+    from gptlab.model import cost
+
+    pairs = (("before", before), ("after", after))
+    return {
+        name: {"tokens": config.context_length, "bytes": cost.cache_bytes(config, config.context_length, 2)}
+        for name, config in pairs
+    }
+
+
+def _identity(lm: LanguageModel, source: str, directory: Path) -> dict[str, Any]:
+    """Return what tells the source from other models, and how it was converted itself."""
+    from gptlab.evaluation.tasks import identity
+    from gptlab.training.budget import tokens_trained
+
+    found = {**identity(lm.model, source), "tokens_trained": tokens_trained(source)}
+    earlier = directory / "conversion.json"
+    if earlier.is_file():
+        found["conversion"] = json.loads(earlier.read_text(encoding="utf-8"))
+    return found
+
+
+def _files(source: str, facts: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return what is written beside the weights."""
+    files: dict[str, Mapping[str, Any]] = {"conversion.json": facts}
+    if facts["source"]["tokens_trained"] is not None:
+        # What a budget that is a share of the pre-training asks for.
+        files["card.json"] = {"converted_from": source, "tokens_trained": facts["source"]["tokens_trained"]}
+    return {name: json.dumps(values, indent=2).encode() + b"\n" for name, values in files.items()}
+
+
+def _show_plan(source: str, steps: Sequence[Step]) -> None:
+    from gptlab.conversion.convert import why
+
+    print(f"{source}:")
+    for number, step in enumerate(steps, 1):
+        print(f"{number}. {step.name}: {step.change}")
+        for label, words in (("exact", step.exact), ("moved", step.moved)):
+            if words:
+                print(f"   {label}: {words}")
+    if reason := why(steps):
+        print(f"in this order: {reason}")
+
+
+def _show(facts: Mapping[str, Any], source: str, out: Path, blend: bool) -> None:
+    size, cache, outputs = facts["parameters"], facts["cache"], facts["outputs"]
+    print(f"parameters: {size['before']:,} -> {size['after']:,}")
+    old, new = cache["before"], cache["after"]
+    at = f"at {new['tokens']:,} tokens" if old["tokens"] == new["tokens"] else "at the whole context of each"
+    print(f"cache {at}, bfloat16: {old['bytes'] / 2**20:,.2f} -> {new['bytes'] / 2**20:,.2f} MiB")
+    if outputs is None:
+        print("outputs: not measured, for want of a text")
+    else:
+        moved = outputs["after"] - outputs["before"]
+        print(
+            f"outputs on {outputs['tokens']:,} tokens of {facts['calibration']['text']} that nothing was fitted on:"
+            f" {outputs['before']:.4f} -> {outputs['after']:.4f} nats a token ({moved:+.4f}),"
+            f" KL(source || converted) {outputs['kl']:.4f}"
+        )
+    settings = ["budget.share=0.05", f"distill.teacher={source}"]
+    if blend:
+        settings.append("blend.ramp=geometric")
+    if facts["source"]["tokens_trained"] is None:
+        settings.insert(1, "budget.of=TOKENS")
+    print(f"saved: {out}\ntry it: gptlab generate --model {out}")
+    print(f"train it on: gptlab train uptrain --from {out} --data DATA {' '.join(f'--set {s}' for s in settings)}")

@@ -1,0 +1,69 @@
+"""A longer context: learned positions copied side by side (Beltagy et al. 2020, *Longformer*, section 5).
+
+A learned table ends at its last position. Longformer begins the further ones as copies of the whole table: position
+T + i as position i, and so on. Heads that look at the tokens just before then find them at every place but the few
+after a seam. Up to T tokens the model computes the same; beyond, it was never trained, and a little training is due.
+
+Rotary positions and models without positions have no table: there the context length is but a number, and what is
+computed stays the same at every length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+
+from gptlab.config import ModelConfig
+from gptlab.conversion.layers import assemble
+from gptlab.errors import GptlabError
+from gptlab.model.gpt import GPT
+
+Extension = Literal["copy", "random"]
+"""Where further learned positions start: as copies, or as a new model's, for comparison."""
+
+
+def check_length(config: ModelConfig, length: int) -> None:
+    """Refuse lengths that a model's context cannot be extended to.
+
+    Raises:
+        GptlabError: a length below the model's own, or ``yarn`` positions, which depend on it.
+    """
+    if length < config.context_length:
+        raise GptlabError(
+            f"a context of {length:,} is shorter than the model's {config.context_length:,}; a shorter text needs no"
+            " conversion"
+        )
+    if config.rope is not None and config.rope.scaling == "yarn" and length != config.context_length:
+        raise GptlabError(
+            f"rope scaling 'yarn' is worked out from the context_length trained on, {config.context_length:,}; leave it"
+            " as it is and set rope.factor"
+        )
+
+
+@torch.no_grad()
+def extend_context(model: GPT, length: int, *, method: Extension = "copy", seed: int = 0) -> GPT:
+    """Return a new model for texts of ``length`` tokens; up to its old length the source computes the same.
+
+    Args:
+        model: the source.
+        length: the new ``context_length``.
+        method: see `Extension`; without a table there is nothing to start.
+        seed: of ``random``.
+
+    Raises:
+        GptlabError: as `check_length`.
+    """
+    check_length(model.config, length)
+    config = dataclasses.replace(model.config, context_length=length)
+    state = {name: tensor.clone() for name, tensor in model.tensors().items()}
+    if config.has_table:
+        table = state["wpe.weight"]  # (T, C)
+        if method == "copy":
+            longer = table.repeat(-(-length // len(table)), 1)[:length]
+        else:
+            longer = GPT(config, seed).wpe.weight.detach().to(table)
+            longer[: len(table)] = table
+        state["wpe.weight"] = longer.clone()
+    return assemble(config, state, training=model.training)
