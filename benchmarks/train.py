@@ -70,7 +70,7 @@ def make_step(program: str, batch: int, length: int, dtype: str, nanogpt: str | 
         from gptlab.training.loss import softmax_slope
         from gptlab.training.optimizer import make_optimizers
         from gptlab.training.parallel import Group
-        from gptlab.training.recipe import OptimizerSettings
+        from gptlab.training.settings import OptimizerSettings
         from gptlab.training.step import compile_step, gradients, recompute_blocks, spare_embedding
 
         settle = keep_memory

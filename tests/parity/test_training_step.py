@@ -12,7 +12,7 @@ import gptlab
 from gptlab.training.data import Batch
 from gptlab.training.optimizer import clip, make_optimizers
 from gptlab.training.parallel import Group
-from gptlab.training.recipe import OptimizerSettings
+from gptlab.training.settings import OptimizerSettings
 from gptlab.training.step import gradients
 
 LR, DECAY, BETAS = 6e-4, 0.1, (0.9, 0.95)

@@ -24,7 +24,7 @@ from gptlab.training.distill import Teacher, distilled_loss, divergence, load_te
 from gptlab.training.loop import train
 from gptlab.training.loss import IGNORED, cross_entropy
 from gptlab.training.parallel import Group
-from gptlab.training.recipe import DistillSettings
+from gptlab.training.settings import DistillSettings
 from gptlab.training.step import compile_distillation, gradients
 
 C, V = 24, 300

@@ -10,7 +10,7 @@ import torch
 
 import gptlab
 from gptlab.training.optimizer import clip, learning_rate_share, make_optimizers
-from gptlab.training.recipe import OptimizerSettings, ScheduleSettings
+from gptlab.training.settings import OptimizerSettings, ScheduleSettings
 
 
 def shares(steps: int, **settings: object) -> list[float]:

@@ -10,7 +10,6 @@ from trainings import small
 import gptlab
 from gptlab.training.budget import with_count
 from gptlab.training.recipe import (
-    BudgetSettings,
     Recipe,
     change_recipe,
     differences,
@@ -18,6 +17,7 @@ from gptlab.training.recipe import (
     read_recipe,
     recipe_names,
 )
+from gptlab.training.settings import BudgetSettings
 
 
 def write(path: Path, text: str) -> str:

@@ -21,8 +21,9 @@ from gptlab.text.shards import Dataset
 from gptlab.training.budget import tokens_trained, with_count
 from gptlab.training.data import Windows
 from gptlab.training.loop import train
-from gptlab.training.recipe import BlendSettings, NarrowSettings, Recipe, change_recipe, make_recipe, read_recipe
+from gptlab.training.recipe import Recipe, change_recipe, make_recipe, read_recipe
 from gptlab.training.schedules import blend_scales, narrowed, set_stage, settled
+from gptlab.training.settings import BlendSettings, NarrowSettings
 from gptlab.training.step import stream_loss
 
 UPTRAIN = RECIPE.replace('[model]\npreset = "tiny"\ncontext_length = 32\n', "").replace(

@@ -18,7 +18,7 @@ from gptlab.model.linear import Linear
 from gptlab.text.tokenizers import Tokenizer
 from gptlab.training.data import Batch
 from gptlab.training.loss import IGNORED, in_cache, product_dtype, sum_in_chunks, wants_slope
-from gptlab.training.recipe import DistillSettings
+from gptlab.training.settings import DistillSettings
 
 TeachingSlope = Callable[[Tensor, Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor, Tensor]]
 """`teaching_slope`, or a compiled form of it."""

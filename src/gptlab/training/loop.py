@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,12 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import gptlab
-from gptlab.checkpoints import Checkpoint
-from gptlab.checkpoints.files import write_files
-from gptlab.checkpoints.runs import is_run, read_run, run_checkpoints
+from gptlab.checkpoints.runs import read_run, run_checkpoints
 from gptlab.conversion.rotary import finish_blend
 from gptlab.errors import GptlabError
 from gptlab.language_model import LanguageModel
@@ -27,6 +21,7 @@ from gptlab.model import cost
 from gptlab.model.gpt import GPT
 from gptlab.text.shards import Dataset
 from gptlab.training import metrics, state
+from gptlab.training.begin import begin, check_teacher, first_model, read_saved, versions
 from gptlab.training.budget import with_count
 from gptlab.training.data import Batches, Items, Windows
 from gptlab.training.distill import Teacher, load_teacher
@@ -35,8 +30,8 @@ from gptlab.training.items import novelty
 from gptlab.training.loss import Slope, softmax_slope
 from gptlab.training.optimizer import clip, learning_rate_share, make_optimizers
 from gptlab.training.parallel import Group, join, spread
-from gptlab.training.recipe import Recipe, differences, make_recipe
-from gptlab.training.schedules import check_schedules, set_stage, settled
+from gptlab.training.recipe import Recipe, make_recipe
+from gptlab.training.schedules import set_stage, settled
 from gptlab.training.step import (
     DTYPES,
     compile_distillation,
@@ -56,18 +51,6 @@ ROW_EVERY = 10
 
 NOVELTY_SAMPLES = 200
 """Items sampled at the end of a run on items."""
-
-FREE = (
-    "batch.micro",
-    "train.recompute",
-    "train.compile",
-    "train.keep_last",
-    "train.save_every",
-    "parallel",
-    "distill.teacher",
-)
-"""Settings that a resumed run may change. They change its numbers by rounding, and which values dropout drops. The
-teacher may have moved; its weights are compared."""
 
 
 @dataclass
@@ -129,12 +112,12 @@ def train(
     with join(device) as group:
         tell: Report = report if group.first else lambda row: None
         note = lambda text: tell({"event": "note", "text": text})  # noqa: E731
-        saved = _read_saved(run, recipe, dataset, note) if resume else None
-        model = _start(recipe, dataset, base) if saved is None else GPT(saved[0].config)
+        saved = read_saved(run, recipe, dataset, note) if resume else None
+        model = first_model(recipe, dataset, base) if saved is None else GPT(saved[0].config)
         teacher = None
         if recipe.distill is not None:
             teacher = load_teacher(recipe.distill, model.config, dataset.tokenizer)
-            _check_teacher(run, teacher, resume)
+            check_teacher(run, teacher, resume)
         training, validation = rows_of(dataset, recipe, model.config.context_length)
         batches = Batches(training, recipe.batch.size, recipe.train.seed)
         if model.config.position == "blend" and recipe.blend is None:
@@ -147,7 +130,7 @@ def train(
         if group.first:
             dataset.verify()
         if not resume:
-            _begin(run, recipe, dataset, group, teacher)
+            begin(run, recipe, dataset, group, teacher)
         compiled, slope, teacher = _place(model, teacher, recipe, batches, group, note)
         module = spread(model, recipe.parallel, group)
         optimizers = make_optimizers(model, recipe.optimizer)
@@ -177,89 +160,6 @@ def train(
             teacher,
         )
         return loop.go(tell, _plan(recipe, run.name, model, group, steps, step, compiled))
-
-
-def _start(recipe: Recipe, dataset: Dataset, base: LanguageModel | None) -> GPT:
-    if base is not None:
-        if base.tokenizer is not None and base.tokenizer.sha256 != dataset.tokenizer.sha256:
-            raise GptlabError(
-                f"the data {dataset.name} was prepared with another tokenizer than {recipe.base} has; prepare it"
-                f" again with --tokenizer {recipe.base}"
-            )
-        known, needed = base.config.vocab_size, dataset.tokenizer.vocab_size
-        if needed > known:
-            raise GptlabError(
-                f"{recipe.base} knows {known:,} ids, the tokenizer of the data {dataset.name} has {needed:,}; prepare"
-                " the data with the tokenizer that the model was trained with"
-            )
-        check_schedules(recipe, base.config)
-        return base.model.float()
-    config = recipe.model_for(dataset.tokenizer.vocab_size)
-    check_schedules(recipe, config)
-    return GPT(config, recipe.train.seed)
-
-
-def _check_teacher(run: Path, teacher: Teacher, resume: bool) -> None:
-    """Refuse to go on with a run that had another teacher."""
-    before = json.loads((run / "run.json").read_text(encoding="utf-8")).get("teacher", {}) if resume else teacher.about
-    if before.get("sha256") != teacher.about["sha256"]:
-        raise GptlabError(
-            f"the run {run} learns from another teacher than {teacher.about['name']} is now: its weights have changed"
-            " since the run began; restore them, name the right one with --set distill.teacher=..., or start a new run"
-        )
-
-
-def _begin(run: Path, recipe: Recipe, dataset: Dataset, group: Group, teacher: Teacher | None) -> None:
-    """Write what defines the run; refuse a directory that holds one already."""
-    taken = is_run(run)
-    group.wait()  # all look before the first one writes
-    if taken:
-        raise GptlabError(f"{run} holds a run already; go on with it by --resume {run}, or choose another --out")
-    if group.first:
-        where = {"path": str(dataset.directory.resolve()), "name": dataset.name, "sha256": dataset.sha256}
-        about = {"recipe": recipe.model_dump(mode="json"), "data": where, "made_with": _versions()}
-        if teacher is not None:
-            about["teacher"] = teacher.about
-        write_files(run, {"run.json": json.dumps(about, indent=2).encode() + b"\n"})
-
-
-def _versions() -> dict[str, Any]:
-    return {
-        "gptlab": gptlab.__version__,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "processor": platform.processor() or platform.machine(),
-    }
-
-
-Saved = tuple[Checkpoint, dict[str, Tensor], dict[str, Any]]
-
-
-def _read_saved(run: Path, recipe: Recipe, dataset: Dataset, note: Callable[[str], None]) -> Saved | None:
-    """Return the checkpoint to go on from, after making sure that it belongs to this recipe and this data."""
-    about = read_run(run)
-    saved = state.read_latest(run, note)
-    if saved is None:
-        note("the run has no checkpoint yet, so it starts from the beginning")
-    facts = {"recipe": about["recipe"], "data_sha256": about["data"]["sha256"]} if saved is None else saved[2]
-    changed = {
-        name: pair for name, pair in differences(make_recipe(facts["recipe"]), recipe).items() if name not in FREE
-    }
-    if changed:
-        what = ", ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in changed.items())
-        raise GptlabError(
-            f"the run {run} cannot go on with another recipe: {what}; leave it as it was, or start a new run from this"
-            f" one with --from {run}"
-        )
-    if facts["data_sha256"] != dataset.sha256:
-        raise GptlabError(f"the data of the run {run} has changed since it began; restore it, or start a new run")
-    if saved is None:
-        return None
-    before, now = facts["made_with"], _versions()
-    if different := [name for name in ("torch", "threads", "processor") if before.get(name) != now[name]]:
-        was = ", ".join(f"{name} {before.get(name)} before, {now[name]} now" for name in different)
-        note(f"not bit for bit what an uninterrupted run would give: {was}")
-    return saved
 
 
 def _place(
@@ -451,7 +351,7 @@ class _Loop:
             "validation_loss": self.validation_loss if settled(self.recipe, self.step, self.steps) else None,
             "recipe": self.recipe.model_dump(mode="json"),
             "data_sha256": self.dataset.sha256,
-            "made_with": _versions(),
+            "made_with": versions(),
         }
         path = None
         if self.group.first:

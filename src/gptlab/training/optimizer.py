@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from gptlab.training.recipe import OptimizerSettings, ScheduleSettings
+from gptlab.training.settings import OptimizerSettings, ScheduleSettings
 
 
 def make_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:

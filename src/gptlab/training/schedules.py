@@ -15,7 +15,8 @@ from torch import Tensor
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.model.gpt import GPT
-from gptlab.training.recipe import BlendSettings, NarrowSettings, Recipe
+from gptlab.training.recipe import Recipe
+from gptlab.training.settings import BlendSettings, NarrowSettings
 
 FIRST_TURN = 2.0**-12
 """Where the angle of a pair begins to grow. It grows geometrically, since the harm does not grow with the angle: 256
