@@ -19,7 +19,7 @@ SOFTMAX_BYTES = {"cpu": 1 << 23}
 
 
 _IDS = 8192
-"""Ids of the vocabulary whose gradient is computed at once."""
+"""Ids of the vocabulary that a product takes at once."""
 
 Slope = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """`softmax_slope`, or a compiled form of it."""
@@ -115,25 +115,28 @@ class _Chunks(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, dtype: torch.dtype, work: Work, held: int, slopes: bool
     ) -> Tensor:
         device, n_ids = hidden.device.type, len(weight)
-        low = weight.to(dtype)
+        # A copy of all weights in the products' dtype, and products as large as them, would be held whole.
+        pieces = [slice(first, first + _IDS) for first in range(0, n_ids, _IDS)]
         sums: list[Tensor] = []
-        dhidden = torch.empty_like(hidden) if slopes else None
+        dhidden = torch.zeros_like(hidden) if slopes else None
         dweight = torch.empty(weight.shape, device=hidden.device) if slopes else None
         chunk = _at_once(LOGITS_BYTES.get(device, 1 << 27), n_ids * dtype.itemsize * held)
         with torch.autocast(device, enabled=False):
             for first in range(0, len(hidden), chunk):
                 where = slice(first, first + chunk)
                 x = hidden[where].to(dtype)
-                logits = x @ low.T  # (n, V)
+                logits = x.new_empty(len(x), n_ids)  # (n, V)
+                for ids in pieces:
+                    torch.mm(x, weight[ids].to(dtype).T, out=logits[:, ids])
                 sums.append(work(logits, where))
                 if dhidden is not None and dweight is not None:
-                    dhidden[where] = logits @ low
-                    for ids in range(0, n_ids, _IDS):  # or the products' results would be held whole beside the sum
-                        part_of_sum = logits[:, ids : ids + _IDS].T @ x
+                    for ids in pieces:
+                        dhidden[where] += torch.mm(logits[:, ids], weight[ids].to(dtype))
+                        part_of_sum = torch.mm(logits[:, ids].T, x)
                         if first == 0:
-                            dweight[ids : ids + _IDS] = part_of_sum
+                            dweight[ids] = part_of_sum
                         else:
-                            dweight[ids : ids + _IDS] += part_of_sum
+                            dweight[ids] += part_of_sum
         ctx.save_for_backward(dhidden, dweight)
         ctx.dtype = weight.dtype
         return torch.stack(sums).sum(0)

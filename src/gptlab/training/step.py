@@ -129,10 +129,26 @@ def recompute_blocks(model: GPT) -> None:
 def spare_embedding(model: GPT) -> None:
     """Let the gradient of a tied embedding as input come as the few rows that a batch looks up, not as a whole matrix.
 
-    It is added to the gradient as output head, which is whole anyway. Not for several processes: their engines exchange
-    gradients as they come.
+    They are added in place to the gradient as output head, which is whole anyway and comes first. Not for several
+    processes: their engines exchange gradients as they come.
     """
-    model.wte.sparse = model.config.tie_embeddings
+    if model.config.tie_embeddings:
+        model.wte.forward = functools.partial(_look_up, model.wte)  # type: ignore[method-assign]
+
+
+def _look_up(embedding: nn.Embedding, ids: Tensor) -> Tensor:
+    weight = embedding.weight
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        return nn.functional.embedding(ids, weight)
+
+    def add(slope: Tensor) -> None:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        weight.grad.index_put_((ids,), slope, accumulate=True)
+
+    rows = nn.functional.embedding(ids, weight.detach()).requires_grad_()
+    rows.register_hook(add)
+    return rows
 
 
 def compile_step(
