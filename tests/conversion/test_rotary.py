@@ -184,6 +184,17 @@ def test_what_the_gauge_returns_is_what_it_did() -> None:
     assert any(key_bias(block.attn).abs().max() > 0.01 for block in turned.blocks)
 
 
+def test_of_a_long_text_rows_spread_over_it_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptlab.conversion.rotary.MOST_TOKENS", 3 * CONTEXT + 10)
+    model = noisy()
+    rows = random_ids(model, 7)
+    assert same_state(to_rope(model, rows=rows), to_rope(model, rows=rows[[0, 2, 4]]))
+    assert not same_state(to_rope(model, rows=rows), to_rope(model, rows=rows[[0, 1, 2]]))
+    one = to_rope(model, rows=rows[:1])
+    monkeypatch.setattr("gptlab.conversion.rotary.MOST_TOKENS", 5)
+    assert same_state(to_rope(model, rows=rows), one)
+
+
 @pytest.mark.parametrize("method", ["gauge", "fit"])
 def test_the_same_seed_gives_the_same_model_in_any_dtype(method: Any) -> None:
     model = noisy()
