@@ -165,6 +165,40 @@ def evaluation_speed() -> str:
     return "\n".join(rows)
 
 
+def conversion_heads() -> str:
+    if not (ROOT / "docs/results/conversion_heads.json").exists():
+        return ""
+    values = results("conversion_heads")
+    found = {(row["method"], row["grouping"], row["n_kv_head"]): row for row in values["rows"]}
+    counts = list(dict.fromkeys(row["n_kv_head"] for row in values["rows"]))
+    rows = [f"| method, groups | {' | '.join(map(str, counts))} |", "|---|" + "---|" * len(counts)]
+    for method, grouping in dict.fromkeys((method, grouping) for method, grouping, _ in found):
+        cells = []
+        for n_kv_head in counts:
+            # One group of all heads is the same either way.
+            row = found.get((method, grouping, n_kv_head)) or found[method, "contiguous", n_kv_head]
+            cells.append(f"{row['qk_mean']:.3f} / {row['ov_mean']:.3f}")
+        rows.append(f"| {method}, {grouping} | {' | '.join(cells)} |")
+    rows += [
+        f"\nQK / OV, by number of key/value heads, means over the 12 layers: {values['work']}.",
+        "\n![Relative error by layer](images/conversion_heads.png)",
+    ]
+    return "\n".join(rows)
+
+
+def drawings() -> dict[Path, bytes]:
+    """Figures of the benchmarks that are not there or not current, by where they belong."""
+    path, image = ROOT / "docs/results/conversion_heads.json", ROOT / "docs/images/conversion_heads.png"
+    if not path.exists():
+        return {}
+    from draw_conversion import draw, stamp
+
+    content = path.read_bytes()
+    if image.exists() and stamp(content).encode() in image.read_bytes():
+        return {}
+    return {image: draw(content)}
+
+
 def kept(name: str) -> tuple[str, str]:
     """The names under docs/results/ of a study's results and timings."""
     return f"{name}.json", f"{name}-timings.json"
@@ -217,6 +251,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "decode_attention": decode_attention,
     "training step": training_step,
     "evaluation speed": evaluation_speed,
+    "conversion heads": conversion_heads,
     **{name: functools.partial(study, name) for name in STUDIES},
 }
 
@@ -273,6 +308,7 @@ def stale() -> dict[Path, bytes | None]:
         text = current(path).encode()
         if text != path.read_bytes():
             found[path] = text
+    found |= drawings()
     for name in STUDIES:
         drawn = figures(name)
         there = set((ROOT / "docs" / "results" / name).glob("*.svg"))

@@ -96,7 +96,8 @@ def test_it_repairs_on_other_texts_too() -> None:
 def test_what_is_right_already_stays() -> None:
     model = noisy()
     new = refit_outputs(model, model, random_ids(4))
-    assert all(torch.equal(new.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(new.state_dict()[name], tensor, rtol=0.0, atol=1e-6)
     assert new.wte.weight.data_ptr() != model.wte.weight.data_ptr()
 
 

@@ -41,7 +41,7 @@ def convert(
         str | None, typer.Option(help="rope, or blend: rope at the end of further training (gptlab train uptrain).")
     ] = None,
     rotary: Annotated[
-        str | None, typer.Option(help="How positions become rotary: gauge or abrupt (default: the best).")
+        str | None, typer.Option(help="How positions become rotary: fit, gauge or abrupt (default: the best).")
     ] = None,
     window: WindowFlag = None,
     sinks: SinksFlag = None,
@@ -53,7 +53,7 @@ def convert(
         str | None, typer.Option(help="Text to fit on: a file, a directory, or a name (default: pydoc).")
     ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of it to fit on (default: 16 for each channel of the model).")
+        int | None, typer.Option(help="Tokens of it to fit on (default: 8,192, or 8 for each channel).")
     ] = None,
     no_calibration: Annotated[
         bool, typer.Option("--no-calibration", help="Look at the weights alone, and measure nothing.")
@@ -122,11 +122,13 @@ def _texts(
         lm.needs_tokenizer()
     assert lm.tokenizer is not None
     length = min(lm.config.context_length, texts.LONGEST_ROW)
-    n_fit = 0 if none else -(-(n_tokens or texts.TOKENS_PER_CHANNEL * lm.config.n_embd) // length)
+    n_fit = 0 if none else -(-(n_tokens or texts.default_tokens(lm.config.n_embd)) // length)
     n_held_out = -(-HELD_OUT // length)
     name = calibration or texts.DEFAULT_TEXT
     rows = texts.calibration_rows(lm.tokenizer, length, (n_fit + n_held_out) * length, name)
     fit, held_out = ([], rows) if none else texts.keep_back(rows, n_held_out)
+    n_fit = min(n_fit, len(fit))
+    fit = [fit[i * len(fit) // n_fit] for i in range(n_fit)]  # of a short text no more than was asked for
     about: dict[str, Any] = {"text": name}
     for key, some in (("fitted_on", fit), ("measured_on", held_out)):
         if some:

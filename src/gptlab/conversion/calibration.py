@@ -15,8 +15,11 @@ from gptlab.text.tokenizers import Tokenizer
 
 DEFAULT_TEXT = "pydoc"
 """Python's language reference: 465,000 characters of English that every Python carries."""
-TOKENS_PER_CHANNEL = 8
-"""How much of it to fit on where nobody says."""
+TOKENS, TOKENS_PER_CHANNEL = 8192, 8
+"""How much to fit on where nobody says: the larger of the two.
+
+On the built-in model, 192 wide, what ``svd`` adds to the loss is less than half as much with 6,144 tokens as with 1,536.
+"""
 MOST_CHARACTERS = 1 << 22
 """Of a longer text only so many characters from its start are read."""
 LONGEST_ROW = 2048
@@ -61,6 +64,11 @@ def calibration_rows(
     wanted = min(-(-n_tokens // length), there)
     starts = (i * there // wanted * length for i in range(wanted))
     return [torch.tensor(ids[start : start + length]) for start in starts]
+
+
+def default_tokens(n_embd: int) -> int:
+    """Return how many tokens to fit on where nobody says, for a model ``n_embd`` wide."""
+    return max(TOKENS, TOKENS_PER_CHANNEL * n_embd)
 
 
 def keep_back(rows: Sequence[Tensor], n_rows: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -30,8 +30,8 @@ class Changes:
         grouping: which heads share; see `gptlab.conversion.heads.Grouping`.
         rotary: see `gptlab.conversion.rotary.RotaryMethod`; by default the best, without a calibration text
             ``abrupt``.
-        refit: fit the output projections afterwards (`gptlab.conversion.refit`); by default not. It halves what ``mean``
-            loses, and hardly helps ``svd``, whose projections are the best for its keys and values already.
+        refit: fit the output projections afterwards (`gptlab.conversion.refit`); by default not. It takes away about
+            half of what ``mean`` loses, and hardly any of what ``svd`` does.
         extension: how further learned positions start; ``copy`` by default.
         seed: of everything random.
     """
