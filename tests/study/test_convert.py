@@ -66,9 +66,9 @@ def asked(corpus: Path, *changes: str, **values: Any) -> Order:
     return order(corpus, *changes, **{"variant": VARIANTS, "uptrain": UPTRAIN, **values})
 
 
-def loss_of(lm: LanguageModel, text: Path) -> float:
+def loss_of(lm: LanguageModel, text: Path, context: int = 32) -> float:
     ids = [[256, *lm.needs_tokenizer().encode(document)] for document in open_documents([str(text)])]
-    return -torch.cat(token_logprobs(lm.model, ids, context=32)).double().mean().item()
+    return -torch.cat(token_logprobs(lm.model, ids, context=context)).double().mean().item()
 
 
 def looks(directory: Path, name: str) -> list[dict[str, Any]]:
@@ -203,6 +203,41 @@ def test_one_failure_does_not_lose_the_others(whole: Path, corpus: Path, monkeyp
     monkeypatch.setattr(uptrain, "convert", real)
     results, _ = run_study(asked(corpus, variant=variants, uptrain=None), tmp_path / "study")
     assert results["variants"]["mean"]["quality"] is not None
+
+
+def test_a_blend_ends_with_rotary_positions_and_a_longer_context_is_read(
+    corpus: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+    blend = {"position": "blend", "rotary": "abrupt"}
+    variants = [
+        BASE,
+        MADE[0],
+        {"name": "blend", "convert": blend, "uptrain": ["blend.ramp=geometric"]},
+        {"name": "long", "convert": {"context_length": 64}},
+    ]
+    results, _ = run_study(asked(corpus, variant=variants), tmp_path / "study")
+    assert [variant["runs"][-1]["error"] for variant in results["variants"].values()] == [None] * 4
+    blended, longer = results["variants"]["blend"], results["variants"]["long"]
+    first, middle, last = blended["conversion"]["looks"]
+    assert first["difference"] is not None
+    assert first["difference"]["mean"] == pytest.approx(0, abs=1e-6)  # a blend begins as the same function
+    assert blended["config"]["position"] == "rope"
+    run = tmp_path / "study/runs" / blended["runs"][0]["key"]
+    assert gptlab.load(run / "looks/step-000003").config.position == "blend"
+    assert gptlab.load(f"{run}@last").config.position == "rope"
+    assert len({first["nats_per_token"], middle["nats_per_token"], last["nats_per_token"]}) == 3
+    # Up to the old length the longer one is the same; beyond, it is read in windows of its own.
+    first = longer["conversion"]["looks"][0]
+    assert first["difference"] is not None
+    assert first["difference"]["mean"] == pytest.approx(0, abs=1e-6)
+    last = longer["conversion"]["looks"][-1]
+    lm = gptlab.load(f"{tmp_path / 'study/runs' / longer['runs'][0]['key']}@last")
+    for figure, context in (("nats_per_token", 32), ("whole", 64)):
+        assert last[figure] == pytest.approx(loss_of(lm, tmp_path / "study/held_out.txt", context), rel=1e-6)
+    assert abs(last["whole"] - last["nats_per_token"]) > 1e-5
+    assert [look["tokens"] for look in longer["conversion"]["looks"]] == [0, 256, 384]  # steps of twice the tokens
+    assert "whole" not in blended["conversion"]["looks"][0]
 
 
 def test_seeds_of_a_base_that_is_loaded(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -562,7 +562,9 @@ def test_a_text_that_is_too_short_for_positions(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_at_random_moments(corpus: Path, tmp_path: Path) -> None:
     """The real command in its own process, killed four times, gives the bytes of one that was left alone."""
-    asked = {**settings(corpus, variant=VARIANTS, seeds=[0, 1]), "measure": {**MEASURE, "contexts": [16]}}
+    variants = [*VARIANTS, {"name": "longer", "convert": {}}, {"name": "gqa", "convert": {"n_kv_head": 2}}]
+    asked = {**settings(corpus, variant=variants, seeds=[0, 1]), "measure": {**MEASURE, "contexts": [16]}}
+    asked["uptrain"] = {"set": [s for s in RECIPE if s.startswith(("batch", "train"))], "shares": [0, 0.25, 0.5]}
     make_study(asked)
     path = tmp_path / "small.toml"
     path.write_text(_toml(asked))
@@ -599,12 +601,15 @@ def _toml(values: dict[str, Any]) -> str:
     lines = [
         f"{name} = {json.dumps(value)}"
         for name, value in values.items()
-        if name not in ("variant", "evaluate", "measure")
+        if name not in ("variant", "evaluate", "measure", "uptrain")
     ]
-    for name in ("evaluate", "measure"):
+    for name in ("evaluate", "measure", "uptrain"):
         lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values[name].items())]
     for variant in values["variant"]:
         model = variant.get("model", {})
         lines += ["[[variant]]", f"name = {json.dumps(variant['name'])}"]
         lines += [f"model.{key} = {json.dumps(value)}" for key, value in model.items()]
+        if "convert" in variant:
+            changes = ", ".join(f"{key} = {json.dumps(value)}" for key, value in variant["convert"].items())
+            lines.append(f"convert = {{ {changes} }}")
     return "\n".join(lines) + "\n"
