@@ -18,7 +18,7 @@ DEFAULT_TEXT = "pydoc"
 TOKENS, TOKENS_PER_CHANNEL = 8192, 8
 """How much to fit on where nobody says: the larger of the two.
 
-On the built-in model, 192 wide, what ``svd`` adds to the loss is less than half as much with 6,144 tokens as with 1,536.
+On the built-in model, 192 wide, ``svd`` adds less than half as much to the loss with 6,144 tokens as with 1,536.
 """
 MOST_CHARACTERS = 1 << 22
 """Of a longer text only so many characters from its start are read."""
