@@ -59,7 +59,8 @@ def convert(
         bool, typer.Option("--no-calibration", help="Look at the weights alone, and measure nothing.")
     ] = False,
     refit: Annotated[
-        bool | None, typer.Option("--refit/--no-refit", help="Fit output projections afterwards (default: no).")
+        bool | None,
+        typer.Option("--refit/--no-refit", help="Fit output projections afterwards (default: after procrustes)."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,

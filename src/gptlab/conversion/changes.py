@@ -30,8 +30,9 @@ class Changes:
         grouping: which heads share; see `gptlab.conversion.heads.Grouping`.
         rotary: see `gptlab.conversion.rotary.RotaryMethod`; by default the best, without a calibration text
             ``abrupt``.
-        refit: fit the output projections afterwards (`gptlab.conversion.refit`); by default not. It takes away about
-            half of what ``mean`` loses, and hardly any of what ``svd`` does.
+        refit: fit the output projections afterwards (`gptlab.conversion.refit`). By default where it was found to help:
+            after ``procrustes``, with a calibration text, if positions stay. The paper's three are left as they are,
+            for comparison.
         extension: how further learned positions start; ``copy`` by default.
         seed: of everything random.
     """

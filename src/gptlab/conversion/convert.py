@@ -128,7 +128,9 @@ def _steps(
         found.append(_windows(config, new))
     if changes.refit and not calibrated:
         raise GptlabError("refit fits the output projections on a calibration text; give one, or leave it out")
-    if changes.refit:
+    aligned = new.kv_heads < config.kv_heads and (changes.method or best_method(config)) == "procrustes"
+    pays = calibrated and aligned and new.position == config.position
+    if changes.refit or (changes.refit is None and pays):
         found.append(_output_projections(rows))
     if new.context_length != config.context_length:
         found.append(_context(config, new, changes))

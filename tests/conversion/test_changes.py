@@ -141,6 +141,25 @@ def test_the_order_is_the_one_that_loses_least_and_says_why() -> None:
     assert "table" not in steps[-1].exact
 
 
+@pytest.mark.parametrize(
+    ("position", "changes", "fitted"),
+    [
+        ("rope", {"n_kv_head": 2}, True),
+        ("rope", {"n_kv_head": 2, "refit": False}, False),
+        ("rope", {"n_kv_head": 2, "method": "mean"}, False),
+        ("learned", {"n_kv_head": 2}, False),
+        ("learned", {"n_kv_head": 2, "method": "procrustes"}, True),
+        ("learned", {"n_kv_head": 2, "method": "procrustes", "position": "rope"}, False),
+    ],
+)
+def test_output_projections_are_fitted_where_it_helps(position: Any, changes: dict[str, Any], fitted: bool) -> None:
+    config = ModelConfig.preset("tiny", position=position)
+    for calibrated in (True, False):
+        asked = Changes(**changes, rotary="abrupt") if "position" in changes else Changes(**changes)
+        names = [step.name for step in plan(config, asked, calibrated=calibrated)]
+        assert ("output projections" in names) == (fitted and calibrated)
+
+
 def test_it_is_its_steps_one_after_the_other() -> None:
     model, text = noisy(), rows()
     changes = Changes(n_kv_head=2, window=8, sinks=1, context_length=100, refit=False)
