@@ -31,8 +31,14 @@ demo: setup
 test: setup
 	$(PYTEST)
 
-test-all: setup
+# With EleutherAI's harness, half a gigabyte that only its own tests need.
+test-all: $(VENV)/.gptlab-eval
 	$(PYTEST) -m 'slow or not slow'
+
+$(VENV)/.gptlab-eval: $(VENV)/.gptlab
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		$(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX)) -c constraints.txt -e '.[eval]'
+	@touch $@
 
 lint: setup
 	$(BIN)/ruff format --check .
