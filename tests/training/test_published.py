@@ -56,5 +56,6 @@ def test_names_with_makemores_transformer(shared: Path, tmp_path: Path) -> None:
     recipe = read_recipe("names")
     data = prepared(recipe, shared / "data" / "names.txt", tmp_path / "data")
     loss, figures = best_loss(recipe, data, tmp_path / "run")
+    # makemore's README names 1.92, on test names of which one in seven is in its training data. None of these is.
     assert loss <= 1.98
     assert figures["new_share"] >= 0.6
