@@ -44,6 +44,7 @@ def draw(content: bytes) -> bytes:
     for column, n_kv_head in enumerate(counts):
         axes[0, column].set_title(f"{n_kv_head} key/value head{'s' * (n_kv_head > 1)}", fontsize=10)
         axes[1, column].set_xlabel("layer")
+        axes[1, column].set_xticks(range(0, 12, 2))
     for axis, circuit in zip(axes[:, 0], ("QK", "OV"), strict=True):
         axis.set_ylabel(f"{circuit}: relative squared error")
         axis.set_ylim(0, 1)
