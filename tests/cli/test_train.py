@@ -223,7 +223,7 @@ def test_prepared_data_shorter_than_the_context(run: Run, refused: Refused, reci
 def test_too_few_items(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("emma\nolivia\nava\n")
     said = refused("names", "--corpus", tmp_path / "names.txt", "--out", tmp_path / "a")
-    assert said == "the training data has 2 items, too few for one batch of 32; add some, or lower batch.size"
+    assert said == "the training data has 2 items, too few for one batch of 64; add some, or lower batch.size"
 
 
 @pytest.mark.parametrize(
