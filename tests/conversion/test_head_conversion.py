@@ -515,8 +515,9 @@ def test_svd_is_best_on_every_real_layer(shared: Path, n_kv_head: int) -> None:
     for layer in range(12):
         for circuit in (0, 1):
             svd, procrustes, mean, first, random = (found[method][layer][circuit] for method in found)
-            # The first head beats the mean in one place: values of layer 11 by threes, 0.585 against 0.652.
-            assert svd < 0.9 * procrustes < procrustes < min(mean, first, random)
+            assert svd < 0.9 * procrustes < procrustes < mean < random
+            # In one place the first head beats the mean: values of the last layer, 0.585 against 0.652.
+            assert mean < first or (procrustes < first and (n_kv_head, layer, circuit) == (3, 11, 1))
         assert sum(fitted[layer]) <= sum(found["svd"][layer]) + 1e-9
     everywhere = {method: sum(map(sum, layers)) for method, layers in found.items()}
     assert everywhere["mean"] < min(everywhere["first"], everywhere["random"])

@@ -212,10 +212,10 @@ def test_every_kind_of_run_goes_on_exactly(data: Dataset, tmp_path: Path, change
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-# What is compiled, for one size or for any, depends on what was asked first, and sums in another order. This steep run
-# makes 0.024 nats of bfloat16's roundings: so far are its losses from those in float32, with nothing compiled.
+# Code left in the process by another run, compiled for any size, sums in another order: 0.014 nats in bfloat16 here.
+# A run therefore compiles its own.
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "nats"), [("float32", 1e-5), ("bfloat16", 0.05)])
+@pytest.mark.parametrize(("dtype", "nats"), [("float32", 1e-5), ("bfloat16", 2e-3)])
 def test_a_compiled_run_goes_on_within_rounding(data: Dataset, tmp_path: Path, dtype: str, nats: float) -> None:
     recipe = small("train.compile=true", f"train.dtype={dtype}", text=DROPOUT)
     train(recipe, data, tmp_path / "whole")

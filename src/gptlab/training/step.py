@@ -200,6 +200,8 @@ def _compiled(
     models: list[GPT], trial: Callable[[], Tensor], must: bool, say: Callable[[str], None], recompute: bool
 ) -> bool:
     """Compile the blocks of the models, the first of which trains; False where the trial of a step then fails."""
+    # Code that another run of this process was compiled for, of any size, would serve this one and sum otherwise.
+    torch._dynamo.reset()
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     blocks = [block for model in models for block in model.blocks]
     eager = [block.forward for block in blocks]
