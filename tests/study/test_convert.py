@@ -46,6 +46,7 @@ MADE: list[dict[str, Any]] = [
     {"name": "twin", "convert": {}},
     {"name": "mean", "convert": {"n_kv_head": 2, "method": "mean"}},
     {"name": "first", "convert": {"n_kv_head": 2, "method": "first"}},
+    {"name": "still", "convert": {"n_kv_head": 2, "method": "random"}, "uptrain": False},
     {"name": "taught", "convert": {"window": 8}, "uptrain": ["distill.teacher=base", "budget.share=0.25"]},
 ]
 VARIANTS = [BASE, *MADE]
@@ -128,6 +129,22 @@ def test_differences_are_to_the_base_trained_on_as_long(whole: Path) -> None:
     first, mean = looks(whole, "first")[-1], looks(whole, "mean")[-1]
     assert first["rivals"]["mean"]["mean"] == pytest.approx(first["nats_per_token"] - mean["nats_per_token"], abs=1e-9)
     assert not looks(whole, "twin")[-1]["rivals"].keys() - {"longer"}
+
+
+def test_a_variant_that_is_not_trained_on_is_looked_at_right_after_its_conversion(whole: Path) -> None:
+    still, first = (read_results(whole)["variants"][name] for name in ("still", "first"))
+    assert (still["source"], still["runs"], still["tokens_trained"]) == ("converted", [], 768)
+    assert still["config"] == first["config"]
+    (look,) = still["conversion"]["looks"]
+    assert look["share"] == 0
+    assert look["rivals"].keys() == {"first", "mean"}
+    assert (
+        still["quality"]["nats_per_token"]
+        == look["nats_per_token"]
+        != first["conversion"]["looks"][0]["nats_per_token"]
+    )
+    at_the_end = first["conversion"]["looks"][-1]
+    assert at_the_end["rivals"].keys() == {"mean"}
 
 
 def test_a_shorter_run_with_the_base_for_its_teacher(whole: Path) -> None:
@@ -287,6 +304,8 @@ REFUSALS = [
     ),
     ({"name": "x", "convert": {}, "uptrain": ["budget.share=2"]}, r"share to train on for must lie between 0 and 1"),
     ({"name": "x", "convert": {}, "uptrain": ["train.seed=3"]}, r"train\.seed has no effect in a study"),
+    ({"name": "x", "convert": {}, "uptrain": False}, r"variant 'x' converts nothing, and is not trained on"),
+    ({"name": "x", "convert": {"window": 8}, "uptrain": True}, r"uptrain"),
     ({"name": "x", "convert": {}, "uptrane": []}, r"unknown setting .*\(did you mean 'uptrain'\?\)"),
 ]
 
@@ -348,7 +367,7 @@ def test_the_report_of_a_study_with_conversions(whole: Path, no_drawing: None) -
     section = section.partition("\n## ")[0]
     table = section.partition("**Loss added**")[2]
     names = [line.split("|")[1].strip(" *") for line in table.splitlines() if line.startswith("| **")]
-    assert names[:5] == ["trained on", "twin", "mean", "first", "taught"]  # as the file has them
+    assert names[:6] == ["trained on", "twin", "mean", "first", "still", "taught"]  # as the file has them
     longer = looks(whole, "longer")
     assert all(f"{look['nats_per_token']:.4f}" in table for look in longer)
     assert "### Fewer key heads" in section

@@ -113,6 +113,16 @@ def test_sentences_are_made_of_numbers() -> None:
 
 
 @pytest.mark.usefixtures("no_drawing")
+def test_one_that_was_not_trained_on_is_compared_where_it_can_be() -> None:
+    results = found(("longer", "mean", "svd"))
+    about = results["variants"]["mean"]["conversion"]
+    about["looks"] = about["looks"][:1]
+    heads = sentences(section(results).parts[0])
+    assert "Right after conversion by svd has the lowest loss of 2 ways to the same architecture." in heads
+    assert "After 5% by svd has" not in heads
+
+
+@pytest.mark.usefixtures("no_drawing")
 def test_without_uptraining_and_without_conversions() -> None:
     whole = section(found(("svd", "mean"), uptrained=False))
     table = next(block for block in whole.blocks if isinstance(block, Table))

@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -32,7 +32,7 @@ class VariantSettings(_Section):
         load: a built-in model, a directory or a hub name, as `gptlab.load` takes it; nothing is trained then.
         convert: what to convert the base into, see `gptlab.conversion.convert.Changes`; empty is the base as it is.
         uptrain: changes to the recipe that trains on what was converted, beside those of the whole study. In
-            ``distill.teacher=base`` the base is the study's own.
+            ``distill.teacher=base`` the base is the study's own. False: it is not trained on.
     """
 
     name: str
@@ -40,7 +40,7 @@ class VariantSettings(_Section):
     model: dict[str, Any] = Field(default_factory=dict)
     load: str | None = None
     convert: dict[str, Any] | None = None
-    uptrain: list[str] | None = None
+    uptrain: list[str] | Literal[False] | None = None
 
 
 class FactorSettings(_Section):

@@ -10,6 +10,7 @@ from typing import Any
 import gptlab
 from gptlab.checkpoints.hub import locate
 from gptlab.config import ModelConfig
+from gptlab.conversion.calibration import default_tokens
 from gptlab.errors import GptlabError
 from gptlab.study.assemble_conversion import Looks
 from gptlab.study.evaluate import Questions, model_key
@@ -20,7 +21,6 @@ from gptlab.study.stages import plain
 from gptlab.study.uptrain import (
     CONVERTED,
     Source,
-    calibration_tokens,
     conversion_key,
     convert_base,
     looks,
@@ -212,7 +212,7 @@ class Making:
         if standard is not None:
             trained_on = standard.uptrain
         return Converted(
-            calibration=f"about {calibration_tokens(config.n_embd):,} tokens of {text}",
+            calibration=f"about {default_tokens(config.n_embd):,} tokens of {text}",
             yardstick=None if standard is None else standard.name,
             of=None if trained_on is None else trained_on.of or self.of,
             recipe=None if trained_on is None else plain(trained_on.recipe),

@@ -166,13 +166,12 @@ def _among(study: Study, names: Sequence[str]) -> list[str]:
     """Which of several ways to one architecture is ahead, right after conversion and at the end."""
     found = []
     for when in (0, -1):
-        looks = {name: _looks(study, name)[when] for name in names if len(_looks(study, name)) > -when}
-        if len({look["share"] for look in looks.values()}) != 1 or len(looks) < 2:
+        looks = {name: _looks(study, name)[when] for name in names}
+        share = max(look["share"] for look in looks.values())
+        looks = {name: look for name, look in looks.items() if look["share"] == share}
+        if len(looks) < 2 or (when == -1 and share == 0):
             continue
         best = min(looks, key=lambda name: looks[name]["nats_per_token"])
-        share = looks[best]["share"]
-        if when == -1 and share == 0:
-            continue
         tied: list[str] = []
         behind: list[str] = []
         for name in looks:

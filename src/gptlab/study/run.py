@@ -138,24 +138,23 @@ class _Study:
             self._phase("train", f"{one.cell.name}, seed {seed}", i, len(todo))
             assert one.cell.recipe is not None
             assert self.dataset is not None
-            self._take(one, *self._train(one.cell.recipe, seed, self.dataset))
+            self._take(one, seed, *self._train(one.cell.recipe, seed, self.dataset))
         for i, (cell, seed) in enumerate(made):
             seeded = f", seed {seed}" if cell.uptrain or self.base.recipe else ""
             self._phase("train" if cell.uptrain else "convert", f"{cell.name}{seeded}", i, len(made))
             one = next(one for one in answers if one.cell is cell)
-            self._take(
-                one, *self.making.make(cell, seed, self.models.get((self.base.name, self.making.base_seed(seed))))
-            )
+            base = self.models.get((self.base.name, self.making.base_seed(seed)))
+            self._take(one, seed, *self.making.make(cell, seed, base))
         if not self.models:
             raise GptlabError(f"no variant could be trained: {trained[0].runs[0]['error']}")
         return answers
 
-    def _take(self, one: Answers, run: Run | None, model: str | Path | None) -> None:
+    def _take(self, one: Answers, seed: int, run: Run | None, model: str | Path | None) -> None:
         """Note what became of one run."""
         if run is not None:
             one.runs.append(run)
         if model is not None:
-            self.models[one.cell.name, 0 if run is None else run["seed"]] = model
+            self.models[one.cell.name, seed] = model
         elif run is not None:
             self.report({"event": "note", "text": f"{one.cell.name}, seed {run['seed']} failed: {run['error']}"})
 

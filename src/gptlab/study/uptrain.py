@@ -22,7 +22,13 @@ from torch import Tensor
 import gptlab
 from gptlab.checkpoints.files import write_files
 from gptlab.checkpoints.runs import is_run, run_checkpoints
-from gptlab.conversion.calibration import DEFAULT_TEXT, calibration_rows
+from gptlab.conversion.calibration import (
+    DEFAULT_TEXT,
+    TOKENS,
+    TOKENS_PER_CHANNEL,
+    calibration_rows,
+    default_tokens,
+)
 from gptlab.conversion.changes import Changes
 from gptlab.conversion.convert import convert
 from gptlab.language_model import LanguageModel
@@ -37,9 +43,6 @@ from gptlab.training.recipe import Recipe
 Report = Callable[[dict[str, Any]], None]
 
 CONVERTED, LOOKS, DONE = "converted", "looks", "conversion.json"
-ROWS_OF = 8
-"""Tokens of the calibration text for each channel of the model, at least `LEAST`."""
-LEAST = 32768
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,12 @@ class Source:
     key: str
 
 
-def calibration_tokens(n_embd: int) -> int:
-    """Return how many tokens a conversion is fitted on."""
-    return max(ROWS_OF * n_embd, LEAST)
-
-
 def conversion_key(changes: Changes, source: Source, dataset: Dataset | None) -> str:
     """Return the name of a conversion: of the source, what is changed, and the text that it is fitted on."""
     text = DEFAULT_TEXT if dataset is None else dataset.sha256
-    return stages.key("convert", source=source.key, changes=changes.to_dict(), text=text, tokens=[ROWS_OF, LEAST])
+    return stages.key(
+        "convert", source=source.key, changes=changes.to_dict(), text=text, tokens=[TOKENS, TOKENS_PER_CHANNEL]
+    )
 
 
 def convert_base(changes: Changes, source: Source, dataset: Dataset | None, out: Path) -> str | Path:
@@ -80,7 +80,7 @@ def convert_base(changes: Changes, source: Source, dataset: Dataset | None, out:
     where = out / CONVERTED / conversion_key(changes, source, dataset)
     if not (where / DONE).exists():
         lm = gptlab.load(source.model)
-        n_tokens, length = calibration_tokens(lm.config.n_embd), lm.config.context_length
+        n_tokens, length = default_tokens(lm.config.n_embd), lm.config.context_length
         if dataset is None:
             rows = calibration_rows(lm.needs_tokenizer(), length, n_tokens)
         else:

@@ -177,12 +177,15 @@ def _made(
         raise GptlabError(f"variant {name!r} is made of the base, so {field} has no effect; leave it out")
     changes = read_changes(variant)
     if uptrain is None:
-        if variant.uptrain is not None:
+        if variant.uptrain:
             raise GptlabError(f"variant {name!r} asks for uptraining, but the study has no [uptrain]; add it")
         if changes == Changes():
             raise GptlabError(f"variant {name!r} converts nothing, and the study has no [uptrain]; it is the base")
+    elif variant.uptrain is False and changes == Changes():
+        raise GptlabError(f"variant {name!r} converts nothing, and is not trained on; it is the base")
+    settings = None if variant.uptrain is False else uptrain
     try:
-        plan = None if uptrain is None else read_uptraining(uptrain, variant.uptrain or (), further)
+        plan = None if settings is None else read_uptraining(settings, variant.uptrain or (), further)
     except GptlabError as error:
         raise GptlabError(f"variant {name!r} is impossible: {error}") from None
     asked = dict(variant.convert or {})
