@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import gptlab
 from gptlab import GPT, ModelConfig
 from gptlab.cli import main
+from gptlab.conversion.rotary import to_rope
 from gptlab.evaluation.tasks import identity
 from gptlab.text.tokenizers import byte_tokenizer
 
@@ -111,6 +112,44 @@ def test_the_same_command_gives_the_same_weights(run: Run, source: Path, text: P
     states = [load_file(tmp_path / name / "model.safetensors") for name in "ab"]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_positions(run: Run, source: Path, text: Path, tmp_path: Path) -> None:
+    states = {}
+    for name, flags in (("fit", []), ("abrupt", ["--rotary", "abrupt"])):  # fit where nobody says
+        out = tmp_path / name
+        flags = ["--position", "rope", *flags, "--calibration", text, "--calibration-tokens", 256]
+        code, said, err = run("convert", source, *flags, "--out", out)
+        assert (code, err) == (0, "")
+        assert f"1. positions: learned -> rope, {name}" in said.splitlines()
+        assert json.loads((out / "conversion.json").read_text())["outputs"]["kl"] > 1e-4
+        states[name] = gptlab.load(out).model.tensors()
+    expected = to_rope(gptlab.load(source).model, method="abrupt").tensors()
+    assert states["abrupt"].keys() == expected.keys()
+    assert all(torch.equal(states["abrupt"][key], expected[key]) for key in expected)
+    # Queries and keys are all that is fitted.
+    moved = {key for key in expected if not torch.equal(states["fit"][key], expected[key])}
+    assert moved == {key for key in expected if ".attn.c_attn." in key}
+
+
+def test_a_blend_gives_the_outputs_of_its_source_and_says_how_to_go_on(
+    run: Run, source: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "blend"
+    code, said, err = run("convert", source, "--position", "blend", "--calibration", text, "--out", out)
+    assert (code, err) == (0, "")
+    assert "1. positions: learned -> blend, gauge: trained on, it becomes rope" in said.splitlines()
+    assert said.splitlines()[-1].endswith(f"--set distill.teacher={source} --set blend.ramp=geometric")
+    outputs = json.loads((out / "conversion.json").read_text())["outputs"]
+    assert outputs["kl"] < 1e-7
+    assert outputs["after"] == pytest.approx(outputs["before"], abs=1e-5)
+    ids = torch.arange(64)[None]
+    before, after = (gptlab.load(path).model(ids).log_softmax(-1) for path in (source, out))
+    assert (before - after).abs().max() < 1e-4
+    code, _, err = run("convert", out, "--position", "rope", "--calibration", text, "--out", tmp_path / "rope")
+    assert code == 2
+    assert "the blend is not at its end" in err
+    assert not (tmp_path / "rope").exists()
 
 
 def test_json(run: Run, source: Path, text: Path, tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ from gptlab.conversion.statistics import batches
 from gptlab.errors import GptlabError, nearest
 from gptlab.model.gpt import GPT, SCALES
 
-MOST_TOKENS = 8192
-"""Of a longer text, rows spread over it are looked at, of about so many tokens: a quarter of that is enough for 2.7M
+MOST_TOKENS = 4096
+"""Of a longer text, rows spread over it are looked at, of about so many tokens: half of that is enough for 2.7M
 parameters."""
 HEAD_ROWS = 256
 """Positions whose logits are held at once: 50 MB with GPT-2's vocabulary."""
