@@ -112,6 +112,14 @@ def test_a_curve_has_a_column_per_figure(tmp_path: Path) -> None:
     np.testing.assert_array_equal(curve.validation["tokens"], [3200, 6400])
 
 
+def test_a_distilled_run_is_drawn_by_its_cross_entropy(tmp_path: Path) -> None:
+    rows = [{"event": "step", "step": 1, "loss": 2.0, "cross_entropy": 5.0}, {"event": "step", "step": 2, "loss": 4.5}]
+    run = tmp_path / "taught"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_curve(run).training["loss"].tolist() == [5.0, 4.5]
+
+
 def test_absent_figures_are_nan_and_tokens_follow_from_steps(tmp_path: Path) -> None:
     bare = [START, {"event": "step", "step": 10, "loss": 5.0}, {"event": "step", "step": 20, "loss": None}]
     training = read_curve(write(tmp_path, bare)).training

@@ -108,8 +108,8 @@ class Curve(NamedTuple):
     Attributes:
         name: of the run, as the picture labels it.
         planned: steps that the run is to take, nan if unknown.
-        training: one value per row of ``step``: ``steps``, ``tokens``, ``hours``, ``loss`` (nats a token),
-            ``learning_rate`` and ``tokens_per_second``.
+        training: one value per row of ``step``: ``steps``, ``tokens``, ``hours``, ``loss`` (nats a token; with a
+            teacher the cross-entropy, so that all runs can be compared), ``learning_rate`` and ``tokens_per_second``.
         validation: one value per row of ``evaluate``: ``steps``, ``tokens``, ``hours`` and ``loss``.
     """
 
@@ -121,7 +121,7 @@ class Curve(NamedTuple):
 
 def read_curve(run: str | Path, name: str | None = None) -> Curve:
     """Read a run's curve; raises what `read_metrics` raises."""
-    rows = read_metrics(run)
+    rows = [{**row, "loss": row.get("cross_entropy", row.get("loss"))} for row in read_metrics(run)]
     starts = [row for row in rows if row["event"] == "start"]
     per_step = _number(starts[-1], "tokens_per_step") if starts else math.nan
     hours = _hours(rows)
