@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,3 +15,23 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("../shared is absent")
     return path
+
+
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system of two megabytes, or of as many as the module's ``DISK_MEGABYTES``."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = getattr(request.module, "DISK_MEGABYTES", 2)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", str(disk)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    except OSError as error:
+        pytest.skip(f"no mount command here: {error}")
+    if done.returncode:
+        pytest.skip(f"mounting a small tmpfs needs root on Linux: {done.stderr.strip()}")
+    try:
+        yield disk
+    finally:
+        gc.collect()  # the traceback of a refusal may hold a file that was open
+        subprocess.run(["umount", str(disk)], check=True)

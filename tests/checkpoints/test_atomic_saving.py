@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +28,6 @@ def assert_holds(directory: Path, expected: gptlab.LanguageModel) -> None:
     assert found.config == expected.config
     assert torch.equal(found.model.wte.weight, expected.model.wte.weight)
     assert not list(directory.glob(".*")), "temporary files were left behind"
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of two megabytes."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    except OSError as error:
-        pytest.skip(f"no mount command here: {error}")
-    if done.returncode:
-        pytest.skip(f"mounting a small tmpfs needs root on Linux: {done.stderr.strip()}")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_full_disk_leaves_the_old_model(small_disk: Path) -> None:

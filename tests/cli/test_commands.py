@@ -14,24 +14,10 @@ import pytest
 import torch
 
 import gptlab
-from gptlab.cli import main
 from gptlab.config import PRESETS
 from gptlab.text.tokenizers import byte_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; return its exit code, standard output and standard error."""
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gptlab", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code or 0, *capfd.readouterr()
-
-    return command
 
 
 @pytest.fixture(scope="module")

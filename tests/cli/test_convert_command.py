@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,25 +13,11 @@ from safetensors.torch import load_file
 
 import gptlab
 from gptlab import GPT, ModelConfig
-from gptlab.cli import main
 from gptlab.conversion.rotary import to_rope
 from gptlab.evaluation.tasks import identity
 from gptlab.text.tokenizers import byte_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; return its exit code, standard output and standard error."""
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gptlab", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code or 0, *capfd.readouterr()
-
-    return command
 
 
 @pytest.fixture

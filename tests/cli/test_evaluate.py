@@ -12,26 +12,19 @@ import pytest
 import torch
 
 import gptlab
-from gptlab.cli import main
 from gptlab.evaluation.tasks import evaluate
 from gptlab.text.tokenizers import byte_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
+COMMAND = ("evaluate",)
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+
+
 ITEMS = Path(__file__).parent.parent / "evaluation" / "hellaswag_items.jsonl"
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; return its exit code, standard output and standard error."""
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gptlab", "evaluate", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "160")
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code or 0, *capfd.readouterr()
-
-    return command
 
 
 def model(folder: Path, seed: int, **overrides: Any) -> Path:

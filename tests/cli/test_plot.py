@@ -13,23 +13,10 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from gptlab.cli import main
 from gptlab.training import curves
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; return its exit code, standard output and standard error."""
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gptlab", "plot", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code or 0, *capfd.readouterr()
-
-    return command
+COMMAND = ("plot",)
 
 
 def make(run: Path, losses: tuple[float, ...] = (3.5, 3.25, 3.375), steps: int = 1500) -> Path:

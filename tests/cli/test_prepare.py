@@ -12,24 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from gptlab.cli import main
 from gptlab.text.shards import open_dataset
 from gptlab.text.tokenizers import GPT2Tokenizer, byte_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; return its exit code, standard output and standard error."""
-
-    def prepare(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gptlab", "prepare", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code or 0, *capfd.readouterr()  # type: ignore[return-value]
-
-    return prepare
+COMMAND = ("prepare",)
 
 
 @pytest.fixture

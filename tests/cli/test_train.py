@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import os
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 import gptlab
-from gptlab.cli import main
 from gptlab.text.tokenizers import byte_tokenizer
 from gptlab.training import loop
 
@@ -50,6 +46,7 @@ evaluate_every = 5
 """
 
 Run = Callable[..., tuple[int, str, str]]
+DISK_MEGABYTES = 4
 Refused = Callable[..., str]
 
 
@@ -60,19 +57,6 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; return its exit code, standard output and standard error."""
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gptlab", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code or 0, *capfd.readouterr()
-
-    return command
 
 
 @pytest.fixture
@@ -414,25 +398,6 @@ def test_a_loss_that_is_no_number(refused: Refused, recipe: Path, text: Path, tm
 
 
 # --- a full disk ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of four megabytes."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    except OSError as error:
-        pytest.skip(f"no mount command here: {error}")
-    if done.returncode:
-        pytest.skip(f"mounting a small tmpfs needs root on Linux: {done.stderr.strip()}")
-    try:
-        yield disk
-    finally:
-        gc.collect()  # the traceback of a refusal may hold a file that was open
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def fill(disk: Path, room: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from sources import noisy
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,16 +23,6 @@ from gptlab.conversion.heads import regroup, repeat_heads
 from gptlab.conversion.statistics import collect_statistics
 from gptlab.conversion.windows import narrow
 from gptlab.text.tokenizers import byte_tokenizer
-
-
-def noisy(seed: int = 0, **overrides: Any) -> GPT:
-    """A tiny model in eval mode, of 4 heads of 8, whose scores, biases and norms are large enough to matter."""
-    model = GPT(ModelConfig.preset("tiny", **overrides), seed=seed).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model
 
 
 def random_ids(batch: int = 3, length: int = 40, seed: int = 0) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from sources import noisy
 from torch import Tensor
 
 import gptlab
@@ -19,16 +20,6 @@ from gptlab.conversion.statistics import assumed_statistics, collect_statistics
 
 BOTH_POSITIONS = pytest.mark.parametrize("position", ["learned", "rope"])
 PAPER = ["mean", "first", "random"]
-
-
-def noisy(seed: int = 0, **overrides: Any) -> GPT:
-    """A tiny model in eval mode, of 4 heads of 8, whose scores, biases and norms are large enough to matter."""
-    model = GPT(ModelConfig.preset("tiny", **overrides), seed=seed).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model
 
 
 def random_ids(model: GPT, batch: int = 3, length: int = 40, seed: int = 0) -> Tensor:

@@ -6,22 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from sources import noisy
 from torch import Tensor
 
-from gptlab import GPT, GptlabError, ModelConfig
+from gptlab import GPT, GptlabError
 from gptlab.conversion.heads import regroup
 from gptlab.conversion.layers import rebuild
 from gptlab.conversion.refit import RIDGES, refit_outputs
-
-
-def noisy(seed: int = 0, **overrides: Any) -> GPT:
-    """A tiny model in eval mode, of 4 heads of 8, whose scores, biases and norms are large enough to matter."""
-    model = GPT(ModelConfig.preset("tiny", **overrides), seed=seed).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model
 
 
 def random_ids(batch: int, length: int = 40, seed: int = 0) -> Tensor:

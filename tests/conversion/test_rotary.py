@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from sources import noisy
 from torch import Tensor
 
 import gptlab
-from gptlab import GPT, GptlabError, ModelConfig
+from gptlab import GPT, GptlabError
 from gptlab.config import RopeConfig
 from gptlab.conversion.calibration import calibration_rows
 from gptlab.conversion.drift import measure_drift
@@ -34,16 +35,6 @@ def _few_steps(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
     if "pocket" not in request.node.name and "closer" not in request.node.name:
         monkeypatch.setattr("gptlab.conversion.gauge.STEPS", 12)
         monkeypatch.setattr("gptlab.conversion.gauge.ROW_STEPS", 12)
-
-
-def noisy(seed: int = 0, **overrides: Any) -> GPT:
-    """A tiny model in eval mode, of 4 heads of 8, whose scores, biases and positions are large enough to matter."""
-    model = GPT(ModelConfig.preset("tiny", **overrides), seed=seed).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model
 
 
 def random_ids(model: GPT, batch: int = 4, length: int = CONTEXT, seed: int = 0) -> Tensor:
