@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDIES = ("standard", "papers", "convert")
+STUDIES = ("standard", "papers", "convert", "convert-8m")
 """Those whose results the docs show, where a page has a place for them; tools/keep_results.py puts them there."""
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)*src/[\w/]+\.py)(?:#L\d+)?\)")
 
@@ -186,6 +186,13 @@ def conversion_heads() -> str:
     return "\n".join(rows)
 
 
+def conversion_table() -> str:
+    from conversion_tables import STUDIES, table
+
+    there = (name for name in STUDIES if (ROOT / "docs" / "results" / kept(name)[0]).exists())
+    return table({name: results(name) for name in there})
+
+
 def drawings() -> dict[Path, bytes]:
     """Figures of the benchmarks that are not there or not current, by where they belong."""
     path, image = ROOT / "docs/results/conversion_heads.json", ROOT / "docs/images/conversion_heads.png"
@@ -252,6 +259,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "training step": training_step,
     "evaluation speed": evaluation_speed,
     "conversion heads": conversion_heads,
+    "conversion table": conversion_table,
     **{name: functools.partial(study, name) for name in STUDIES},
 }
 

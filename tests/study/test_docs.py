@@ -178,3 +178,42 @@ def test_what_is_not_kept(docs: ModuleType, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(GptlabError, match="has no timings; finish the study: gptlab study --resume --out"):
         module.keep(directory, "standard", folder)
     assert list(folder.iterdir()) == []
+
+
+def test_conversions_of_several_studies_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(share: float, mean: float, half: float = 0.004) -> dict[str, Any]:
+        return {"share": share, "difference": {"mean": mean, "low": mean - half, "high": mean + half}}
+
+    def found(label: str, n_head: int, half: int, added: float) -> dict[str, Any]:
+        made = {
+            "longer": ({}, [], [look(0, 0), {"share": 0.05, "difference": None}]),
+            "some": ({"n_kv_head": half, "method": "mean"}, [], [look(0, added), look(0.05, 0.001)]),
+            "best": ({"n_kv_head": half, "method": "svd"}, [], [look(0, added / 2), look(0.05, -0.02)]),
+            "still": ({"n_kv_head": 1, "method": "first"}, [], [look(0, 1)]),
+            "blend": ({"position": "blend", "rotary": "abrupt"}, ["blend.ramp=pairs"], [look(0, 0), look(0.05, 0.3)]),
+            "all": (
+                {"n_kv_head": 1, "position": "rope", "rotary": "fit", "window": 128},
+                ["distill.teacher=base"],
+                [look(0, 0.2), look(0.05, 0.1)],
+            ),
+        }
+        variants: dict[str, Any] = {"base": {"label": label, "config": {"n_head": n_head}}}
+        for name, (changes, uptrain, looks) in made.items():
+            variants[name] = {"conversion": {"changes": changes, "uptrain": uptrain, "looks": looks}}
+        variants["failed"] = {"conversion": {"changes": {"window": 8}, "uptrain": [], "looks": []}}
+        return {"study": {"base": "base", "conversion": {"of": 8_200_000}}, "variants": variants}
+
+    tables = tool("conversion_tables", monkeypatch)
+    assert tables.table({}) == ""
+    text = tables.table({"convert": found("small", 6, 3, 0.5), "convert-8m": found("large", 8, 4, 0.25)})
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert rows == [
+        ["", "small, 0%", "small, 5%", "large, 0%", "large, 5%"],
+        ["half of the key heads, svd", "+0.250", "−0.020", "+0.125", "−0.020"],
+        ["half of the key heads, mean", "+0.500", "(+0.001)", "+0.250", "(+0.001)"],
+        ["1 key head, first", "+1.000", "", "+1.000", ""],
+        ["RoPE, blend", "(+0.000)", "+0.300", "(+0.000)", "+0.300"],
+        ["all three: 1 key head, RoPE, fit, window 128, distilled", "+0.200", "+0.100", "+0.200", "+0.100"],
+    ]
+    assert "small 8.2 million, large 8.2 million" in text
+    assert len(tables.table({"convert": found("small", 6, 3, 0.5)}).splitlines()[0].split("|")) == 5

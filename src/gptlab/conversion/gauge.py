@@ -14,7 +14,7 @@ and b^T, turned, is a preference for distances. `spend_gauge` chooses both:
    table of positions and all, and a' that of the turned scores, from a stream that has lost the table.
 3. Where nothing need stay exact, the same descent on the rows of queries and keys themselves.
 
-Nobody seems to have done this before; see docs/conversion.md for what it gives.
+We know of no earlier work that does this; docs/conversion.md has what it gives.
 """
 
 from __future__ import annotations
