@@ -264,8 +264,8 @@ def test_a_resumed_run_wants_the_teacher_it_had(data: Dataset, teacher_run: Path
     changed = small(f"distill.teacher={other}", text=TAUGHT)
     with pytest.raises(gptlab.GptlabError, match=f"{run} learns from another teacher than {other} is now: its weights"):
         train(changed, data, run, resume=True)
-    with pytest.raises(gptlab.GptlabError, match=r"another recipe: distill.weight was 1.0 and is 0.5"):
-        train(small(f"distill.teacher={moved}", "distill.weight=0.5", text=TAUGHT), data, run, resume=True)
+    with pytest.raises(gptlab.GptlabError, match=r"another recipe: distill.weight was 0.5 and is 0.25"):
+        train(small(f"distill.teacher={moved}", "distill.weight=0.25", text=TAUGHT), data, run, resume=True)
     moved.rename(tmp_path / "elsewhere")
     with pytest.raises(gptlab.GptlabError, match=f"no directory {moved}"):
         train(recipe, data, run, resume=True)

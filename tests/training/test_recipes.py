@@ -63,11 +63,20 @@ def test_the_recipes_are_what_they_are_named_after() -> None:
     assert names.model_for(27).n_embd == 64
 
 
-@pytest.mark.parametrize("name", [n for n in recipe_names() if n.startswith("pocket-")])
+LARGER = "pocket-8m"
+
+
+@pytest.mark.parametrize("name", [n for n in recipe_names() if n.startswith("pocket-") and n != LARGER])
 def test_pocket_and_its_variants_differ_in_their_model_alone(name: str) -> None:
     changed = differences(read_recipe("pocket"), read_recipe(name))
     assert changed
     assert set(changed) <= {"model.position", "model.n_kv_head", "model.window"}
+
+
+def test_the_larger_pocket_is_trained_in_the_same_way() -> None:
+    changed = differences(read_recipe("pocket"), read_recipe(LARGER))
+    assert set(changed) == {"model.n_layer", "model.n_head", "model.n_embd", "train.compile"}
+    assert sum(p.numel() for p in gptlab.GPT(read_recipe(LARGER).model_for(4096)).parameters()) == 7_498_240
 
 
 # --- budgets --------------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ class DistillSettings(Section):
     """
 
     teacher: str
-    weight: float = Field(1.0, gt=0, le=1)
+    weight: float = Field(0.5, gt=0, le=1)
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
 
 
