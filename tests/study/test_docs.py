@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import plausible
+import plausible_conversions
 import pytest
 
 from gptlab.errors import GptlabError
@@ -178,6 +179,32 @@ def test_what_is_not_kept(docs: ModuleType, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(GptlabError, match="has no timings; finish the study: gptlab study --resume --out"):
         module.keep(directory, "standard", folder)
     assert list(folder.iterdir()) == []
+
+
+def test_a_study_of_conversions_is_kept_and_shown(
+    docs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = plausible_conversions.found()
+    found["study"] |= {"name": "convert", "recipe": {}}
+    found["variants"]["svd"]["conversion"]["uptrain"] = ["distill.teacher=base"]
+    directory = plausible.write(tmp_path / "study", found, plausible.timings(found))
+    kept, _ = tool("keep_results", monkeypatch).keep(directory, "convert", docs.ROOT / "docs/results")
+    values = json.loads(kept.read_text())
+    assert {name: (one["heads"], one["samples"]) for name, one in values["variants"].items() if name != "base"} == {
+        name: (None, []) for name in plausible_conversions.MADE
+    }
+    assert values["variants"]["svd"]["conversion"] == found["variants"]["svd"]["conversion"]
+    page = docs.ROOT / "docs/conversion_results.md"
+    page.write_text(
+        "<!-- convert -->\n\n<!-- end convert -->\n\n<!-- conversion table -->\n<!-- end conversion table -->\n"
+    )
+    docs.main()
+    text = page.read_text()
+    assert "### Conversion\n" in text
+    assert "| **by mean** | +0.200 | +0.060 | +0.030 | +0.024 to +0.036 |" in text
+    assert "| 2 key heads, svd, distilled | +0.010 | (+0.000) |" in text
+    for link in re.findall(r"\]\((results/.*?)\)", text):
+        assert (docs.ROOT / "docs" / link).is_file()
 
 
 def test_conversions_of_several_studies_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
