@@ -193,6 +193,13 @@ def conversion_table() -> str:
     return table({name: results(name) for name in there})
 
 
+def conversion_headline() -> str:
+    from conversion_tables import STUDIES, headline
+
+    there = (ROOT / "docs" / "results" / kept(STUDIES[0])[0]).exists()
+    return headline(results(STUDIES[0])) if there else ""
+
+
 def drawings() -> dict[Path, bytes]:
     """Figures of the benchmarks that are not there or not current, by where they belong."""
     path, image = ROOT / "docs/results/conversion_heads.json", ROOT / "docs/images/conversion_heads.png"
@@ -260,6 +267,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "evaluation speed": evaluation_speed,
     "conversion heads": conversion_heads,
     "conversion table": conversion_table,
+    "conversion headline": conversion_headline,
     **{name: functools.partial(study, name) for name in STUDIES},
 }
 

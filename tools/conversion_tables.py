@@ -1,4 +1,4 @@
-"""The table in docs/conversion.md of what conversions lose and what training brings back, from the kept studies."""
+"""What conversions lose and what training brings back, in docs/conversion.md and the README, from the kept studies."""
 
 from __future__ import annotations
 
@@ -36,6 +36,34 @@ def table(found: Mapping[str, dict[str, Any]]) -> str:
         " In brackets: the 95% interval of the difference, over documents, has 0 in it. One seed."
     )
     return "\n".join(rows)
+
+
+def headline(results: Mapping[str, Any], name: str = "all-fit-distilled") -> str:
+    """Return what all three changes at once cost, in one sentence.
+
+    Args:
+        results: of the study ``convert``.
+        name: the variant to speak of.
+    """
+    from gptlab.config import ModelConfig
+    from gptlab.model.cost import cache_bytes
+
+    base, variant = results["variants"][results["study"]["base"]], results["variants"][name]
+    before, after = (ModelConfig.from_dict(one["config"]) for one in (base, variant))
+    sizes = [cache_bytes(config, before.context_length, 2) / 2**20 for config in (before, after)]
+    first, last = (variant["conversion"]["looks"][i] for i in (0, -1))
+    added = [_higher(look["difference"]["mean"]) for look in (first, last)]
+    return (
+        f"A trained model converted: `{base['label']}` with {after.kv_heads} of its {before.kv_heads} key heads, rotary"
+        f" positions and a window of {after.windows[0]} needs {sizes[1]:.2f} MiB of cache for {before.context_length}"
+        f" tokens in place of {sizes[0]:.2f}. Right after the conversion its loss is {added[0]}; after training on for"
+        f" {100 * last['share']:g}% of its pre-training, {added[1]} than that of the base trained on as long"
+        " ([results](docs/conversion_results.md))."
+    )
+
+
+def _higher(nats: float) -> str:
+    return f"{abs(nats):.3f} nats a token {'higher' if nats >= 0 else 'lower'}"
 
 
 def converted(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

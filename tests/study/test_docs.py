@@ -207,6 +207,15 @@ def test_a_study_of_conversions_is_kept_and_shown(
         assert (docs.ROOT / "docs" / link).is_file()
 
 
+def test_the_headline_of_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = tool("conversion_tables", monkeypatch).headline(plausible_conversions.found(), "all")
+    assert (
+        "with 2 of its 6 key heads, rotary positions and a window of 128 needs 0.12 MiB of cache for 512 tokens" in said
+    )
+    assert "tokens in place of 1.50. Right after the conversion its loss is 2.200 nats a token higher;" in said
+    assert "training on for 5% of its pre-training, 0.200 nats a token higher than that of the base" in said
+
+
 def test_conversions_of_several_studies_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     def look(share: float, mean: float, half: float = 0.004) -> dict[str, Any]:
         return {"share": share, "difference": {"mean": mean, "low": mean - half, "high": mean + half}}
