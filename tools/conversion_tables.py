@@ -33,7 +33,8 @@ def table(found: Mapping[str, dict[str, Any]]) -> str:
     rows.append(
         "\nNats a token on held-out text more than the base has, and, in the columns after training, than the base that"
         f" was trained on with the same tokens: {100 * last:g}% of those that it was trained on ({', '.join(of)})."
-        " In brackets: the 95% interval of the difference, over documents, has 0 in it. One seed."
+        " 0% is right after the conversion; what was not trained on has no second figure. In brackets: the 95% interval"
+        " of the difference, over documents, has 0 in it. One seed."
     )
     return "\n".join(rows)
 
@@ -52,18 +53,23 @@ def headline(results: Mapping[str, Any], name: str = "all-fit-distilled") -> str
     before, after = (ModelConfig.from_dict(one["config"]) for one in (base, variant))
     sizes = [cache_bytes(config, before.context_length, 2) / 2**20 for config in (before, after)]
     first, last = (variant["conversion"]["looks"][i] for i in (0, -1))
-    added = [_higher(look["difference"]["mean"]) for look in (first, last)]
+    added = [_higher(look["difference"]) for look in (first, last)]
+    taught = any(setting.startswith("distill.") for setting in variant["conversion"]["uptrain"])
+    how = ", the original its teacher" if taught else ""
     return (
         f"A trained model converted: `{base['label']}` with {after.kv_heads} of its {before.kv_heads} key heads, rotary"
         f" positions and a window of {after.windows[0]} needs {sizes[1]:.2f} MiB of cache for {before.context_length}"
         f" tokens in place of {sizes[0]:.2f}. Right after the conversion its loss is {added[0]}; after training on for"
-        f" {100 * last['share']:g}% of its pre-training, {added[1]} than that of the base trained on as long"
+        f" {100 * last['share']:g}% of its pre-training{how}, {added[1]} than"
+        " that of the base trained on as long. 95% intervals over documents, one seed"
         " ([results](docs/conversion_results.md))."
     )
 
 
-def _higher(nats: float) -> str:
-    return f"{abs(nats):.3f} nats a token {'higher' if nats >= 0 else 'lower'}"
+def _higher(gap: Mapping[str, Any]) -> str:
+    ends = sorted(abs(gap[end]) for end in ("low", "high"))
+    where = "higher" if gap["mean"] > 0 else "lower"
+    return f"{abs(gap['mean']):.3f} nats a token ({ends[0]:.3f} to {ends[1]:.3f}) {where}"
 
 
 def converted(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -98,7 +104,7 @@ def _title(about: Mapping[str, Any], n_head: int) -> str:
         words.append(number)
     if "position" in changes:
         blend = changes["position"] == "blend"
-        how = changes.get("rotary", "fit")
+        how = changes.get("rotary", "gauge" if blend else "fit")
         words.append("RoPE, " + ("blend" if blend and how == "abrupt" else f"{how} and blend" if blend else how))
     if "window" in changes:
         words.append(f"window {changes['window']}" + (f", {changes['sinks']} sinks" if changes.get("sinks") else ""))

@@ -261,7 +261,7 @@ def test_seeds_of_a_base_that_is_loaded(corpus: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(running, "measure", lambda *_, **__: {})
     config = ModelConfig.preset("tiny", vocab_size=257, context_length=32)
     gptlab.save(LanguageModel(gptlab.GPT(config), byte_tokenizer()), tmp_path / "model")
-    variants = [{"name": "base", "load": str(tmp_path / "model")}, MADE[0], MADE[2]]
+    variants = [{"name": "base", "load": str(tmp_path / "model")}, MADE[0], MADE[2], MADE[4]]
     settings = {**UPTRAIN, "shares": [0, 0.1]}
     order_of = lambda **more: asked(  # noqa: E731
         corpus, variant=variants, uptrain={**settings, "set": [*UPTRAIN["set"], f"data.corpus=['{corpus}']"], **more}
@@ -284,6 +284,12 @@ def test_seeds_of_a_base_that_is_loaded(corpus: Path, tmp_path: Path, monkeypatc
     assert (last["difference"]["method"], last["difference"]["n"]) == ("paired over seeds", 2)
     starts = [run["curve"][0][1] for run in mean["runs"]]
     assert starts[0] != starts[1]  # the same model, other data
+    # One that is not trained on is fitted on the same data, and asked about the same text.
+    alone, _ = run_study(Order(only.study, ("data.held_out=0.2",), None, ("still",), 2), tmp_path / "study")
+    assert list(alone["variants"]) == ["base", "still"]
+    assert alone["study"]["corpus"] == results["study"]["corpus"]
+    assert alone["variants"]["base"]["quality"] == results["variants"]["base"]["quality"]
+    assert "the training data of" in alone["study"]["conversion"]["calibration"]
 
 
 REFUSALS = [
@@ -305,7 +311,7 @@ REFUSALS = [
     ({"name": "x", "convert": {}, "uptrain": ["budget.share=2"]}, r"share to train on for must lie between 0 and 1"),
     ({"name": "x", "convert": {}, "uptrain": ["train.seed=3"]}, r"train\.seed has no effect in a study"),
     ({"name": "x", "convert": {}, "uptrain": False}, r"variant 'x' converts nothing, and is not trained on"),
-    ({"name": "x", "convert": {"window": 8}, "uptrain": True}, r"uptrain"),
+    ({"name": "x", "convert": {"window": 8}, "uptrain": True}, r"uptrain takes a list of settings, or false"),
     ({"name": "x", "convert": {}, "uptrane": []}, r"unknown setting .*\(did you mean 'uptrain'\?\)"),
 ]
 
@@ -327,6 +333,7 @@ def test_what_has_no_effect(corpus: Path, tmp_path: Path) -> None:
             None,
             r"asks for uptraining, but the study has no \[uptrain\]",
         ),
+        ([BASE, {**MADE[2], "uptrain": []}], None, r"asks for uptraining, but the study has no \[uptrain\]"),
         ([{"name": "base", "convert": {}}], UPTRAIN, "is the base, so it cannot be converted from it"),
         (VARIANTS, {**UPTRAIN, "shares": [2]}, "uptrain.shares must lie between 0 and 1"),
         (VARIANTS, {**UPTRAIN, "share": [0]}, r"unknown setting 'uptrain.share'.*'shares'"),

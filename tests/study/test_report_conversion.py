@@ -61,10 +61,16 @@ def test_sentences_are_made_of_numbers() -> None:
 def test_one_that_was_not_trained_on_is_compared_where_it_can_be() -> None:
     results = found(("longer", "mean", "svd"))
     about = results["variants"]["mean"]["conversion"]
-    about["looks"] = about["looks"][:1]
-    heads = sentences(section(results).parts[0])
-    assert "Right after conversion by svd has the lowest loss of 2 ways to the same architecture." in heads
-    assert "After 5% by svd has" not in heads
+    ended = {**results["variants"]["mean"], "label": "early", "conversion": {**about, "looks": about["looks"][:2]}}
+    still = {**results["variants"]["mean"], "label": "still", "conversion": {**about, "looks": about["looks"][:1]}}
+    results["variants"] |= {"early": ended, "still": still}
+    whole = conversion(Study(results, None, [*MADE, "early", "still"]))
+    heads = sentences(whole.parts[0])
+    assert "Right after conversion by svd has the lowest loss of 4 ways to the same architecture." in heads
+    assert "After 5% by svd has the lowest loss of 2 ways to the same architecture." in heads
+    assert "After 1%" not in heads.partition("After 5% by svd has")[2]
+    assert "Those with figures after 0% were then trained on" in to_plain(whole.blocks[0].text)  # type: ignore[union-attr]
+    assert "It was then trained on" in to_plain(section(found()).blocks[0].text)  # type: ignore[union-attr]
 
 
 @pytest.mark.usefixtures("no_drawing")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from gptlab.errors import GptlabError, nearest
 from gptlab.study.claims import CLAIMS
@@ -41,6 +41,13 @@ class VariantSettings(_Section):
     load: str | None = None
     convert: dict[str, Any] | None = None
     uptrain: list[str] | Literal[False] | None = None
+
+    @field_validator("uptrain", mode="before")
+    @classmethod
+    def _settings_or_false(cls, value: Any) -> Any:
+        if value is None or value is False or isinstance(value, list):
+            return value
+        raise ValueError("uptrain takes a list of settings, or false")
 
 
 class FactorSettings(_Section):

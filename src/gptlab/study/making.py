@@ -11,6 +11,7 @@ import gptlab
 from gptlab.checkpoints.hub import locate
 from gptlab.config import ModelConfig
 from gptlab.conversion.calibration import default_tokens
+from gptlab.conversion.rotary import MOST_TOKENS
 from gptlab.errors import GptlabError
 from gptlab.study.assemble_conversion import Looks
 from gptlab.study.evaluate import Questions, model_key
@@ -212,7 +213,9 @@ class Making:
         if standard is not None:
             trained_on = standard.uptrain
         return Converted(
-            calibration=f"about {default_tokens(config.n_embd):,} tokens of {text}",
+            calibration=(
+                f"about {default_tokens(config.n_embd):,} tokens of {text}, positions on {MOST_TOKENS:,} of them"
+            ),
             yardstick=None if standard is None else standard.name,
             of=None if trained_on is None else trained_on.of or self.of,
             recipe=None if trained_on is None else plain(trained_on.recipe),

@@ -52,13 +52,15 @@ def _percent(share: float) -> str:
 def _how(study: Study) -> str:
     """What was done, and what the figures mean."""
     about, base = study.about["conversion"], study.label(study.base_name)
+    made = [name for name in study.variants if _looks(study, name)]
     text = (
         f"Every variant here begins as {base}, converted; conversions were fitted on {literal(about['calibration'])}."
     )
     recipe, yardstick = about["recipe"], about["yardstick"]
     if recipe is None:
         return f"{text} None was trained on: differences are to {base}."
-    text += f" It was then trained on; shares are of the {count(about['of'])} tokens that {base} was trained on."
+    who = "It was" if all(len(_looks(study, name)) > 1 for name in made) else "Those with figures after 0% were"
+    text += f" {who} then trained on; shares are of the {count(about['of'])} tokens that {base} was trained on."
     text += " A curve is one run, looked at on its way: its learning rate"
     kind = recipe["schedule"]["kind"]
     if kind == "constant":

@@ -75,7 +75,9 @@ class _Study:
         self.racers = race_cells(study.race) if study.race else []
         self.base = self.cells[0]
         trained = [cell.recipe for cell in self.cells if cell.recipe is not None]
-        trained += [cell.uptrain.recipe for cell in self.cells if cell.uptrain is not None]
+        if any(cell.convert is not None for cell in self.cells):
+            # Also of those that were not chosen: data are what all conversions are fitted on and measured on.
+            trained += [cell.uptrain.recipe for cell in every if cell.uptrain is not None]
         self.recipe = trained[0] if trained else read_recipe(study.recipe, [*study.set, *order.set])
         self.seeds = _seeds(order, bool(trained))
         for cell in self.cells:

@@ -177,7 +177,7 @@ def _made(
         raise GptlabError(f"variant {name!r} is made of the base, so {field} has no effect; leave it out")
     changes = read_changes(variant)
     if uptrain is None:
-        if variant.uptrain:
+        if variant.uptrain is not None and variant.uptrain is not False:
             raise GptlabError(f"variant {name!r} asks for uptraining, but the study has no [uptrain]; add it")
         if changes == Changes():
             raise GptlabError(f"variant {name!r} converts nothing, and the study has no [uptrain]; it is the base")
