@@ -126,5 +126,5 @@ def _cell(look: Mapping[str, Any] | None) -> str:
     if look is None or look["difference"] is None:
         return ""
     gap = look["difference"]
-    text = f"{gap['mean']:+.3f}".replace("-", "−")
+    text = f"{gap['mean']:+.3f}".replace("-", "−") if abs(gap["mean"]) >= 5e-4 else "0.000"
     return f"({text})" if gap["low"] is not None and gap["low"] <= 0 <= gap["high"] else text

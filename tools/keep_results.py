@@ -22,7 +22,7 @@ from gptlab.checkpoints.files import write_files
 from gptlab.errors import GptlabError
 from gptlab.study.report_data import Study, read_study
 
-MOST_BYTES = 300_000
+MOST_BYTES = 400_000
 """Of a file; git keeps every version."""
 
 

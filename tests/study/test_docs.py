@@ -202,7 +202,7 @@ def test_a_study_of_conversions_is_kept_and_shown(
     text = page.read_text()
     assert "### Conversion\n" in text
     assert "| **by mean** | +0.200 | +0.060 | +0.030 | +0.024 to +0.036 |" in text
-    assert "| 2 key heads, svd, distilled | +0.010 | (+0.000) |" in text
+    assert "| 2 key heads, svd, distilled | +0.010 | (0.000) |" in text
     for link in re.findall(r"\]\((results/.*?)\)", text):
         assert (docs.ROOT / "docs" / link).is_file()
 
@@ -251,7 +251,7 @@ def test_conversions_of_several_studies_stand_side_by_side(monkeypatch: pytest.M
         ["half of the key heads, svd", "+0.250", "−0.020", "+0.125", "−0.020"],
         ["half of the key heads, mean", "+0.500", "(+0.001)", "+0.250", "(+0.001)"],
         ["1 key head, first", "+1.000", "", "+1.000", ""],
-        ["RoPE, blend", "(+0.000)", "+0.300", "(+0.000)", "+0.300"],
+        ["RoPE, blend", "(0.000)", "+0.300", "(0.000)", "+0.300"],
         ["all three: 1 key head, RoPE, fit, window 128, distilled", "+0.200", "+0.100", "+0.200", "+0.100"],
     ]
     assert "small 8.2 million, large 8.2 million" in text
