@@ -17,6 +17,7 @@ from gptlab.study.report import outline, write_report
 from gptlab.study.report_blocks import Bullets, Section, Table, to_plain
 from gptlab.study.report_conversion import conversion
 from gptlab.study.report_data import Study, read_study
+from gptlab.study.report_summary import in_brief
 
 
 def section(results: dict[str, Any]) -> Section:
@@ -69,6 +70,13 @@ def test_one_that_was_not_trained_on_is_compared_where_it_can_be() -> None:
     assert "Right after conversion by svd has the lowest loss of 4 ways to the same architecture." in heads
     assert "After 5% by svd has the lowest loss of 2 ways to the same architecture." in heads
     assert "After 1%" not in heads.partition("After 5% by svd has")[2]
+    assert "still (not trained on). Right after conversion loss 0.200 nats" in heads
+    assert "early. Right after" in heads
+    brief = in_brief(Study(results, None, [*MADE, "early", "still"]))
+    said = [item.partition(".**")[0].strip("*") for item in brief.blocks[0].items]  # type: ignore[union-attr]
+    assert [name for name in said if name in ("by svd", "by mean", "early", "still (not trained on)")] == [
+        "by svd", "by mean", "early",
+    ]  # fmt: skip
     assert "Those with figures after 0% were then trained on" in to_plain(whole.blocks[0].text)  # type: ignore[union-attr]
     assert "It was then trained on" in to_plain(section(found()).blocks[0].text)  # type: ignore[union-attr]
 

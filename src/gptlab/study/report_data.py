@@ -64,7 +64,17 @@ class Study:
 
     def label(self, name: str) -> str:
         """A variant's name in words, as text that stands for itself."""
-        return literal(self.variants[name]["label"])
+        return literal(self.name_of(name))
+
+    def name_of(self, name: str) -> str:
+        """A variant's name in words, for a drawing, which knows no markup."""
+        own = " ".join(self.variants[name]["label"].split())
+        return f"{own} (not trained on)" if self.as_converted(name) else own
+
+    def as_converted(self, name: str) -> bool:
+        """Was it left as it came out of the conversion, where others were trained on?"""
+        made, about = self.variants[name].get("conversion"), self.about.get("conversion")
+        return bool(made and about and about["recipe"] and [look["share"] for look in made["looks"]] == [0])
 
     def made(self, name: str) -> str:
         """A variant's changes in words: GQA with 2 of 6 key/value heads."""

@@ -30,7 +30,7 @@ def looks(study: Study) -> dict[str, Look]:
 
 def name_of(study: Study, variant: str) -> str:
     """A variant's name in a drawing, which knows no markup."""
-    return " ".join(study.variants[variant]["label"].split())
+    return study.name_of(variant)
 
 
 def _drawn(study: Study) -> list[tuple[str, Any]]:

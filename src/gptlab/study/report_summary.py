@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from gptlab.study import report_pictures as pictures
 from gptlab.study.claims import TIE
 from gptlab.study.report_blocks import (
@@ -32,7 +35,7 @@ from gptlab.study.report_end import claim_words
 def in_brief(study: Study) -> Section:
     """What each change did, in a sentence or two each, and what failed."""
     items = [item for change in CHANGES for item in _finding(study, change)]
-    every = [n for n in study.variants if len(study.kinds[n] & set(CHANGES)) == 3]
+    every = _best_first(study, [n for n in study.variants if len(study.kinds[n] & set(CHANGES)) == 3])
     if every and "other" not in study.kinds[every[0]]:
         items += [f"**All three together.** {_sentences(study, every[0])}"]
     items += [f"**Claims.** {claim_words(study)}."] if study.claims else []
@@ -47,7 +50,17 @@ def in_brief(study: Study) -> Section:
 
 
 def _finding(study: Study, change: str) -> list[str]:
-    return [f"**{study.made(name)}.** {_sentences(study, name)}" for name in study.alone(change)[:3]]
+    return [
+        f"**{study.made(name)}.** {_sentences(study, name)}" for name in _best_first(study, study.alone(change))[:3]
+    ]
+
+
+def _best_first(study: Study, names: Sequence[str]) -> list[str]:
+    """Where there are many ways to one change, those that were trained on, by their loss; else as they are."""
+    if any(study.variants[name]["source"] != "converted" for name in names):
+        return list(names)
+    names = [name for name in names if not study.as_converted(name)]
+    return sorted(names, key=lambda name: loss if (loss := study.loss(name)) is not None else math.inf)
 
 
 def _sentences(study: Study, name: str) -> str:
