@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 import warnings
 from collections.abc import Mapping, Sequence
@@ -90,13 +91,22 @@ class Study:
 
     @cached_property
     def drawn(self) -> list[str]:
-        """The variants that figures and counts show: of conversions that come to one architecture, the first."""
+        """The variants that figures and counts show: of conversions that come to one architecture, the best.
+
+        One that was trained on comes before those that were not.
+        """
         found: list[str] = []
         for name, variant in self.variants.items():
-            known = [self.configs[other] for other in found]
-            if variant["source"] != "converted" or self.configs[name] not in known:
-                found.append(name)
+            if variant["source"] == "converted":
+                alike = [n for n in self.variants if self.configs[n] == self.configs[name]]
+                if any(self.variants[n]["source"] != "converted" for n in alike) or name != min(alike, key=self._rank):
+                    continue
+            found.append(name)
         return found
+
+    def _rank(self, name: str) -> tuple[bool, float]:
+        loss = self.loss(name)
+        return self.as_converted(name), math.inf if loss is None else loss
 
     def reference(self, name: str) -> str:
         """The variant that another is compared with: the base, or for what was trained on the base trained on."""
