@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from trainings import small
 
 import gptlab
+from gptlab.text.shards import Dataset
+from gptlab.training.loop import train
 from gptlab.training.optimizer import clip, learning_rate_share, make_optimizers
 from gptlab.training.settings import OptimizerSettings, ScheduleSettings
 
@@ -98,6 +103,26 @@ def test_muon_moves_a_matrix_as_far_as_adamw_would() -> None:
             assert moved == pytest.approx(0.1 * 0.2, rel=0.25), name  # the orthogonalisation is a rough one
         else:
             assert moved == 0, name
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_attention_may_have_a_learning_rate_of_its_own(name: str, data: Dataset, tmp_path: Path) -> None:
+    settings = ["budget.steps=1", "schedule.warmup_steps=0", "optimizer.weight_decay=0", f"optimizer.name={name}"]
+
+    def moved(factor: float) -> dict[str, Tensor]:
+        recipe = small(f"optimizer.attention_factor={factor}", "optimizer.learning_rate=1e-3", *settings)
+        model = train(recipe, data, tmp_path / str(factor)).language_model.model
+        start = gptlab.GPT(model.config, recipe.train.seed)
+        pairs = zip(model.named_parameters(), start.parameters(), strict=True)
+        return {n: p.detach() - q.detach() for (n, p), q in pairs}
+
+    plain, faster = moved(1), moved(4)
+    attention = {n for n in plain if ".attn." in n or ".ln_1." in n}
+    assert len(attention) == 6 * 2  # two layers of weights and biases
+    for n, change in plain.items():
+        times = 4 if n in attention else 1
+        torch.testing.assert_close(faster[n], times * change, atol=2e-7, rtol=1e-5)
+        assert change.abs().max() > 0
 
 
 def test_clipping_scales_all_gradients_alike() -> None:

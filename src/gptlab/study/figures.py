@@ -45,6 +45,8 @@ STYLE: dict[Any, Any] = {
     "xtick.labelsize": 8.5,
     "ytick.labelsize": 8.5,
     "font.size": 8.5,
+    # Text stays text, and where the reader's letters are wider than those measured here, it needs room.
+    "figure.constrained_layout.w_pad": 0.1,
 }
 
 

@@ -37,7 +37,9 @@ def in_brief(study: Study) -> Section:
     items = [item for change in CHANGES for item in _finding(study, change)]
     every = _best_first(study, [n for n in study.variants if len(study.kinds[n] & set(CHANGES)) == 3])
     if every and "other" not in study.kinds[every[0]]:
-        items += [f"**All three together.** {_sentences(study, every[0])}"]
+        converted = study.variants[every[0]]["source"] == "converted"
+        name = study.made(every[0]) if converted else "All three together"  # there are several ways to convert
+        items += [f"**{name}.** {_sentences(study, every[0])}"]
     items += [f"**Claims.** {claim_words(study)}."] if study.claims else []
     blocks: list[Block] = [Bullets(items)] if items else []
     blocks += [Paragraph(note, "note") for note in caveats(study)]

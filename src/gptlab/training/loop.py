@@ -301,7 +301,7 @@ class _Loop:
         rate = recipe.optimizer.learning_rate * share
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["factor"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1

@@ -3,42 +3,46 @@
 from __future__ import annotations
 
 import math
+import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gptlab.training.settings import OptimizerSettings, ScheduleSettings
 
+ATTENTION = re.compile(r"\bh\.\d+\.(ln_1|attn)\.")
+"""Names of the parameters of attention: the layer norm that it reads through, and its projections."""
+
 
 def make_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
     """Return the optimizers of a run: AdamW alone, or AdamW for embeddings, biases and norms and Muon for the rest.
 
-    Matrices decay, biases and norms do not.
+    Matrices decay, biases and norms do not. Every group of parameters has a ``factor``, by which its learning rate
+    differs from the run's.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if p.ndim == 2 and name.startswith("h.")]
-    hidden = matrices if settings.name == "muon" else []
-    taken = {id(p) for p in hidden}
-    rest = [p for _, p in named if id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    hidden = {name for name, p in named if p.ndim == 2 and name.startswith("h.") and settings.name == "muon"}
     betas = (settings.beta1, settings.beta2)
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.learning_rate, betas=betas, fused=True)
+        torch.optim.AdamW(_groups([(n, p) for n, p in named if n not in hidden], settings), betas=betas, fused=True)
     ]
     if hidden:
-        optimizers.append(
-            torch.optim.Muon(
-                hidden,
-                lr=settings.learning_rate,
-                weight_decay=settings.weight_decay,
-                momentum=settings.momentum,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        groups = _groups([(n, p) for n, p in named if n in hidden], settings)
+        optimizers.append(torch.optim.Muon(groups, momentum=settings.momentum, adjust_lr_fn="match_rms_adamw"))
     return optimizers
+
+
+def _groups(named: list[tuple[str, nn.Parameter]], settings: OptimizerSettings) -> list[dict[str, Any]]:
+    """Return parameters in one group for each pair of a weight decay and a factor."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in named:
+        factor = settings.attention_factor if ATTENTION.search(name) else 1.0
+        groups.setdefault((settings.weight_decay if p.ndim >= 2 else 0.0, factor), []).append(p)
+    return [
+        {"params": parameters, "weight_decay": decay, "factor": factor, "lr": factor * settings.learning_rate}
+        for (decay, factor), parameters in groups.items()
+    ]
 
 
 def learning_rate_share(settings: ScheduleSettings, step: int, steps: int) -> float:

@@ -53,6 +53,17 @@ class OptimizerSettings(Section):
 
     Muon's update is scaled to the size of AdamW's (Liu et al. 2025, *Muon is scalable for LLM training*), so that one
     learning rate serves both.
+
+    Attributes:
+        name: which of the two.
+        learning_rate: at its highest; the schedule has the shares of it.
+        weight_decay: of matrices; biases and norms have none.
+        beta1: of AdamW.
+        beta2: of AdamW.
+        momentum: of Muon.
+        clip_norm: the most that the gradient's norm may be.
+        attention_factor: learning rate of attention (its projections and the norm before them), as a multiple of the
+            others'. A converted model has most to learn there.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -62,6 +73,7 @@ class OptimizerSettings(Section):
     beta2: float = Field(0.95, ge=0, lt=1)
     momentum: float = Field(0.95, ge=0, lt=1)
     clip_norm: float = Field(1.0, gt=0)
+    attention_factor: float = Field(1.0, gt=0, allow_inf_nan=False)
 
 
 class ScheduleSettings(Section):
