@@ -3,8 +3,9 @@
     python benchmarks/train.py --nanogpt path/to/nanoGPT --out docs/results/train.json
 
 Every program runs in a process of its own, so that its peak memory is its own; they take turns, one step at a time, and
-the figures are medians. A step is forward, backward, clipping and AdamW on one batch of random tokens. Without
-``--nanogpt`` that row is left out; "whole logits" is gptlab's own model with nanoGPT's way of computing the loss.
+the figures are medians. Each holds some 3 GB meanwhile, so that not all are timed unless ``--programs`` names them. A
+step is forward, backward, clipping and AdamW on one batch of random tokens. Without ``--nanogpt`` its rows are left
+out; "whole logits" is gptlab's own model with nanoGPT's way of computing the loss.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 SHAPES = ((4, 256), (1, 1024))
 DTYPES = ("float32", "bfloat16")
 PROGRAMS = (
@@ -37,7 +40,10 @@ PROGRAMS = (
     "transformers",
     "transformers compiled",
 )
+USUAL = ("gptlab", "gptlab compiled", "gptlab recompute", "nanoGPT", "nanoGPT compiled", "transformers")
 ROUNDS = 5
+PROGRAM_BYTES = 3_400_000_000
+"""What a program holds while it waits for its turn, on average."""
 
 
 def adamw(torch: Any, model: Any) -> Any:
@@ -201,12 +207,16 @@ def compare(programs: list[str], batch: int, length: int, dtype: str, nanogpt: s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--nanogpt", help="a clone of karpathy/nanoGPT")
-    parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS)
+    parser.add_argument("--programs", nargs="+", default=list(USUAL), choices=PROGRAMS)
     parser.add_argument("--shapes", nargs="+", type=int, default=[0, 1], help="0 is 4 x 256, 1 is 1 x 1024")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     programs = [p for p in arguments.programs if arguments.nanogpt or not p.startswith("nanoGPT")]
+    there = psutil.virtual_memory().available
+    if there < PROGRAM_BYTES * len(programs):
+        most = there // PROGRAM_BYTES
+        parser.exit(2, f"there is memory for {most} programs at once, not {len(programs)}; name fewer: --programs\n")
     rows = []
     for shape in arguments.shapes:
         for dtype in arguments.dtypes:

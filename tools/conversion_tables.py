@@ -39,7 +39,7 @@ def table(found: Mapping[str, dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def headline(results: Mapping[str, Any], name: str = "all-fit-distilled") -> str:
+def headline(results: Mapping[str, Any], name: str = "all-fit-distilled-faster") -> str:
     """Return what all three changes at once cost, in one sentence.
 
     Args:
@@ -53,23 +53,27 @@ def headline(results: Mapping[str, Any], name: str = "all-fit-distilled") -> str
     before, after = (ModelConfig.from_dict(one["config"]) for one in (base, variant))
     sizes = [cache_bytes(config, before.context_length, 2) / 2**20 for config in (before, after)]
     first, last = (variant["conversion"]["looks"][i] for i in (0, -1))
-    added = [_higher(look["difference"]) for look in (first, last)]
     taught = any(setting.startswith("distill.") for setting in variant["conversion"]["uptrain"])
     how = ", the original its teacher" if taught else ""
     return (
         f"A trained model converted: `{base['label']}` with {after.kv_heads} of its {before.kv_heads} key heads, rotary"
         f" positions and a window of {after.windows[0]} needs {sizes[1]:.2f} MiB of cache for {before.context_length}"
-        f" tokens in place of {sizes[0]:.2f}. Right after the conversion its loss is {added[0]}; after training on for"
-        f" {100 * last['share']:g}% of its pre-training{how}, {added[1]} than"
-        " that of the base trained on as long. 95% intervals over documents, one seed"
+        f" tokens in place of {sizes[0]:.2f}. Right after the conversion its loss is {_apart(first['difference'])} that"
+        f" of the base; after training on for {100 * last['share']:g}% of its pre-training{how},"
+        f" {_apart(last['difference'])} that of the base trained on as long. 95% intervals over documents, one seed"
         " ([results](docs/conversion_results.md))."
     )
 
 
-def _higher(gap: Mapping[str, Any]) -> str:
-    ends = sorted(abs(gap[end]) for end in ("low", "high"))
+def _apart(gap: Mapping[str, Any]) -> str:
+    """A difference in words, to be followed by what it is to."""
+    low, high = gap["low"], gap["high"]
+    if low <= 0 <= high:
+        signed = (f"{value:+.3f}".replace("-", "−") for value in (gap["mean"], low, high))
+        return "not to be told ({} nats a token, {} to {}) from".format(*signed)
+    ends = sorted((abs(low), abs(high)))
     where = "higher" if gap["mean"] > 0 else "lower"
-    return f"{abs(gap['mean']):.3f} nats a token ({ends[0]:.3f} to {ends[1]:.3f}) {where}"
+    return f"{abs(gap['mean']):.3f} nats a token ({ends[0]:.3f} to {ends[1]:.3f}) {where} than"
 
 
 def converted(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -97,6 +101,7 @@ def _rows(found: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
 def _title(about: Mapping[str, Any], n_head: int) -> str:
     """What a conversion is called, so that like ones of models of different sizes have one name."""
     changes, taught = about["changes"], any(s.startswith("distill.") for s in about["uptrain"])
+    faster = any(s.startswith("optimizer.attention_factor") for s in about["uptrain"])
     words = []
     if "n_kv_head" in changes:
         shared = changes["n_kv_head"]
@@ -112,7 +117,8 @@ def _title(about: Mapping[str, Any], n_head: int) -> str:
         words.append(f"context {changes['context_length']:,}, {changes.get('extension', 'copy')}")
     if len(words) == 1 and "method" in changes:
         words.append(changes["method"])
-    return ("all three: " if len(words) > 2 else "") + ", ".join(words) + (", distilled" if taught else "")
+    words = ["all three: " + ", ".join(words)] if len(words) > 2 else words
+    return ", ".join([*words, *["distilled"] * taught, *["attention faster"] * faster])
 
 
 def _rank(title: str) -> tuple[int, int]:

@@ -213,10 +213,17 @@ def test_the_headline_of_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
         "with 2 of its 6 key heads, rotary positions and a window of 128 needs 0.12 MiB of cache for 512 tokens" in said
     )
     assert (
-        "tokens in place of 1.50. Right after the conversion its loss is 2.200 nats a token (2.194 to 2.206) higher;"
-        in said
+        "tokens in place of 1.50. Right after the conversion its loss is 2.200 nats a token (2.194 to 2.206) higher"
+        " than that of the base;" in said
     )
     assert "training on for 5% of its pre-training, 0.200 nats a token (0.194 to 0.206) higher than that" in said
+
+
+def test_a_headline_inside_the_noise_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = plausible_conversions.found()
+    found["variants"]["all"]["conversion"]["looks"][-1]["difference"] = {"mean": 0.003, "low": -0.001, "high": 0.007}
+    said = tool("conversion_tables", monkeypatch).headline(found, "all")
+    assert "not to be told (+0.003 nats a token, −0.001 to +0.007) from that of the base trained on as long" in said
 
 
 def test_conversions_of_several_studies_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +242,7 @@ def test_conversions_of_several_studies_stand_side_by_side(monkeypatch: pytest.M
                 ["distill.teacher=base"],
                 [look(0, 0.2), look(0.05, 0.1)],
             ),
+            "fast": ({"window": 8}, ["optimizer.attention_factor=10"], [look(0, 0.2), look(0.05, 0.1)]),
         }
         variants: dict[str, Any] = {"base": {"label": label, "config": {"n_head": n_head}}}
         for name, (changes, uptrain, looks) in made.items():
@@ -252,6 +260,7 @@ def test_conversions_of_several_studies_stand_side_by_side(monkeypatch: pytest.M
         ["half of the key heads, mean", "+0.500", "(+0.001)", "+0.250", "(+0.001)"],
         ["1 key head, first", "+1.000", "", "+1.000", ""],
         ["RoPE, blend", "(0.000)", "+0.300", "(0.000)", "+0.300"],
+        ["window 8, attention faster", "+0.200", "+0.100", "+0.200", "+0.100"],
         ["all three: 1 key head, RoPE, fit, window 128, distilled", "+0.200", "+0.100", "+0.200", "+0.100"],
     ]
     assert "small 8.2 million, large 8.2 million" in text
