@@ -150,6 +150,23 @@ def training_step() -> str:
     return "\n".join(rows)
 
 
+def prepare_speed() -> str:
+    values = results("prepare")
+    rows = ["| program | MB a second and core | share of tiktoken's rate |", "|---|---:|---:|"]
+    for row in values["rates"]:
+        share = f"{100 * row['share_of_tiktoken']:.0f}%"
+        rows.append(f"| {row['program']} | {row['megabytes_per_second_and_core']:.2f} | {share} |")
+    rows += ["", "| input | tokenizer | MB | peak memory, MB |", "|---|---|---:|---:|"]
+    for row in values["memory"]:
+        size, peak = f"{row['megabytes']:,.0f}", f"{row['peak_memory_megabytes']:,.0f}"
+        rows.append(f"| {row['input']} | {row['tokenizer']} | {size} | {peak} |")
+    rows.append(
+        f"\n{values['work']}; medians of {values['rounds']} rounds in turn on {values['cores']} CPU cores; tiktoken"
+        f" {values['tiktoken']}, which has the documents in memory and leaves ids there; `make bench-prepare`."
+    )
+    return "\n".join(rows)
+
+
 def evaluation_speed() -> str:
     values = results("evaluate")
     rows = ["| program | dtype | passages a second | gptlab is faster by |", "|---|---|---:|---:|"]
@@ -264,6 +281,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "attention": attention,
     "decode_attention": decode_attention,
     "training step": training_step,
+    "prepare speed": prepare_speed,
     "evaluation speed": evaluation_speed,
     "conversion heads": conversion_heads,
     "conversion table": conversion_table,
