@@ -56,7 +56,7 @@ def test_a_share_of_what_pocket_was_trained_on() -> None:
     plan = with_count(read_recipe("uptrain"))
     assert plan.base == "pocket"
     assert (plan.budget.share, plan.budget.of) == (0.05, 8_192_000)
-    assert plan.steps(512, 10**6) == 100  # 409,600 tokens of 8 x 512 a step
+    assert plan.steps(512, 10**6) == 200  # 409,600 tokens of 4 x 512 a step
     assert plan.schedule.warmup_steps < 100
     assert with_count(plan) == plan
 
