@@ -152,12 +152,13 @@ def load(
     device: str | torch.device = "cpu",
     tokenizer: str | Tokenizer | None = None,
 ) -> LanguageModel:
-    """Load a model by name or directory.
+    """Load a model by name or path.
 
     Args:
-        name: a built-in model (``pocket``), a directory (Hugging Face's GPT-2 layout or gptlab's own), ``gpt2``,
-            ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``, or ``owner/name`` on the Hugging Face hub. A `Path` is always
-            a directory. The directory of a training run stands for its best checkpoint, ``"runs/a@last"`` for the last.
+        name: a built-in model (``pocket``), a directory or a file in any format that `gptlab.checkpoints` reads,
+            ``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``, or ``owner/name`` on the Hugging Face hub. A `Path`
+            is always a place on disk. The directory of a training run stands for its best checkpoint,
+            ``"runs/a@last"`` for the last.
         dtype: of the weights in memory; norms, softmax and logits are computed in float32 in any case.
         device: where to put the model.
         tokenizer: ``"gpt2"``, ``"bytes"`` or a `Tokenizer`, in place of the one beside the weights.
@@ -206,4 +207,4 @@ def save(
         name: tensor if dtype is None or name in SCALES else tensor.to(dtype)
         for name, tensor in lm.model.tensors().items()
     }
-    native.write(Path(directory), lm.config, state, lm.tokenizer, files)
+    native.write(Path(directory), checkpoints.Checkpoint(lm.config, state, lm.tokenizer), files)

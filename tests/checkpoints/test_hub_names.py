@@ -122,10 +122,10 @@ def test_a_directory_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.Mo
     [
         ("gpt2-lagre", "no model 'gpt2-lagre' (did you mean 'gpt2-large'?)"),
         ("", "the name of the model is empty"),
-        ("./here", "no directory ./here; check the path"),
-        ("a/b/c", "no directory a/b/c; check the path"),
-        ("../x", "no directory ../x; check the path"),
-        ("/no/such/place", "no directory /no/such/place; check the path"),
+        ("./here", "no file or directory ./here; check the path"),
+        ("a/b/c", "no file or directory a/b/c; check the path"),
+        ("../x", "no file or directory ../x; check the path"),
+        ("/no/such/place", "no file or directory /no/such/place; check the path"),
     ],
 )
 def test_what_is_no_name_is_never_looked_up(name: str, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,10 +138,13 @@ def test_what_is_no_name_is_never_looked_up(name: str, complaint: str, monkeypat
     assert complaint in str(caught.value)
 
 
-def test_a_file_is_no_directory(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_text("")
-    with pytest.raises(gptlab.GptlabError, match=r"is a file; name the directory"):
-        hub.locate(str(tmp_path / "model.safetensors"))
+def test_a_file_that_no_format_recognises(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_text("")
+    assert hub.locate(str(path)) == path
+    for name in (str(path), path):
+        with pytest.raises(gptlab.GptlabError, match=r"is a file that gptlab cannot read; it reads a directory"):
+            gptlab.load(name)
 
 
 def test_without_huggingface_hub_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ def in_a_new_process(*arguments: object, **env: str) -> subprocess.CompletedProc
 def test_no_such_directory_from_a_real_shell(tmp_path: Path) -> None:
     done = in_a_new_process("generate", "--model", tmp_path / "nowhere", "Hello")
     assert (done.returncode, done.stdout) == (2, "")
-    assert sentence(done.stderr) == f"no directory {tmp_path / 'nowhere'}; check the path"
+    assert sentence(done.stderr) == f"no file or directory {tmp_path / 'nowhere'}; check the path"
 
 
 def test_an_unreachable_hub_from_a_real_shell(tmp_path: Path) -> None:
@@ -280,8 +280,11 @@ def test_weights_without_a_tokenizer(refused: Refused, tmp_path: Path) -> None:
         (["pocket"], "only the original models can be verified"),
         (["gtp2"], "only the original models can be verified"),
         (["--path", "x"], "name the model too: gptlab verify gpt2 --path DIR"),
-        (["gpt2", "--path", "./nowhere"], "no directory nowhere; check --path"),
-        (["gpt2", "--path", "owner/name"], "no directory owner/name; check --path"),  # never looked up on the hub
+        (["gpt2", "--path", "./nowhere"], "no file or directory nowhere; check --path"),
+        (
+            ["gpt2", "--path", "owner/name"],
+            "no file or directory owner/name; check --path",
+        ),  # never looked up on the hub
     ],
 )
 def test_verify(refused: Refused, arguments: list[str], complaint: str) -> None:

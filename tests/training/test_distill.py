@@ -267,7 +267,7 @@ def test_a_resumed_run_wants_the_teacher_it_had(data: Dataset, teacher_run: Path
     with pytest.raises(gptlab.GptlabError, match=r"another recipe: distill.weight was 0.5 and is 0.25"):
         train(small(f"distill.teacher={moved}", "distill.weight=0.25", text=TAUGHT), data, run, resume=True)
     moved.rename(tmp_path / "elsewhere")
-    with pytest.raises(gptlab.GptlabError, match=f"no directory {moved}"):
+    with pytest.raises(gptlab.GptlabError, match=f"no file or directory {moved}"):
         train(recipe, data, run, resume=True)
     # Where it lies does not matter.
     train(small(f"distill.teacher={tmp_path / 'elsewhere'}", text=TAUGHT), data, run, resume=True)
@@ -303,7 +303,7 @@ def test_teachers_that_are_refused(data: Dataset, tmp_path: Path) -> None:
         model = gptlab.GPT(dataclasses.replace(config, **changes))
         gptlab.save(gptlab.LanguageModel(model, tokenizer), settings.teacher)
 
-    with pytest.raises(gptlab.GptlabError, match=r"no directory .*teacher; check the path"):
+    with pytest.raises(gptlab.GptlabError, match=r"no file or directory .*teacher; check the path"):
         load_teacher(settings, config, data.tokenizer)
     saved(vocab_size=300)
     with pytest.raises(gptlab.GptlabError, match="knows 300 ids, the student 257; choose a teacher"):

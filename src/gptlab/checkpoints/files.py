@@ -43,13 +43,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise GptlabError(
-            f"{path.parent} is no model directory: it has no {path.name}; name a directory with config.json"
-            " and the weights, or a model such as 'pocket' or 'gpt2'"
-        ) from None
+        raise GptlabError(f"{path.parent} has no {path.name}; copy it there too") from None
     except OSError as error:
         raise GptlabError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the second where brackets are nested ten thousand deep
         raise GptlabError(f"{path} is damaged (no valid JSON: {error}); restore it") from None
     if not isinstance(values, dict):
         raise GptlabError(f"{path} is damaged (no JSON object); restore it")

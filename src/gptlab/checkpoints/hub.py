@@ -1,4 +1,4 @@
-"""From the name of a model to a directory: built-in, local, or on the Hugging Face hub."""
+"""From the name of a model to where it lies: built-in, here, or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def built_in() -> dict[str, Path]:
 
 
 def locate(name: str) -> Path:
-    """Return the directory of a model, downloading it when it is a name on the hub.
+    """Return the directory or file of a model, downloading it when it is a name on the hub.
 
     Args:
-        name: a built-in model, a directory, a training run (``runs/a`` is its best checkpoint, ``runs/a@last`` the
-            last), ``gpt2`` ... ``gpt2-xl``, or ``owner/name``. A directory that is here comes before a name on the
-            hub; built-in names come first (write ``./pocket`` for a directory).
+        name: a built-in model, a directory, a file, a training run (``runs/a`` is its best checkpoint,
+            ``runs/a@last`` the last), ``gpt2`` ... ``gpt2-xl``, or ``owner/name``. What is here comes before a name
+            on the hub; built-in names come first (write ``./pocket`` for a directory).
 
     Raises:
         GptlabError: nothing of that name, or the hub cannot be reached.
@@ -50,13 +50,13 @@ def locate(name: str) -> Path:
     if Path(name).is_dir():
         return model_of(Path(name)) if is_run(Path(name)) else Path(name)
     if Path(name).exists():
-        raise GptlabError(f"{name} is a file; name the directory that holds config.json and the weights")
+        return Path(name)
     if name in ORIGINALS:
         return download(name, ORIGINALS[name])
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         return download(name, name)
     if "/" in name or name.startswith("."):
-        raise GptlabError(f"no directory {name}; check the path")
+        raise GptlabError(f"no file or directory {name}; check the path")
     known = [*built_in(), *ORIGINALS]
     raise GptlabError(
         f"no model {name!r}{nearest(name, known)}; give a directory, one of {', '.join(known)}, or owner/name"

@@ -11,9 +11,8 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.text.tokenizers import read_tokenizer
 
+ABOUT = "a directory in Hugging Face's layout with config.json and the weights"
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 # Values under which a field leaves the function as gptlab computes it; any other is refused.
 NEUTRAL = {
@@ -35,7 +35,12 @@ CONV1D = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\
 LEGACY = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
 
-def config_of(directory: Path, values: Mapping[str, Any]) -> ModelConfig:
+def recognises(path: Path) -> bool:
+    """Does a `config.json` lie in this directory?"""
+    return (path / "config.json").exists()
+
+
+def read_config(directory: Path) -> ModelConfig:
     """Translate a Hugging Face `config.json`.
 
     `reorder_and_upcast_attn` only changes rounding (softmax is always float32 here) and is ignored, as are
@@ -45,6 +50,7 @@ def config_of(directory: Path, values: Mapping[str, Any]) -> ModelConfig:
         GptlabError: another architecture, or a setting that changes the function in a way not offered.
     """
     path = directory / "config.json"
+    values = read_json(path)
     if values.get("model_type") != "gpt2":
         raise GptlabError(
             f"{path} describes model_type {values.get('model_type')!r}; only 'gpt2' and gptlab's own format can be read"
@@ -72,14 +78,14 @@ def config_of(directory: Path, values: Mapping[str, Any]) -> ModelConfig:
         raise GptlabError(f"{path}: {error}") from None
 
 
-def read(directory: Path, values: Mapping[str, Any], dtype: torch.dtype) -> Checkpoint:
+def read(directory: Path, dtype: torch.dtype) -> Checkpoint:
     """Read a Hugging Face GPT-2 directory.
 
     Raises:
         GptlabError: files missing or damaged, tensors missing, left over or of a wrong shape, or a pickle
             that holds anything but tensors.
     """
-    config = config_of(directory, values)
+    config = read_config(directory)
     readers: Lazy = {}
     for key, get in _open_weights(directory).items():
         name = key.removeprefix("transformer.")

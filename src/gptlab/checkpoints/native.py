@@ -10,33 +10,41 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gptlab.checkpoints.files import Checkpoint, complete_state, open_safetensors, tensor_sha256, write_files
+from gptlab.checkpoints.files import (
+    Checkpoint,
+    complete_state,
+    open_safetensors,
+    read_json,
+    tensor_sha256,
+    write_files,
+)
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.text.tokenizers import Tokenizer, read_tokenizer
 
+ABOUT = "a directory that gptlab saved"
 FORMAT = "gptlab"
 VERSION = 1
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
 
-def recognises(values: Mapping[str, Any]) -> bool:
-    """Is this `config.json` of gptlab's own format?"""
-    return values.get("format") == FORMAT
+def recognises(path: Path) -> bool:
+    """Does a `config.json` of gptlab's own format lie in this directory?"""
+    return (path / "config.json").exists() and read_json(path / "config.json").get("format") == FORMAT
 
 
-def config_of(directory: Path, values: Mapping[str, Any]) -> ModelConfig:
-    """Return the configuration in the contents of `config.json`.
+def read_config(directory: Path) -> ModelConfig:
+    """Return the configuration in `config.json`.
 
     Raises:
-        GptlabError: a later version of the format, or impossible settings.
+        GptlabError: it is damaged, of a later version of the format, or holds impossible settings.
     """
+    values = read_json(directory / "config.json")
     if values.get("version") != VERSION:
         raise GptlabError(
             f"{directory} is in version {values.get('version')!r} of gptlab's format, this program reads"
@@ -50,9 +58,9 @@ def config_of(directory: Path, values: Mapping[str, Any]) -> ModelConfig:
         raise GptlabError(f"{directory / 'config.json'}: {error}") from None
 
 
-def read(directory: Path, values: Mapping[str, Any], dtype: torch.dtype) -> Checkpoint:
+def read(directory: Path, dtype: torch.dtype) -> Checkpoint:
     """Read a model directory that `write` made, checking every tensor against its checksum."""
-    config = config_of(directory, values)
+    config = read_config(directory)
     path = directory / "model.safetensors"
     lazy, metadata = open_safetensors(path)
     try:
@@ -80,25 +88,18 @@ def read(directory: Path, values: Mapping[str, Any], dtype: torch.dtype) -> Chec
     return Checkpoint(config, complete_state(config, readers, dtype, directory), tokenizer)
 
 
-def write(
-    directory: Path,
-    config: ModelConfig,
-    state: Mapping[str, Tensor],
-    tokenizer: Tokenizer | None,
-    extra: Mapping[str, bytes] | None = None,
-) -> None:
+def write(directory: Path, checkpoint: Checkpoint, extra: Mapping[str, bytes] | None = None) -> None:
     """Write a model directory, replacing the one that may be there only once all is on disk.
 
     Args:
         directory: made when it does not exist; other files in it stay.
-        config: the model's configuration.
-        state: every tensor of `GPT.tensors` by name, in the dtype to store.
-        tokenizer: written beside the weights.
+        checkpoint: the configuration, every tensor of `GPT.tensors` by name in the dtype to store, and the tokenizer.
         extra: further files, by name.
 
     Raises:
         GptlabError: the directory cannot be written, or the disk is full.
     """
+    config, state, tokenizer = checkpoint
     values = config.to_dict()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     metadata = {

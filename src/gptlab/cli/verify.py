@@ -25,9 +25,9 @@ def verify(
     from gptlab.evaluation.data import parse_paths
 
     if model is not None and path is not None:
-        if not path.is_dir():
-            raise GptlabError(f"no directory {path}; check --path")
-        path = path.absolute()  # a directory, even one that has the name of a model
+        if not path.exists():
+            raise GptlabError(f"no file or directory {path}; check --path")
+        path = path.absolute()  # here, even where it has the name of a model
     results = []
     for check in verification.checks(model, path, scores, parse_paths(data or [])):
         result = check()

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gptlab.checkpoints import read_config
 from gptlab.checkpoints.hub import locate
-from gptlab.checkpoints.native import config_of
 from gptlab.checkpoints.runs import read_facts
 from gptlab.errors import GptlabError
 from gptlab.training.recipe import Recipe, make_recipe
@@ -57,7 +57,7 @@ def tokens_trained(name: str) -> int | None:
     if not isinstance(facts.get("step"), int) or not isinstance(facts.get("recipe"), dict):
         return None
     recipe = make_recipe(facts["recipe"])
-    length = config_of(directory, _read(directory / "config.json")).context_length
+    length = read_config(directory).context_length
     own = int(facts["step"]) * recipe.batch.size * length
     if recipe.base is None:
         return own

@@ -113,7 +113,7 @@ def write_checkpoint(
     partial = final.with_name(f".{final.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        native.write(partial, model.config, weights, tokenizer)
+        native.write(partial, checkpoints.Checkpoint(model.config, weights, tokenizer))
         tensors = {name: tensor.contiguous() for name, tensor in memory.items()}
         header = {"format": "gptlab training", "version": VERSION, **facts, "model_sha256": _model_sha256(partial)}
         about = json.dumps(header, indent=2).encode() + b"\n"
