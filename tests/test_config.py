@@ -52,8 +52,10 @@ def test_every_preset_is_possible_and_goes_through_json(name: str) -> None:
     n_inner=st.none() | st.integers(1, 10_000),
     dropout=st.floats(0.0, 1.0, exclude_max=True),
     norm_eps=st.floats(1e-12, 1.0),
-    activation=st.sampled_from(["gelu", "gelu_tanh"]),
+    activation=st.sampled_from(["gelu", "gelu_tanh", "relu", "silu"]),
     bias=st.booleans(),
+    scale_attn_weights=st.booleans(),
+    scale_attn_by_inverse_layer_idx=st.booleans(),
     tie=st.booleans(),
 )
 def test_any_possible_configuration_goes_through_json(
@@ -157,13 +159,13 @@ def test_dropout_of_everything_and_an_epsilon_of_zero_are_refused() -> None:
     assert "norm_eps" in refusal(norm_eps=0.0)
 
 
-@pytest.mark.parametrize("name", ["bias", "tie_embeddings"])
+@pytest.mark.parametrize("name", ["bias", "tie_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"])
 @pytest.mark.parametrize("value", [0, 1, "true", None, 1.0])
 def test_a_flag_must_be_true_or_false(name: str, value: Any) -> None:
     assert f"{name} must be true or false" in refusal(**{name: value})
 
 
-@pytest.mark.parametrize("value", ["gelu_tan", "relu", None, 1, ["gelu"]])
+@pytest.mark.parametrize("value", ["gelu_tan", "relu6", None, 1, ["gelu"]])
 def test_an_unknown_activation_is_refused_with_the_known_ones(value: Any) -> None:
     message = refusal(activation=value)
     assert "activation must be one of gelu_tanh, gelu" in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from gptlab.errors import GptlabError, nearest
 
-Activation = Literal["gelu_tanh", "gelu"]
+Activation = Literal["gelu_tanh", "gelu", "relu", "silu"]
 Position = Literal["learned", "rope", "none", "blend"]
 Scaling = Literal["linear", "ntk", "yarn"]
 
@@ -25,6 +26,8 @@ LARGEST = {
 }
 """Far above any model, and low enough that a damaged configuration is refused before memory is."""
 LARGEST_FLOAT32 = 3.4028234663852886e38
+LATER = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+"""Fields that came later: `to_dict` leaves them out at these defaults, so that what was saved before still compares."""
 
 
 def divisors(n: int) -> list[int]:
@@ -73,7 +76,7 @@ class ModelConfig:
         n_kv_head: key/value heads, a divisor of ``n_head``; None means ``n_head`` (multi-head attention).
         n_embd: width of the residual stream, C.
         n_inner: width of the feed-forward layer; None means ``4 * n_embd``.
-        activation: ``gelu_tanh`` (GPT-2's own) or ``gelu`` (the erf form).
+        activation: ``gelu_tanh`` (GPT-2's own), ``gelu`` (the erf form), ``relu`` or ``silu``.
         position: how a model knows where a token stands; ``blend`` is learned and rotary positions, each with a factor,
             for the way from one to the other.
         rope: settings of rotary positions; only with ``position="rope"`` or ``"blend"``.
@@ -84,6 +87,9 @@ class ModelConfig:
         bias: whether projections and norms have a bias.
         norm_eps: epsilon of the layer norms.
         tie_embeddings: whether the output head is the token embedding.
+        scale_attn_weights: whether scores are divided by the square root of ``head_dim``.
+        scale_attn_by_inverse_layer_idx: whether the scores of the n-th layer are also divided by n, counted from 1
+            (Karamcheti et al. 2021, *Mistral*: it keeps 16-bit scores of deep layers finite).
 
     Raises:
         GptlabError: when a value, or a combination of values, is impossible; it names the valid ones.
@@ -106,6 +112,8 @@ class ModelConfig:
     bias: bool = True
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
 
     def __post_init__(self) -> None:
         for name in ("window", "dilation"):
@@ -144,7 +152,7 @@ class ModelConfig:
             for one in value if isinstance(value, tuple) else (value,):
                 if not (_is_whole(one) and one >= 1) and not (optional and one is None):
                     raise GptlabError(f"{name} must be a whole number of at least 1, or one per layer, got {value!r}")
-        for name in ("bias", "tie_embeddings"):
+        for name in ("bias", "tie_embeddings", *LATER):
             if not isinstance(getattr(self, name), bool):
                 raise GptlabError(f"{name} must be true or false, got {getattr(self, name)!r}")
 
@@ -242,6 +250,13 @@ class ModelConfig:
         return self.n_embd // self.n_head
 
     @property
+    def score_factors(self) -> tuple[float, ...]:
+        """What the scores of every layer are multiplied by, beyond 1 / sqrt(``head_dim``)."""
+        factor = 1.0 if self.scale_attn_weights else math.sqrt(self.head_dim)
+        by_layer = self.scale_attn_by_inverse_layer_idx
+        return tuple(factor / (layer + 1) if by_layer else factor for layer in range(self.n_layer))
+
+    @property
     def kv_heads(self) -> int:
         """`n_kv_head` as a plain number (it is filled in when the object is made)."""
         assert self.n_kv_head is not None
@@ -284,7 +299,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON can hold; `from_dict` is the inverse."""
-        values = dataclasses.asdict(self)
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in LATER or v != LATER[k]}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptlab import GptlabError, ModelConfig
-from gptlab.config import PRESETS
+from gptlab.config import PRESETS, Activation
 from gptlab.model import GPT, Linear
 from gptlab.model.kernels import use
 
@@ -112,6 +112,8 @@ def test_building_a_model_leaves_the_global_random_state_alone() -> None:
         {"tie_embeddings": False},
         {"dropout": 0.1},
         {"activation": "gelu"},
+        {"activation": "relu"},
+        {"scale_attn_by_inverse_layer_idx": True},
         {"bias": False},
     ],
     ids=str,
@@ -297,17 +299,60 @@ def test_each_layer_norm_centres_and_scales() -> None:
     close(y, (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt())
 
 
-@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu"])
+@pytest.mark.parametrize("activation", get_args(Activation))
 def test_the_feed_forward_network_is_the_formula(activation: str) -> None:
     model = noisy(activation=activation)
     mlp = model.blocks[0].mlp
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     u = (x @ mlp.c_fc.weight.T + mlp.c_fc.bias).double()
-    # Hendrycks and Gimpel 2016: the exact form, and the approximation that GPT-2 uses.
-    exact = u / 2 * (1 + torch.erf(u / math.sqrt(2)))
-    tanh = u / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
-    y = (exact if activation == "gelu" else tanh).float()
+    formulas = {
+        # Hendrycks and Gimpel 2016: the exact form, and the approximation that GPT-2 uses.
+        "gelu": u / 2 * (1 + torch.erf(u / math.sqrt(2))),
+        "gelu_tanh": u / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3))),
+        "relu": u.clamp(min=0),
+        "silu": u / (1 + torch.exp(-u)),
+    }
+    y = formulas[activation].float()
     close(mlp(x), y @ mlp.c_proj.weight.T + mlp.c_proj.bias, 1e-6)
+
+
+# Scores
+
+
+SWITCHES: list[dict[str, Any]] = [
+    {},
+    {"n_kv_head": 2, "position": "rope", "window": 5, "sinks": 2, "dilation": 2},
+    {"position": "blend"},
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("by_layer", [True, False])
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+@pytest.mark.parametrize("kernel", ["reference", "sdpa", "banded", "cached"])
+def test_factors_of_scores_are_factors_of_queries(
+    scale: bool, by_layer: bool, switches: dict[str, Any], kernel: str
+) -> None:
+    flags = {"scale_attn_weights": scale, "scale_attn_by_inverse_layer_idx": by_layer}
+    model, plain = noisy(**switches, **flags), noisy(**switches)
+    for layer, block in enumerate(plain.blocks):
+        factor = (1 if scale else math.sqrt(8)) / (layer + 1 if by_layer else 1)
+        block.attn.c_attn.weight[:32] *= factor
+        block.attn.c_attn.bias[:32] *= factor
+    ids = random_ids(model, 2, 30)
+    with use("reference"):
+        expected = plain(ids)
+        if flags != {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}:
+            assert (expected - noisy(**switches)(ids)).abs().max() > 1e-3
+    if kernel == "cached":
+        cache = model.make_cache(2, 30, chunk=7)
+        found = torch.cat([model(part, cache=cache) for part in ids.split([7, 7, 1, 1, 7, 7], dim=1)], 1)
+    else:
+        with use(kernel):
+            found = model(ids)
+    close(found, expected)
+    close(model.attention_maps(ids, 1), plain.attention_maps(ids, 1))
 
 
 # Attention maps

@@ -176,7 +176,7 @@ def _fit_rows(attention: CausalSelfAttention, samples: list[_Sample], draws: _Tu
     shift = torch.zeros_like(rows[:, 0]) if bias is None else bias[: len(rows)].clone().requires_grad_()
 
     def project(sample: _Sample, some: Tensor) -> tuple[Tensor, Tensor]:
-        q = sample.z[:, some] @ rows[:n_q].T + shift[:n_q]
+        q = (sample.z[:, some] @ rows[:n_q].T + shift[:n_q]) * attention.score_factor
         k = sample.z @ rows[n_q:].T + shift[n_q:]
         return q.unflatten(-1, (-1, width)).transpose(1, 2), k.unflatten(-1, (-1, width)).transpose(1, 2)
 

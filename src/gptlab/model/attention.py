@@ -66,9 +66,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_dim
         self.visibility = Visibility(config.windows[layer], config.sinks, config.dilations[layer])
-        self.dropout = config.dropout
-        rows = (self.n_head + 2 * self.n_kv_head) * self.head_dim
-        self.c_attn = Linear(config.n_embd, rows, bias=config.bias)
+        self.dropout, self.score_factor = config.dropout, config.score_factors[layer]
+        self.c_attn = Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -81,6 +80,8 @@ class CausalSelfAttention(nn.Module):
         """(B, T, C) -> q (B, H, T, D), k (B, H_kv, T, D), v (B, H_kv, T, D), and q as the sinks see it or None."""
         heads = self.c_attn(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        if self.score_factor != 1.0:  # kernels divide scores by sqrt(D) and by nothing else
+            q = q * self.score_factor
         if rotary is None:
             return q, k, v, None
         q_sinks = None if self.sinks_at_most is None else rotary.turn(q, at_most=self.sinks_at_most)
@@ -90,6 +91,5 @@ class CausalSelfAttention(nn.Module):
         self, x: Tensor, tokens: Tokens, rotary: Rotary | None = None, cache: Full | None = None
     ) -> Tensor:  # (B, T, C) -> (B, T, C)
         q, k, v, q_sinks = self.project(x, rotary)
-        dropout = self.dropout if self.training else 0.0
-        y = attend(q, k, v, self.visibility, tokens, cache, dropout, q_sinks)  # (B, H, T, D)
+        y = attend(q, k, v, self.visibility, tokens, cache, self.dropout * self.training, q_sinks)  # (B, H, T, D)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))

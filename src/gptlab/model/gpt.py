@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -28,6 +29,8 @@ from gptlab.model.masks import Tokens
 from gptlab.model.positions import Rotary, frequencies
 
 Head = Callable[[Tensor, Linear], Any]
+# GPT-2 was trained with the tanh approximation; the exact erf form differs by up to 5e-4 a neuron.
+ACTIVATIONS = {"gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 SCALES = ("rope_scale", "wpe_scale")  # the only buffers, of position="blend"; always float32
 
 
@@ -51,18 +54,17 @@ class LayerNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """The point-wise feed-forward network: C -> n_inner -> C at each token, with a GELU between."""
+    """The point-wise feed-forward network: C -> n_inner -> C at each token, with an activation between."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.c_fc = Linear(config.n_embd, config.inner, bias=config.bias)
         self.c_proj = Linear(config.inner, config.n_embd, bias=config.bias)
-        # GPT-2 was trained with the tanh approximation; the exact erf form differs by up to 5e-4 a neuron.
-        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        self.activation = cast(Callable[[Tensor], Tensor], ACTIVATIONS[config.activation])
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate)))
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
 
 
 class Block(nn.Module):

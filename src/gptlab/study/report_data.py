@@ -120,7 +120,7 @@ class Study:
         """Which changes each variant makes to the base: of `CHANGES`, or ``other``."""
         before = self.configs[self.base_name].to_dict()
         return {
-            name: frozenset(FIELDS.get(f, "other") for f, value in config.to_dict().items() if value != before[f])
+            name: frozenset(FIELDS.get(f, "other") for f, value in config.to_dict().items() if value != before.get(f))
             for name, config in self.configs.items()
         }
 

@@ -211,7 +211,7 @@ def factors_of(changes: Mapping[str, Any]) -> tuple[str, ...]:
 def changes(config: ModelConfig, base: ModelConfig) -> dict[str, Any]:
     """Return the fields in which a configuration differs from another, with their values."""
     before = base.to_dict()
-    return {name: value for name, value in config.to_dict().items() if value != before[name]}
+    return {name: value for name, value in config.to_dict().items() if value != before.get(name)}
 
 
 def chosen_cells(found: list[Cell], only: Sequence[str], base: str) -> list[Cell]:
