@@ -35,3 +35,16 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
     finally:
         gc.collect()  # the traceback of a refusal may hold a file that was open
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw nothing in reports: the tests of the text need not wait for it."""
+    from gptlab.plotting import heads, lines, points
+    from gptlab.report import page
+
+    drawings = {lines: ("lines",), points: ("intervals", "scatter"), heads: ("grid", "matrix", "wiring")}
+    for module, names in drawings.items():
+        for name in names:
+            monkeypatch.setattr(module, name, lambda *arguments, **options: None)
+    monkeypatch.setattr(page, "encode", lambda figure, kind: b'<svg viewBox="0 0 9 9"></svg>')

@@ -240,8 +240,8 @@ def excerpt(folder: Path, name: str) -> tuple[Any, list] | None:
     """A study and what the page says of it; None where its results are not there."""
     if not (folder / kept(name)[0]).exists():
         return None
-    from gptlab.study.report import excerpt
-    from gptlab.study.report_data import read_study
+    from gptlab.report.page import excerpt
+    from gptlab.report.view import read_study
 
     study = read_study(folder, kept(name))
     return study, excerpt(study, " and ".join(f"[{file}](results/{file})" for file in kept(name)))
@@ -251,7 +251,7 @@ def study(name: str) -> str:
     found = excerpt(ROOT / "docs" / "results", name)
     if found is None:
         return ""
-    from gptlab.study.report import render
+    from gptlab.report.page import render
 
     return render("report.md.j2", *found, {}, level=2, folder=f"results/{name}").strip()
 
@@ -262,7 +262,7 @@ def figures(name: str) -> dict[Path, bytes]:
     found = excerpt(folder, name)
     if found is None:
         return {}
-    from gptlab.study.report import draw
+    from gptlab.report.page import draw
 
     return {folder / name / file: content + stamp(name) for file, content in draw(found[1], ("svg",)).items()}
 

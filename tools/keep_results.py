@@ -20,7 +20,7 @@ from build_docs import ROOT, STUDIES, kept
 
 from gptlab.checkpoints.files import write_files
 from gptlab.errors import GptlabError
-from gptlab.study.report_data import Study, read_study
+from gptlab.report.view import Study, read_study
 
 MOST_BYTES = 400_000
 """Of a file; git keeps every version."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from gptlab.training import curves
+from gptlab.plotting import style
 
 Run = Callable[..., tuple[int, str, str]]
 COMMAND = ("plot",)
@@ -74,7 +74,7 @@ def test_formats_and_new_directories(run: Run, tmp_path: Path, suffix: str, magi
     assert os.listdir(out.parent) == [out.name]
 
 
-@pytest.mark.parametrize("suffix", curves.FORMATS)
+@pytest.mark.parametrize("suffix", style.FORMATS)
 def test_an_old_picture_survives_a_failure(
     monkeypatch: pytest.MonkeyPatch, run: Run, tmp_path: Path, suffix: str
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gptlab.study import report
+from gptlab.report import page as report
 
 Run = Callable[..., tuple[int, str, str]]
 COMMAND = ("report",)

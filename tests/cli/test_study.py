@@ -19,7 +19,8 @@ from rich.console import Console
 from gptlab.cli import main
 from gptlab.cli.study import StudyProgress, plan
 from gptlab.cli.study_tables import difference, notes, summary
-from gptlab.study import measure, report
+from gptlab.report import page as report
+from gptlab.study import measure
 from gptlab.study import run as running
 from gptlab.study.results import Interval, read_results, read_timings
 from gptlab.study.runs import Interrupted

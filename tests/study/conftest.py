@@ -7,7 +7,7 @@ import pytest
 import studies
 import torch
 
-from gptlab.study import figures, figures_heads, figures_points, measure, report
+from gptlab.study import measure
 from gptlab.training import loop
 
 
@@ -27,20 +27,6 @@ def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "peak_memory", lambda asked: {"training": 2000, "decoding": 1000})
     peaks = {"bandwidth_bytes_per_second": 1e10, "flops": {"float32": 1e11, "bfloat16": 2e11}, "how": "not measured"}
     monkeypatch.setattr(measure, "peaks", lambda device: peaks)
-
-
-@pytest.fixture
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw nothing: the tests of the text need not wait for it."""
-    drawings = {
-        figures: ("lines",),
-        figures_points: ("intervals", "scatter"),
-        figures_heads: ("grid", "matrix", "wiring"),
-    }
-    for module, names in drawings.items():
-        for name in names:
-            monkeypatch.setattr(module, name, lambda *arguments, **options: None)
-    monkeypatch.setattr(report, "encode", lambda figure, kind: b'<svg viewBox="0 0 9 9"></svg>')
 
 
 @pytest.fixture(scope="session")

@@ -17,10 +17,10 @@ from gptlab.conversion.heads import regroup
 from gptlab.errors import GptlabError
 from gptlab.evaluation.scoring import token_logprobs
 from gptlab.language_model import LanguageModel
+from gptlab.report.page import write_report
 from gptlab.study import making, uptrain
 from gptlab.study import run as running
 from gptlab.study.orders import Order
-from gptlab.study.report import write_report
 from gptlab.study.results import read_results
 from gptlab.study.run import run_study
 from gptlab.study.variants import cells, chosen_cells, study_order, yardstick

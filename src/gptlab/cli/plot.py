@@ -27,7 +27,9 @@ def plot(
 ) -> None:
     """Draw the losses and learning rates of runs, finished or under way, and print a table of them."""
     from gptlab.errors import GptlabError, nearest
-    from gptlab.training import curves
+    from gptlab.plotting import curves
+    from gptlab.plotting.style import FORMATS, encode
+    from gptlab.training.curves import read_curve
 
     if x not in curves.AXES:
         raise GptlabError(f"no axis {x!r}{nearest(x, curves.AXES)}; --x takes {', '.join(curves.AXES)}")
@@ -36,14 +38,14 @@ def plot(
     runs = _directories(runs)
     out = out or _common_parent(runs) / "curves.png"
     kind = out.suffix.lower().removeprefix(".")
-    if kind not in curves.FORMATS:
+    if kind not in FORMATS:
         raise GptlabError(f"--out {out} has no ending that tells how to draw; end it in .png, .svg or .pdf")
-    read = [curves.read_curve(run, name) for run, name in zip(runs, _names(runs), strict=True)]
+    read = [read_curve(run, name) for run, name in zip(runs, _names(runs), strict=True)]
     figure = curves.draw(read, x, smooth)
 
     from gptlab.checkpoints.files import write_files
 
-    write_files(out.parent, {out.name: curves.encode(figure, kind)})
+    write_files(out.parent, {out.name: encode(figure, kind)})
     print(_table([HEADINGS, *map(_row, read)]))
     print(f"drawn: {out}")
 
@@ -51,7 +53,8 @@ def plot(
 def _directories(runs: list[Path]) -> list[Path]:
     """Return each run once, without the pictures that `runs/*` finds beside them."""
     from gptlab.errors import GptlabError
-    from gptlab.training.curves import FORMATS, METRICS
+    from gptlab.plotting.style import FORMATS
+    from gptlab.training.curves import METRICS
 
     named = [run.parent if run.name == METRICS else run for run in runs]
     pictures = {f".{kind}" for kind in FORMATS}

@@ -13,7 +13,7 @@ def report(
     show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
     """Write a study's report again from its results: report.html, report.md and the figures."""
-    from gptlab.study.report import write_report
+    from gptlab.report.page import write_report
 
     page = write_report(directory)
     print(f"report: {page}")

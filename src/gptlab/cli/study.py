@@ -69,7 +69,7 @@ def study(
 def _run(order: Order, out: Path) -> None:
     from rich.console import Console
 
-    from gptlab.study.report import write_report
+    from gptlab.report.page import write_report
     from gptlab.study.run import run_study
     from gptlab.study.runs import Interrupted
     from gptlab.study.variants import study_order

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from gptlab.config import ModelConfig
+from gptlab.formatting import count, digits, listed, memory, percent, times
 from gptlab.model import cost
+from gptlab.report.blocks import Block, Column, Paragraph, Table
+from gptlab.report.pictures import sequences
+from gptlab.report.texts import known
+from gptlab.report.view import FIELDS, NAMES, Study, make_config, tokens
 from gptlab.study import roofline
 from gptlab.study.claims import TIE
-from gptlab.study.report_blocks import Block, Column, Paragraph, Table, count, digits, listed, memory, percent, times
-from gptlab.study.report_data import FIELDS, NAMES, Study, make_config, tokens
-from gptlab.study.report_pictures import sequences
-from gptlab.study.report_texts import known
 
 CORNERS = ((128, 1), (1024, 1), (1024, 32), (16384, 1), (16384, 32))
 """Contexts and batches at which GPT-2 small is predicted: short and long, alone and many."""

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gptlab.study.figures import GREY, INK, PAPER, figure, styled, title
-from gptlab.training.curves import COLOURS
+from gptlab.plotting.style import COLOURS, GREY, INK, PAPER, figure, styled, title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints
 
 from gptlab.errors import GptlabError
-from gptlab.study.report_blocks import listed
+from gptlab.formatting import listed
 
 
 def check(value: Any, kind: Any, path: Path, where: str = "") -> None:

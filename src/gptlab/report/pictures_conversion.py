@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from gptlab.study import figures
-from gptlab.study.figures import INK, Look, Series
-from gptlab.study.report_blocks import Picture
-from gptlab.study.report_data import Study
-from gptlab.study.report_pictures import name_of
-from gptlab.training.curves import COLOURS, STROKES
+from gptlab.plotting import lines
+from gptlab.plotting.lines import Series
+from gptlab.plotting.style import COLOURS, INK, STROKES, Look
+from gptlab.report.blocks import Picture
+from gptlab.report.pictures import name_of
+from gptlab.report.view import Study
 
 FAMILIES = {
     "heads": "Fewer key heads",
@@ -57,7 +57,7 @@ def curves(study: Study) -> list[Picture]:
         # What is lost right away may be many times what is left soon after: then it leaves the picture.
         most, usual = max(max(one.y) for one in series), max(after)
         top = 1.25 * usual if usual > 0 and most > 2.5 * usual else None
-        drawing = figures.lines(series, "% of the pre-training", "loss added (nats a token)", zero=True, top=top)
+        drawing = lines.lines(series, "% of the pre-training", "loss added (nats a token)", zero=True, top=top)
         caption = f"{FAMILIES[kind]}: loss less that of the base trained on with the same tokens; at 0 right after"
         caption += " conversion. At the line of zero nothing is lost."
         caption += " The highest first points leave the picture; the table has them." if top is not None else ""

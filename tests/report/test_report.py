@@ -13,16 +13,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import plausible
 import pytest
+from helpers import plausible
 
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.model import cost
-from gptlab.study import report
-from gptlab.study.report import write_report
-from gptlab.study.report_blocks import Section, Table, in_noise, nats, to_html, to_plain, verdict
-from gptlab.study.report_data import Study, read_study
+from gptlab.report import page as report
+from gptlab.report.blocks import Section, Table, in_noise, nats, to_html, to_plain, verdict
+from gptlab.report.page import write_report
+from gptlab.report.view import Study, read_study
 
 Results = dict[str, Any]
 LADDER: list[tuple[str, ...]] = [(), ("rope",), ("gqa",), ("swa",), ("rope", "gqa"), ("rope", "gqa", "swa")]

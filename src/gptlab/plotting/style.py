@@ -1,4 +1,4 @@
-"""How the report draws: its style, lines with names at their ends, axes. Nothing here knows of studies.
+"""How everything is drawn: colours, looks, sizes, labels and ticks.
 
 Every drawing is small, so that its letters can be read on a telephone; side by side they fill a screen. What a variant
 is can be told without colour: by the label at its line, and dashes and hollow marks for rotary positions. The colours
@@ -7,27 +7,47 @@ are few and known, and `inline` turns them into variables of the page's style: o
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gptlab.errors import GptlabError
-from gptlab.study.report_blocks import MINUS, UNITS
-from gptlab.training.curves import COLOURS, STROKES, spread
-from gptlab.training.curves import STYLE as CURVES
+from gptlab.formatting import MINUS, UNITS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
+FORMATS = ("png", "svg", "pdf")
+# Okabe and Ito (2008), *Color Universal Design*, without the yellow, which white paper swallows.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STROKES = ("-", "--", ":", "-.")
+BASE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.6,
+    "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "gptlab",  # the same figures give the same file
+    "pdf.fonttype": 42,
+}
 INK, GREY, GRID, PAPER = "#1b1b1a", "#6b6b69", "#e4e4e2", "#fefefe"
 WIDTH, HEIGHT = 4.2, 2.9
 """Inches; a point of the drawing is about a pixel of a telephone."""
 STYLE: dict[Any, Any] = {
-    **CURVES,
+    **BASE,
     "text.color": INK,
     "axes.labelcolor": GREY,
     "axes.edgecolor": GREY,
@@ -65,31 +85,6 @@ class Look:
         return {"marker": "o", "markersize": 4.5, "markerfacecolor": face, "markeredgecolor": self.colour}
 
 
-@dataclass(frozen=True)
-class Series:
-    """A line or a row of points.
-
-    Attributes:
-        label: in words; empty for what is not to be named.
-        look: how it is drawn.
-        x: ascending.
-        y: as many.
-        low: lower edge of a band around it, or None.
-        high: its upper edge.
-        line: whether to join the points.
-        marks: whether to mark them.
-    """
-
-    label: str
-    look: Look
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float] | None = None
-    high: Sequence[float] | None = None
-    line: bool = True
-    marks: bool = False
-
-
 def looks(kinds: Sequence[tuple[object, bool]]) -> list[Look]:
     """Return how to draw variants: a colour for each kind of attention, dashes where positions are rotary.
 
@@ -105,17 +100,6 @@ def looks(kinds: Sequence[tuple[object, bool]]) -> list[Look]:
         stroke = STROKES[2 * round_ % len(STROKES)] if round_ else ("--" if rotary else "-")
         found.append(Look(palette[i % len(palette)], stroke, rotary))
     return found
-
-
-def merged(series: Sequence[Series]) -> list[Series]:
-    """Return series with those that coincide joined under all their names, as the first of them is drawn."""
-    groups: dict[tuple[tuple[float, ...], tuple[float, ...]], list[Series]] = {}
-    for one in series:
-        groups.setdefault((tuple(one.x), tuple(one.y)), []).append(one)
-    return [
-        Series(", ".join(s.label for s in same), same[0].look, x, y, line=same[0].line, marks=same[0].marks)
-        for (x, y), same in groups.items()
-    ]
 
 
 def figure(height: float = HEIGHT) -> Figure:
@@ -148,85 +132,6 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     return drawn
 
 
-@styled
-def lines(
-    series: Sequence[Series],
-    xlabel: str,
-    ylabel: str,
-    *,
-    powers: bool = False,
-    logarithmic: bool = False,
-    in_bytes: bool = False,
-    from_zero: bool = False,
-    zero: bool = False,
-    top: float | None = None,
-    ends_at: tuple[float, str] | None = None,
-) -> Figure:
-    """Draw series over a common axis, each labelled at its end.
-
-    Args:
-        series: at least one, none of them empty.
-        xlabel: with the unit.
-        ylabel: with the unit.
-        powers: a horizontal axis in powers of two.
-        logarithmic: a vertical axis in powers of ten.
-        in_bytes: the vertical axis counts bytes, in powers of two.
-        from_zero: the vertical axis begins at zero.
-        zero: draw a line at zero.
-        top: upper end of the vertical axis, where the data may leave it.
-        ends_at: a place on the horizontal axis to mark, and what it is.
-    """
-    made = figure()
-    axes = made.subplots()
-    for one in series:
-        if one.low is not None and one.high is not None:
-            axes.fill_between(one.x, one.low, one.high, color=one.look.colour, alpha=0.16, linewidth=0)
-        stroke = one.look.stroke if one.line else "none"
-        marks = one.look.mark if one.marks else {}
-        axes.plot(one.x, one.y, color=one.look.colour, linestyle=stroke, linewidth=1.5, **marks)
-    if powers:
-        axes.set_xscale("log", base=2)
-        powers_of_two(axes.xaxis, [x for one in series for x in one.x], short)
-    else:
-        axes.locator_params(axis="x", nbins=5)
-        axes.xaxis.set_major_formatter(lambda value, _: short(value))
-        axes.set_xlim(left=0)
-    if in_bytes:
-        axes.set_yscale("log", base=2)
-        powers_of_two(axes.yaxis, [y for one in series for y in one.y], in_unit)
-    elif logarithmic:
-        axes.set_yscale("log")
-        axes.set_yticks(tens([y for one in series for y in one.y]))
-        axes.minorticks_off()
-        axes.yaxis.set_major_formatter(lambda value, _: short(value))
-    else:
-        axes.yaxis.set_major_formatter(lambda value, _: short(value))
-    if from_zero:
-        axes.set_ylim(bottom=0)
-    if top is not None:
-        low = min(min(one.y) for one in series)
-        axes.set_ylim(low - 0.05 * (top - low), top)
-    if zero:
-        axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
-    if ends_at is not None:
-        axes.axvline(ends_at[0], color=GREY, linewidth=0.8, linestyle=(0, (1, 2)))
-        axes.annotate(
-            ends_at[1],
-            (ends_at[0], 1),
-            (-3, -2),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            color=GREY,
-            fontsize=7.5,
-        )
-    axes.set_xlabel(xlabel)
-    title(axes, ylabel)
-    label_ends(axes, [one for one in series if one.label])
-    return made
-
-
 def powers_of_two(axis: Axis, values: Sequence[float], write: Callable[[float], str]) -> None:
     """Set at most six ticks, at powers of two."""
     first, last = math.ceil(math.log2(min(values)) - 1e-9), math.floor(math.log2(max(values)) + 1e-9)
@@ -248,26 +153,6 @@ def tens(values: Sequence[float]) -> list[float]:
 def title(axes: Axes, text: str) -> None:
     """Write what the vertical axis counts above it, where it takes no width."""
     axes.set_title(text, loc="left", fontsize=8.5, color=GREY, pad=7, x=0, parse_math=False)
-
-
-def label_ends(axes: Axes, series: Sequence[Series]) -> None:
-    """Write each series' name right of the axes, as near to its end as the other names allow."""
-    points = 0.78 * 72 * HEIGHT  # about what the axes will have; they are arranged later
-    size = min(8.5, points / (1.25 * max(len(series), 1)))
-    ends = sorted(((place_of(axes, one.x[-1], one.y[-1]), one) for one in series), key=lambda end: end[0][1])
-    heights = spread([end[1] for end, _ in ends], 1.25 * size / points)
-    for (end, one), height in zip(ends, heights, strict=True):
-        leader(axes, end, (1.03, height), one.look)
-        axes.text(
-            1.04,
-            height,
-            one.label,
-            transform=axes.transAxes,
-            va="center",
-            color=one.look.colour,
-            fontsize=size,
-            parse_math=False,
-        )
 
 
 def place_of(axes: Axes, x: float, y: float) -> tuple[float, float]:
@@ -301,6 +186,32 @@ def in_unit(value: float) -> str:
         if value >= size:
             return f"{value / size:,.6g} {unit}"
     return f"{value:,.6g} B"
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Move ascending heights apart to at least ``gap``, as little as possible in square, within 0 to 1.
+
+    With i * gap taken from the i-th, they need only ascend: isotonic regression, by pooling adjacent violators.
+    """
+    pools: list[list[float]] = []
+    for i, height in enumerate(heights):
+        pools.append([height - i * gap])
+        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    even = [float(np.mean(pool)) for pool in pools for _ in pool]
+    top = max(1 - (len(even) - 1) * gap, 0)
+    return [min(max(height, 0), top) + i * gap for i, height in enumerate(even)]
+
+
+def encode(figure: Figure, kind: str) -> bytes:
+    """Return a figure as a file of one of `FORMATS`; the same figure gives the same bytes."""
+    import matplotlib
+
+    undated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(BASE):
+        figure.savefig(buffer, format=kind, dpi=200, metadata=undated)
+    return buffer.getvalue()
 
 
 VARIABLES = {

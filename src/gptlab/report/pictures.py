@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from gptlab.formatting import TIMES
 from gptlab.model import cost
-from gptlab.study import figures, figures_points, roofline
-from gptlab.study.figures import Look, Series
-from gptlab.study.report_blocks import TIMES, Picture, literal
-from gptlab.study.report_data import NAMES, Study, make_config, tokens
+from gptlab.plotting import lines, points, style
+from gptlab.plotting.lines import Series, merged
+from gptlab.plotting.style import Look
+from gptlab.report.blocks import Picture, literal
+from gptlab.report.view import NAMES, Study, make_config, tokens
+from gptlab.study import roofline
 from gptlab.training.curves import Array, smooth
 
 Runs = Mapping[str, tuple[str, Sequence[Mapping[str, Any]]]]
@@ -25,7 +28,7 @@ def looks(study: Study) -> dict[str, Look]:
         (str({f: v for f, v in config.to_dict().items() if f not in without}), config.position == "rope")
         for config in study.configs.values()
     ]
-    return dict(zip(study.configs, figures.looks(kinds), strict=True))
+    return dict(zip(study.configs, style.looks(kinds), strict=True))
 
 
 def name_of(study: Study, variant: str) -> str:
@@ -60,7 +63,7 @@ def _training(runs: Runs, how: Mapping[str, Look]) -> list[Picture]:
         tops.append(float(values[:, len(across) // 8 :].max()))
     if not series:
         return []
-    drawing = figures.lines(series, "training tokens", "training loss (nats a token)", top=max(tops))
+    drawing = lines.lines(series, "training tokens", "training loss (nats a token)", top=max(tops))
     caption = "Training loss, smoothed; its first descent leaves the picture at the top."
     if any(one.low is not None for one in series):
         caption += " Bands reach from the lowest to the highest seed."
@@ -80,7 +83,7 @@ def _differences(runs: Runs, base: str, how: Mapping[str, Look]) -> list[Picture
     if not series:
         return []
     title = f"validation loss less that of {runs[base][0]} (nats a token)"
-    drawing = figures.lines(series, "training tokens", title, zero=True)
+    drawing = lines.lines(series, "training tokens", title, zero=True)
     caption = (
         f"Validation loss less that of {literal(runs[base][0])} after the same tokens of the same data. Below zero a"
         " variant is ahead; what counts is where its line ends."
@@ -119,7 +122,7 @@ def effects(study: Study) -> list[Picture]:
         return []
     terms = [*found["main"].items(), *found["interactions"].items()]
     rows = [(term_words(term), one["mean"], one["low"], one["high"]) for term, one in terms]
-    drawing = figures_points.intervals(rows, "change of the loss (nats a token)", len(found["main"]))
+    drawing = points.intervals(rows, "change of the loss (nats a token)", len(found["main"]))
     caption = (
         "Above, what each change does to the loss on average over all combinations of the others; below, how much the"
         " changes depend on each other. Left of zero the loss is lower. Lines are 95% intervals; what covers zero is"
@@ -140,19 +143,17 @@ def pareto(study: Study) -> list[Picture]:
     sizes = {name: size for name in losses if (size := study.cache(name, context)) is not None}
     if len(sizes) < 2:
         return []
-    how, points = looks(study), []
+    how, dots = looks(study), []
     for name, size in sizes.items():
         gap, ends, base = study.difference(name), (None, None), study.loss(study.reference(name))
         if gap is not None and gap["low"] is not None and base is not None:
             ends = (base + gap["low"], base + gap["high"])
-        points.append((name_of(study, name), how[name], float(size), losses[name], *ends))
+        dots.append((name_of(study, name), how[name], float(size), losses[name], *ends))
     front: list[int] = []
-    for i in sorted(range(len(points)), key=lambda i: points[i][2:4]):
-        if not front or points[i][3] < points[front[-1]][3]:
+    for i in sorted(range(len(dots)), key=lambda i: dots[i][2:4]):
+        if not front or dots[i][3] < dots[front[-1]][3]:
             front.append(i)
-    drawing = figures_points.scatter(
-        points, front, f"cache of one sequence of {tokens(context)}", "loss (nats a token)"
-    )
+    drawing = points.scatter(dots, front, f"cache of one sequence of {tokens(context)}", "loss (nats a token)")
     caption = (
         f"Quality against memory, {tokens(context)} in {study.base['cache'][0]['dtype']}: further down is better text,"
         " further left a smaller cache. The grey line joins the variants that no other beats in both; bars are 95%"
@@ -169,14 +170,14 @@ def cache(study: Study) -> list[Picture]:
     last = max(study.contexts[-1], 4 * study.configs[study.base_name].context_length)
     places = [2**i for i in range(4, last.bit_length())]
     how = looks(study)
-    series = figures.merged(
+    series = merged(
         [
             Series(name_of(study, name), how[name], places, [cost.cache_bytes(config, n, size) for n in places])
             for name, config in ((name, study.configs[name]) for name in study.drawn)
         ]
     )
     dtype = study.base["cache"][0]["dtype"]
-    drawing = figures.lines(series, "tokens of context", f"cache of one sequence ({dtype})", powers=True, in_bytes=True)
+    drawing = lines.lines(series, "tokens of context", f"cache of one sequence ({dtype})", powers=True, in_bytes=True)
     caption = "Grouped queries divide the cache at every length; a window stops its growth. Both axes are logarithmic."
     if not any("swa" in kinds for kinds in study.kinds.values()):
         caption = "The cache of keys and values against the context. Both axes are logarithmic."
@@ -196,7 +197,7 @@ def by_position(study: Study) -> list[Picture]:
     trained = study.configs[study.base_name].context_length
     beyond = max(one.x[-1] for one in series) > trained
     ends_at = (float(trained), "trained length") if beyond else None
-    drawing = figures.lines(
+    drawing = lines.lines(
         series, "tokens seen (up to)", "loss (nats a token)", powers=True, ends_at=ends_at, top=_without_first(series)
     )
     caption = "Loss by position: a model that uses its context gets better as it sees more, up to the trained length."
@@ -221,7 +222,7 @@ def decoding(study: Study) -> list[Picture]:
             study, {n: {c: v for (c, b), v in found.items() if b == batch} for n, found in measured.items()}
         )
         if series:
-            drawing = figures.lines(series, "tokens of context", "tokens/s, measured", powers=True, from_zero=True)
+            drawing = lines.lines(series, "tokens of context", "tokens/s, measured", powers=True, from_zero=True)
             caption = f"Decoding {sequences(batch)} at once ({study.dtype}), tokens of all together against context."
             pictures.append(Picture(f"decode-speed-batch-{batch}", caption, drawing))
     own = measured[study.base_name]
@@ -231,7 +232,7 @@ def decoding(study: Study) -> list[Picture]:
         series = _speeds(
             study, {n: {b: v for (c, b), v in found.items() if c == context} for n, found in measured.items()}
         )
-        drawing = figures.lines(series, "sequences at once", "tokens/s, measured", powers=True, from_zero=True)
+        drawing = lines.lines(series, "sequences at once", "tokens/s, measured", powers=True, from_zero=True)
         caption = (
             f"Decoding against batch, {tokens(context)} of context ({study.dtype}): the weights are read once for all."
         )
@@ -273,7 +274,7 @@ def predictions(study: Study) -> list[Picture]:
             drawn.append(Series(name_of(study, name), how[name], places, limit))
             drawn.append(Series("", how[name], own, [found[n, batch] for n in own], line=False, marks=True))
         if drawn:
-            drawing = figures.lines(drawn, "tokens of context", "tokens/s", powers=True, logarithmic=True)
+            drawing = lines.lines(drawn, "tokens of context", "tokens/s", powers=True, logarithmic=True)
             caption = (
                 f"Decoding {sequences(batch)} at once ({study.dtype}): lines are the predicted limit, points measured."
             )
@@ -295,7 +296,7 @@ def copying(study: Study) -> list[Picture]:
     if not series:
         return []
     title = "log-probability gained (nats a token)"
-    drawing = figures.lines(series, "tokens back to the string", title, powers=True, zero=True)
+    drawing = lines.lines(series, "tokens back to the string", title, powers=True, zero=True)
     caption = (
         "Copying at a distance: how much more probable the tokens of a random string are if it stood so many tokens"
         " before than if another stood there. At zero the model has forgotten it."
@@ -311,6 +312,6 @@ def race(study: Study) -> list[Picture]:
     racers = found["variants"]
     whole = {name: make_config(racer["config"]) for name, racer in racers.items()}
     kinds = [(str((c.kv_heads, c.window, c.sinks, c.dilation)), c.position == "rope") for c in whole.values()]
-    how = dict(zip(racers, figures.looks(kinds), strict=True))
+    how = dict(zip(racers, style.looks(kinds), strict=True))
     runs = {name: (" ".join(racer["label"].split()), [racer["run"]]) for name, racer in racers.items()}
     return [Picture(f"race-{one.name}", one.caption, one.drawing) for one in losses(runs, found["base"], how)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from gptlab.study.report_blocks import (
+from gptlab.formatting import count, digits, listed, memory, percent
+from gptlab.report.blocks import (
     Block,
     Bullets,
     Column,
@@ -13,22 +14,17 @@ from gptlab.study.report_blocks import (
     Paragraph,
     Section,
     Table,
-    count,
-    digits,
     in_noise,
-    listed,
     literal,
-    memory,
     nats,
-    percent,
     span,
     verdict,
 )
-from gptlab.study.report_data import CHANGES, Study, tokens
-from gptlab.study.report_pictures import term_words
-from gptlab.study.report_sizes import at_four_sizes, where_it_pays
-from gptlab.study.report_summary import common_point, compared, speed_words, weight
-from gptlab.study.report_texts import known
+from gptlab.report.pictures import term_words
+from gptlab.report.sizes import at_four_sizes, where_it_pays
+from gptlab.report.summary import common_point, compared, speed_words, weight
+from gptlab.report.texts import known
+from gptlab.report.view import CHANGES, Study, tokens
 
 
 def changes(study: Study) -> list[Section]:

@@ -7,26 +7,14 @@ import statistics
 from typing import Any
 
 from gptlab.config import ModelConfig, divisors
+from gptlab.formatting import count, digits, memory
 from gptlab.model import cost
-from gptlab.study import report_pictures as pictures
+from gptlab.report import pictures as pictures
+from gptlab.report.blocks import Block, Calculator, Column, Formula, Paragraph, Pictures, Section, Table, literal
+from gptlab.report.summary import common_point
+from gptlab.report.texts import known
+from gptlab.report.view import Study, make_config, tokens
 from gptlab.study import roofline
-from gptlab.study.report_blocks import (
-    Block,
-    Calculator,
-    Column,
-    Formula,
-    Paragraph,
-    Pictures,
-    Section,
-    Table,
-    count,
-    digits,
-    literal,
-    memory,
-)
-from gptlab.study.report_data import Study, make_config, tokens
-from gptlab.study.report_summary import common_point
-from gptlab.study.report_texts import known
 
 SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FIELDS = ("vocab_size", "context_length", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "position", "bias")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gptlab.study.report_blocks import (
+from gptlab.formatting import count, digits, listed, memory
+from gptlab.report.blocks import (
     Block,
     Bullets,
     Column,
@@ -14,18 +15,14 @@ from gptlab.study.report_blocks import (
     Pictures,
     Section,
     Table,
-    count,
-    digits,
     in_noise,
-    listed,
     literal,
-    memory,
     nats,
     span,
     verdict,
 )
-from gptlab.study.report_data import Study
-from gptlab.study.report_pictures_conversion import FAMILIES, curves, families
+from gptlab.report.pictures_conversion import FAMILIES, curves, families
+from gptlab.report.view import Study
 
 
 def conversion(study: Study) -> Section:

@@ -3,10 +3,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import plausible
-
 from gptlab.config import ModelConfig
 from gptlab.model import cost
+from helpers import plausible
 
 SHARES = (0.0, 0.01, 0.05)
 OF, LOSS = 8_192_000, (4.4, 4.39, 4.38)

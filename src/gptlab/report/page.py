@@ -10,18 +10,18 @@ from typing import Any
 
 from gptlab.checkpoints.files import write_files
 from gptlab.errors import GptlabError
-from gptlab.study import figures
-from gptlab.study.report_blocks import Calculator, Picture, Pictures, Section, Table, literal, to_html, to_plain
-from gptlab.study.report_changes import changes
-from gptlab.study.report_conversion import conversion
-from gptlab.study.report_counts import counts
-from gptlab.study.report_data import Study, read_study
-from gptlab.study.report_end import claims, making, race, samples
-from gptlab.study.report_operation import beyond, operation
-from gptlab.study.report_speed import speed
-from gptlab.study.report_summary import in_brief, quality, summary
-from gptlab.study.report_texts import template as template_of
-from gptlab.training.curves import encode
+from gptlab.plotting import style
+from gptlab.plotting.style import encode
+from gptlab.report.blocks import Calculator, Picture, Pictures, Section, Table, literal, to_html, to_plain
+from gptlab.report.changes import changes
+from gptlab.report.conversion import conversion
+from gptlab.report.counts import counts
+from gptlab.report.end import claims, making, race, samples
+from gptlab.report.operation import beyond, operation
+from gptlab.report.speed import speed
+from gptlab.report.summary import in_brief, quality, summary
+from gptlab.report.texts import template as template_of
+from gptlab.report.view import Study, read_study
 
 HTML, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
 
@@ -45,7 +45,7 @@ def write_report(directory: Path) -> Path:
     sections = [section for section in outline(study) if not section.empty]
     drawn = draw(sections, ("svg", "png"))
     inline = {
-        picture.name: figures.inline(
+        picture.name: style.inline(
             drawn[f"{picture.name}.svg"], picture.name, html.escape(to_plain(picture.caption), quote=True)
         )
         for picture in _pictures(sections)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from gptlab.study.report_blocks import Block, Column, Paragraph, Section, Table, count, memory, millions
-from gptlab.study.report_data import Study
+from gptlab.formatting import count, memory, millions
+from gptlab.report.blocks import Block, Column, Paragraph, Section, Table
+from gptlab.report.view import Study
 
 
 def counts(study: Study) -> Section:

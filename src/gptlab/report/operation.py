@@ -6,24 +6,11 @@ import statistics
 from typing import Any
 
 from gptlab.config import ModelConfig
-from gptlab.study import report_pictures as pictures
-from gptlab.study import report_pictures_heads as of_heads
-from gptlab.study.report_blocks import (
-    Block,
-    Bullets,
-    Column,
-    Paragraph,
-    Picture,
-    Pictures,
-    Section,
-    Table,
-    count,
-    digits,
-    listed,
-    nats,
-    signed,
-)
-from gptlab.study.report_data import Study, tokens
+from gptlab.formatting import count, digits, listed, signed
+from gptlab.report import pictures as pictures
+from gptlab.report import pictures_heads as of_heads
+from gptlab.report.blocks import Block, Bullets, Column, Paragraph, Picture, Pictures, Section, Table, nats
+from gptlab.report.view import Study, tokens
 
 
 def operation(study: Study) -> Section:

@@ -9,12 +9,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import plausible
-import plausible_conversions
 import pytest
+from helpers import plausible, plausible_conversions
 
 from gptlab.errors import GptlabError
-from gptlab.study.report_blocks import nats
+from gptlab.report.blocks import nats
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 if not TOOLS.is_dir():

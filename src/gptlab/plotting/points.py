@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gptlab.study.figures import (
+from gptlab.plotting.style import (
+    COLOURS,
     GREY,
     HEIGHT,
     INK,
@@ -16,10 +17,10 @@ from gptlab.study.figures import (
     place_of,
     powers_of_two,
     short,
+    spread,
     styled,
     title,
 )
-from gptlab.training.curves import COLOURS, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,23 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gptlab.study import report_pictures as pictures
-from gptlab.study.report_blocks import (
-    Block,
-    Column,
-    Paragraph,
-    Pictures,
-    Section,
-    Table,
-    Texts,
-    count,
-    digits,
-    listed,
-    literal,
-    memory,
-    millions,
-)
-from gptlab.study.report_data import Study
+from gptlab.formatting import count, digits, listed, memory, millions
+from gptlab.report import pictures as pictures
+from gptlab.report.blocks import Block, Column, Paragraph, Pictures, Section, Table, Texts, literal
+from gptlab.report.view import Study
 
 VERDICTS = {True: "holds", False: "does not hold", None: "cannot be told"}
 

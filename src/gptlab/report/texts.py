@@ -10,7 +10,7 @@ from typing import Any
 
 def template(name: str) -> str:
     """Return a file of ``templates/``."""
-    path = importlib.resources.files("gptlab") / "study" / "templates" / name
+    path = importlib.resources.files("gptlab") / "report" / "templates" / name
     return path.read_text(encoding="utf-8")
 
 

@@ -1,23 +1,20 @@
-"""What the report says of conversions, and the verdicts on claims about them, from numbers that nobody measured."""
+"""What the report says of conversions, from numbers that nobody measured."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import plausible
 import pytest
-from plausible_conversions import MADE, found
-from test_statistics import scored
+from helpers import plausible
+from helpers.plausible_conversions import MADE, found
 
-from gptlab.study import report_pictures_conversion as pictures
-from gptlab.study.assemble_conversion import at
-from gptlab.study.claims import CLAIMS, claims_of_results
-from gptlab.study.report import outline, write_report
-from gptlab.study.report_blocks import Bullets, Section, Table, to_plain
-from gptlab.study.report_conversion import conversion
-from gptlab.study.report_data import Study, read_study
-from gptlab.study.report_summary import in_brief
+from gptlab.report import pictures_conversion as pictures
+from gptlab.report.blocks import Bullets, Section, Table, to_plain
+from gptlab.report.conversion import conversion
+from gptlab.report.page import outline, write_report
+from gptlab.report.summary import in_brief
+from gptlab.report.view import Study, read_study
 
 
 def section(results: dict[str, Any]) -> Section:
@@ -135,53 +132,3 @@ def test_the_curves_are_drawn(tmp_path: Path) -> None:
     assert axes[1].get_ylim()[1] < 1.0  # the first point of abrupt leaves the picture, and the caption says so
     assert "leave the picture" in drawn[1].caption
     assert "leave the picture" not in drawn[2].caption
-
-
-# --- claims -------------------------------------------------------------------------------------------------------
-
-
-def judged(claim: str, losses: dict[tuple[str, float], float], whole: bool = False) -> dict[str, Any]:
-    """The verdict on a claim from losses by variant and share, three seeds each."""
-    names = {name for name, _ in losses}
-    scores = scored(**{f"v{i}": loss for i, loss in enumerate(losses.values())})
-    long = {name for name in names if name.startswith("context")} if whole else set()
-    keys = [at(name, share, whole=name in long) for name, share in losses]
-    ends = {name: [{"share": share} for n, share in losses if n == name] for name in names}
-    results: Any = {
-        "study": {"base": "base", "conversion": {"yardstick": "longer"}},
-        "variants": {name: {"conversion": {"looks": looks}} for name, looks in ends.items()},
-    }
-    (one,) = claims_of_results([claim], results, dict(zip(keys, scores.values(), strict=True)))
-    return dict(one)
-
-
-@pytest.mark.parametrize(("share", "claim"), [(0.0, "uptraining-pooling-before"), (0.05, "uptraining-pooling")])
-def test_pooling(share: float, claim: str) -> None:
-    names = ("mqa-mean", "mqa-first", "mqa-random")
-    for losses, holds in (((4.5, 4.6, 4.9), True), ((4.6, 4.5, 4.9), False), ((4.5, 4.50001, 4.9), None)):
-        found = judged(claim, {(name, share): loss for name, loss in zip(names, losses, strict=True)})
-        assert found["holds"] is holds
-    assert judged("uptraining-pooling", {(name, 0.0): 4.0 for name in names})["ours"] == "not obtained"
-
-
-def test_usable_right_after_conversion() -> None:
-    for several, single, holds in ((4.5, 5.8, True), (5.5, 5.8, False), (4.5, 4.8, False), (4.9999, 5.8, None)):
-        losses = {("base", 0.0): 4.0, ("gqa-mean", 0.0): several, ("mqa-mean", 0.0): single, ("mqa-random", 0.0): 6.0}
-        found = judged("uptraining-usable", losses)
-        assert found["holds"] is holds, several
-        assert f"loss added: {several - 4:+.3f}"[:-1] in found["ours"]
-
-
-def test_uptraining_recovers() -> None:
-    for several, single, holds in ((4.0, 4.1, True), (4.0, 4.6, False)):
-        losses = {("base", 0.0): 4.0, ("gqa-mean", 0.0): 4.2, ("mqa-mean", 0.0): 4.9, ("longer", 0.05): 3.95}
-        losses |= {("gqa-mean", 0.05): several, ("mqa-mean", 0.05): single}
-        assert judged("uptraining-recovers", losses)["holds"] is holds
-
-
-def test_copied_positions() -> None:
-    for share, claim in ((0.0, "positions-copied-before"), (0.05, "positions-copied")):
-        losses = {("context-copied", share): 4.2, ("context-random", share): 5.0}
-        assert judged(claim, losses, whole=True)["holds"] is True
-        assert judged(claim, losses)["ours"] == "not obtained"  # read in short windows, it says nothing
-    assert {rule.paper.split(" ")[0] for name, rule in CLAIMS.items() if name.startswith("uptraining")} == {"GQA"}

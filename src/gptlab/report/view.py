@@ -12,13 +12,14 @@ from typing import Any
 
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
+from gptlab.formatting import NBSP, count, listed, millions
 from gptlab.model import cost
+from gptlab.report.blocks import Interval, literal
+from gptlab.report.check import check
 from gptlab.study import roofline
 from gptlab.study.files import read_study as read_file
 from gptlab.study.files import study_names
 from gptlab.study.orders import read_order
-from gptlab.study.report_blocks import NBSP, Interval, count, listed, literal, millions
-from gptlab.study.report_check import check
 from gptlab.study.results import RESULTS, TIMINGS, Results, Timings, read_results, read_timings
 from gptlab.study.variants import study_order
 

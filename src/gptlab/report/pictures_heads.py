@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from gptlab.study import figures_heads as figures
-from gptlab.study.report_blocks import Picture, slug
-from gptlab.study.report_data import Study, tokens
-from gptlab.study.report_pictures import name_of
+from gptlab.plotting import heads
+from gptlab.report.blocks import Picture, slug
+from gptlab.report.pictures import name_of
+from gptlab.report.view import Study, tokens
 
 
 def attention(study: Study) -> list[Picture]:
@@ -19,7 +19,7 @@ def attention(study: Study) -> list[Picture]:
     for name in chosen:
         one = maps[name]
         edge = study.configs[name].windows[one["layer"]]
-        drawing = figures.grid(one["weights"], "token looked at", "token that looks", edge)
+        drawing = heads.grid(one["weights"], "token looked at", "token that looks", edge)
         where = f"layer {one['layer']}, head {one['head']}"
         words = f"{study.label(name)}, {where}: each row shows where one token looks. The colour is stronger where it"
         words += " looks more (by the square root)."
@@ -36,7 +36,7 @@ def sharing(study: Study) -> list[Picture]:
         shapes.setdefault((config.n_head, config.kv_heads), []).append(name_of(study, name))
     if all(n_head == kv for n_head, kv in shapes):
         return []
-    drawing = figures.wiring([(", ".join(names), *shape) for shape, names in shapes.items()])
+    drawing = heads.wiring([(", ".join(names), *shape) for shape, names in shapes.items()])
     caption = "Which query heads (round) read which key/value head (square): neighbours share one."
     return [Picture("shared-heads", caption, drawing)]
 
@@ -50,7 +50,7 @@ def alike(study: Study) -> list[Picture]:
     shown = study.base["attention_maps"] or {"layer": 0}
     for name in (study.base_name, grouped[0]):
         divergence = study.variants[name]["heads"]["layers"][shown["layer"]]["divergence"]
-        drawing = figures.matrix(divergence, "head", "head", study.configs[grouped[0]].kv_heads, math.log(2))
+        drawing = heads.matrix(divergence, "head", "head", study.configs[grouped[0]].kv_heads, math.log(2))
         frames = "heads that share keys" if name != study.base_name else "heads that would share keys"
         caption = (
             f"{study.label(name)}, layer {shown['layer']}: how unlike the maps of two heads are (Jensen-Shannon"

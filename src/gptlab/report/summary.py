@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from gptlab.study import report_pictures as pictures
-from gptlab.study.claims import TIE
-from gptlab.study.report_blocks import (
+from gptlab.formatting import count, listed, memory, percent, times
+from gptlab.report import pictures as pictures
+from gptlab.report.blocks import (
     Block,
     Bullets,
     Column,
@@ -17,19 +17,15 @@ from gptlab.study.report_blocks import (
     Pictures,
     Section,
     Table,
-    count,
     in_noise,
-    listed,
     literal,
-    memory,
     nats,
-    percent,
     span,
-    times,
     verdict,
 )
-from gptlab.study.report_data import CHANGES, NAMES, Study, tokens
-from gptlab.study.report_end import claim_words
+from gptlab.report.end import claim_words
+from gptlab.report.view import CHANGES, NAMES, Study, tokens
+from gptlab.study.claims import TIE
 
 
 def in_brief(study: Study) -> Section:
