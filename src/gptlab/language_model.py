@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +20,9 @@ from gptlab.generation.sampling import Sampling
 from gptlab.model.gpt import GPT, SCALES
 from gptlab.text.tokenizers import Tokenizer
 
+Prompt = str | Sequence[int]
+"""A text, or the ids of its tokens."""
+
 
 class LanguageModel:
     """A model with its tokenizer.
@@ -28,14 +33,16 @@ class LanguageModel:
         config: the model's `ModelConfig`.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, model: GPT, tokenizer: Tokenizer | None = None, *, no_tokenizer: str = "") -> None:
+        """Join a model and its tokenizer; ``no_tokenizer`` says why there is none, where there is a reason."""
         self.model = model
         self.tokenizer = tokenizer
         self.config = model.config
+        self._no_tokenizer = no_tokenizer
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: Prompt | Sequence[Prompt],
         *,
         max_new_tokens: int = 100,
         temperature: float = 1.0,
@@ -43,34 +50,38 @@ class LanguageModel:
         top_p: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        special: bool = False,
     ) -> list[str]:
         """Continue each prompt; all go through the model as one batch.
 
         Args:
-            prompts: one text or several, of any lengths up to the model's context.
+            prompts: one text or several, of any lengths up to the model's context; in place of a text the ids of its
+                tokens, which are taken as they are. What the tokenizer's template puts around a text is put there.
             max_new_tokens: most tokens to add to each.
             temperature: 0 is greedy; see `Sampling` for this and the next two.
             top_k: draw from the k best tokens only.
             top_p: draw from the best tokens that make up p of the probability only.
             seed: the same seed gives the same texts; None takes a new one.
             stop: end a text before any of these strings.
+            special: read special tokens such as ``<|endoftext|>`` in prompts as what they are, not as text.
 
         Returns:
             The continuations, without their prompts, in the order of the prompts.
 
         Raises:
-            GptlabError: no tokenizer, an empty or too long prompt, impossible sampling values.
+            GptlabError: no tokenizer, an empty or too long prompt, ids that the model does not have, a character that
+                the tokenizer cannot write, impossible sampling values.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        rows = _as_prompts(prompts)
         sampling = Sampling(temperature, top_k, top_p, secrets.randbits(32) if seed is None else seed)
-        continuations = self.new_continuations(len(texts), stop)
-        for _ in self.continue_all(texts, continuations, sampling, max_new_tokens):
+        continuations = self.new_continuations(len(rows), stop)
+        for _ in self.continue_all(rows, continuations, sampling, max_new_tokens, special=special):
             pass
         return [continuation.text for continuation in continuations]
 
     def stream(
         self,
-        prompt: str,
+        prompt: Prompt,
         *,
         max_new_tokens: int = 100,
         temperature: float = 1.0,
@@ -78,10 +89,12 @@ class LanguageModel:
         top_p: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        special: bool = False,
     ) -> Iterator[str]:
         """Yield the continuation of one prompt piece by piece, in whole characters. Arguments as `generate`."""
         sampling = Sampling(temperature, top_k, top_p, secrets.randbits(32) if seed is None else seed)
-        pieces = self.continue_all([prompt], self.new_continuations(1, stop), sampling, max_new_tokens)
+        continuations = self.new_continuations(1, stop)
+        pieces = self.continue_all([prompt], continuations, sampling, max_new_tokens, special=special)
         return (piece for _, piece in pieces if piece)
 
     def new_continuations(self, n: int, stop: str | Sequence[str] = ()) -> list[Continuation]:
@@ -93,19 +106,22 @@ class LanguageModel:
 
     def continue_all(
         self,
-        prompts: Sequence[str | None],
+        prompts: Sequence[Prompt | None],
         continuations: Sequence[Continuation],
         sampling: Sampling,
         max_new_tokens: int,
+        *,
+        special: bool = False,
     ) -> Iterator[tuple[int, str]]:
         """Continue prompts together; yield (row, new text) and fill ``continuations``.
 
-        A prompt of None starts from the end-of-text token: the beginning of a new document.
+        A prompt of None starts from the tokenizer's `start_of_text`: the beginning of a new document. ``special`` as in
+        `generate`.
         """
         tokenizer = self.needs_tokenizer()
         if max_new_tokens < 1:
             raise GptlabError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        rows = [self._prompt_ids(tokenizer, prompt) for prompt in prompts]
+        rows = [self._prompt_ids(tokenizer, prompt, special) for prompt in prompts]
         self.model.eval()
         return decode(
             self.model,
@@ -114,6 +130,7 @@ class LanguageModel:
             sampling=sampling,
             max_new_tokens=max_new_tokens,
             vocab_size=min(tokenizer.vocab_size, self.config.vocab_size),
+            never=[token for token in tokenizer.holes if token < self.config.vocab_size],
         )
 
     def needs_tokenizer(self) -> Tokenizer:
@@ -123,26 +140,54 @@ class LanguageModel:
             GptlabError: there is none.
         """
         if self.tokenizer is None:
+            if self._no_tokenizer:
+                raise GptlabError(f"{self._no_tokenizer}; name another one, as in gptlab.load(..., tokenizer='gpt2')")
             raise GptlabError(
                 "this model came without a tokenizer, so it has no text: put its tokenizer.json (or vocab.json and"
                 " merges.txt) beside the weights, or name one, as in gptlab.load(..., tokenizer='gpt2')"
             )
         return self.tokenizer
 
-    def _prompt_ids(self, tokenizer: Tokenizer, prompt: str | None) -> list[int]:
+    def _prompt_ids(self, tokenizer: Tokenizer, prompt: Prompt | None, special: bool) -> list[int]:
         if prompt is None:
-            if tokenizer.end_of_text is None:
+            if tokenizer.start_of_text is None:
                 raise GptlabError("this model's tokenizer has no <|endoftext|> to start from; give a prompt")
-            ids = [tokenizer.end_of_text]
-        elif not prompt:
+            ids = [tokenizer.start_of_text]
+        elif hasattr(prompt, "__len__") and not len(prompt):
             raise GptlabError("the prompt is empty; give it some text")
+        elif isinstance(prompt, str):
+            ids = tokenizer.encode_prompt(prompt, special=special)
         else:
-            ids = tokenizer.encode(prompt)
-        if max(ids) >= self.config.vocab_size:
+            ids = self._checked_ids(prompt)
+        if max(ids, default=0) >= self.config.vocab_size:
             raise GptlabError(
                 f"the tokenizer gives ids up to {max(ids)}, the model has {self.config.vocab_size}: they do not fit"
             )
         return ids
+
+    def _checked_ids(self, prompt: Sequence[int]) -> list[int]:
+        try:
+            ids = [operator.index(token) for token in prompt]
+        except TypeError:
+            raise GptlabError(f"a prompt is a text or a list of token ids, got {prompt!r}") from None
+        for token in ids:
+            if not 0 <= token < self.config.vocab_size:
+                raise GptlabError(
+                    f"the prompt has the token id {token}, the model's are 0 to {self.config.vocab_size - 1}"
+                )
+        return ids
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Return several prompts: ids are one prompt, as a text is."""
+    if isinstance(prompts, str):
+        return [prompts]
+    try:
+        rows: list[Any] = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)  # arrays and tensors too
+    except TypeError:
+        rows = [prompts]
+    several = all(hasattr(row, "__len__") and not isinstance(row, bytes) for row in rows)
+    return rows if several else [rows]
 
 
 def load(
@@ -180,7 +225,7 @@ def load(
         chosen = make_tokenizer(tokenizer)
     elif tokenizer is not None:
         chosen = tokenizer
-    return LanguageModel(model.to(device).eval(), chosen)
+    return LanguageModel(model.to(device).eval(), chosen, no_tokenizer=checkpoint.no_tokenizer)
 
 
 def save(

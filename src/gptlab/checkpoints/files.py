@@ -27,11 +27,15 @@ Lazy = dict[str, Callable[[], Tensor]]
 
 
 class Checkpoint(NamedTuple):
-    """What a reader returns: the configuration, every parameter by name, and the tokenizer if there is one."""
+    """What a reader returns: the configuration, every parameter by name, and the tokenizer if there is one.
+
+    Where there is one of a kind that is not supported, ``no_tokenizer`` says so.
+    """
 
     config: ModelConfig
     state: dict[str, Tensor]
     tokenizer: Tokenizer | None
+    no_tokenizer: str = ""
 
 
 def read_json(path: Path) -> dict[str, Any]:

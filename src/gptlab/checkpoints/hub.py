@@ -17,6 +17,10 @@ _SAFE = [
     "tokenizer.json",
     "vocab.json",
     "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "generation_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
 ]

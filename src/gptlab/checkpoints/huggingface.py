@@ -20,7 +20,7 @@ from torch import Tensor
 from gptlab.checkpoints.files import Checkpoint, Lazy, complete_state, open_safetensors, read_json
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
-from gptlab.text.tokenizers import read_tokenizer
+from gptlab.text.tokenizers import UnsupportedTokenizer, read_tokenizer
 
 ABOUT = "a directory in Hugging Face's layout with config.json and the weights"
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -101,7 +101,10 @@ def read(directory: Path, dtype: torch.dtype) -> Checkpoint:
                 " ties them; set tie_word_embeddings to false there"
             )
     state = complete_state(config, readers, dtype, directory)
-    return Checkpoint(config, state, read_tokenizer(directory))
+    try:
+        return Checkpoint(config, state, read_tokenizer(directory))
+    except UnsupportedTokenizer as error:  # the weights are of use without it
+        return Checkpoint(config, state, None, str(error))
 
 
 def _transposed(get: Callable[[], Tensor]) -> Callable[[], Tensor]:

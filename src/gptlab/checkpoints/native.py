@@ -25,12 +25,11 @@ from gptlab.checkpoints.files import (
 )
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
-from gptlab.text.tokenizers import Tokenizer, read_tokenizer
+from gptlab.text.tokenizers import TOKENIZER_FILES, Tokenizer, read_tokenizer
 
 ABOUT = "a directory that gptlab saved"
 FORMAT = "gptlab"
 VERSION = 1
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
 
 def recognises(path: Path) -> bool:
@@ -99,7 +98,7 @@ def write(directory: Path, checkpoint: Checkpoint, extra: Mapping[str, bytes] | 
     Raises:
         GptlabError: the directory cannot be written, or the disk is full.
     """
-    config, state, tokenizer = checkpoint
+    config, state, tokenizer, _ = checkpoint
     values = config.to_dict()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     metadata = {
@@ -117,4 +116,8 @@ def write(directory: Path, checkpoint: Checkpoint, extra: Mapping[str, bytes] | 
 
 
 def _identity(tokenizer: Tokenizer | None) -> str:
-    return "" if tokenizer is None else hashlib.sha256(tokenizer.files()["tokenizer.json"]).hexdigest()
+    """What tells one tokenizer from another, the ids at which its texts begin and end included."""
+    if tokenizer is None:
+        return ""
+    files = tokenizer.files()
+    return hashlib.sha256(files["tokenizer.json"] + files.get("generation_config.json", b"")).hexdigest()

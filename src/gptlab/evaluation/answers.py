@@ -44,7 +44,7 @@ def lambada_stop_words(model: GPT, tokenizer: Tokenizer, settings: Settings, pro
     """``lambada:last-token-stopwords``: the likeliest last token that is no stop word."""
     # Ids beyond the tokenizer's, in a vocabulary padded for speed, are no words at all.
     never = torch.ones(model.config.vocab_size, dtype=torch.bool)
-    for token in range(min(tokenizer.vocab_size, len(never))):
+    for token in tokenizer.known_ids(len(never)):
         never[token] = tokenizer.decode([token]).strip() in STOP_WORDS
     outcome = _lambada(model, tokenizer, settings, progress, whole_word=False, never=never)
     del outcome.metrics["perplexity"]  # the filter changes no probability: it is that of lambada:last-token

@@ -111,7 +111,7 @@ def positions_in_text(
         dtype: as in `token_logprobs`.
         progress: as in `token_logprobs`.
     """
-    before = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    before = [] if tokenizer.start_of_text is None else [tokenizer.start_of_text]
     documents = Settings(limit=limit).first(tuple(open_documents([source])))
     sequences = [before + ids for ids in tokenizer.encode_batch(documents)]
     if context is None:

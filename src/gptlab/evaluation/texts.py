@@ -101,10 +101,10 @@ def _score(
         documents: what to measure it on.
         settings: stride, context and dtype.
         progress: told how far it is.
-        start: predict the first token too, from an end-of-text token, if the tokenizer has one.
+        start: predict the first token too, from the one that begins a text, if the tokenizer has one.
         full_last: see `token_logprobs`.
     """
-    before = [tokenizer.end_of_text] if start and tokenizer.end_of_text is not None else []
+    before = [tokenizer.start_of_text] if start and tokenizer.start_of_text is not None else []
     texts = tokenizer.encode_batch([document.text for document in documents])
     sequences = [np.array(before + ids) for ids in texts]
     length = window_length(model, settings.context)
@@ -142,7 +142,8 @@ def _parts(text: str, tokenizer: Tokenizer, ids: Sequence[int], logprobs: Tensor
     space = np.isin(content, np.frombuffer(b" \t\n\r\x0b\x0c", dtype=np.uint8))
     word_starts = np.flatnonzero(~space & np.concatenate([[True], space[:-1]]))
     n = -(-len(content) // PART)
-    tokens = torch.from_numpy(offsets[unscored:-1] // PART)
+    # Tokens may stand for other bytes than the text's: an unknown token, a space that the tokenizer puts in front.
+    tokens = torch.from_numpy(np.minimum(offsets[unscored:-1], len(content) - 1) // PART)
     nats = torch.zeros(n, dtype=torch.float64).index_add_(0, tokens, -logprobs.double()).tolist()
     n_tokens = torch.bincount(tokens, minlength=n).tolist()
     words = np.bincount(word_starts // PART, minlength=n).tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from gptlab.text.tokenizers import Tokenizer
@@ -20,22 +20,28 @@ class Continuation:
     Attributes:
         tokens: the new token ids, without the one that ended the text.
         text: what has been given out so far.
-        finish: why it ended, or None while it goes on: the end-of-text token, a stop string, the number of
+        finish: why it ended, or None while it goes on: a token that ends texts, a stop string, the number of
             tokens asked for, or a full context.
+
+    Args:
+        tokenizer: what turns tokens into text.
+        stop: strings before which the text ends.
+        ends: ids that end the text; None takes the tokenizer's own.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), ends: Collection[int] | None = None) -> None:
         self.tokens: list[int] = []
         self.text = ""
         self.finish: Finish | None = None
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
+        self._ends = frozenset(tokenizer.ends if ends is None else ends)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
     def add(self, token: int) -> str:
         """Take up one token; return the text that may now be shown, which may be none."""
-        if token == self._tokenizer.end_of_text:
+        if token in self._ends:
             return self.close("end_of_text")
         self.tokens.append(token)
         self._held += self._decoder.decode(self._tokenizer.decode_bytes([token]))

@@ -48,6 +48,7 @@ def decode(
     sampling: Sampling,
     max_new_tokens: int,
     vocab_size: int,
+    never: Sequence[int] = (),
 ) -> Iterator[tuple[int, str]]:
     """Continue all prompts together; yield (row, new text) as text appears.
 
@@ -61,6 +62,7 @@ def decode(
         sampling: how to choose tokens.
         max_new_tokens: for each row.
         vocab_size: ids that the tokenizer can decode; logits beyond it are never sampled.
+        never: ids below that which it cannot decode; they are not sampled either.
 
     Raises:
         GptlabError: an empty prompt, or one longer than the context.
@@ -90,6 +92,8 @@ def decode(
 
     for _ in range(max_new_tokens):
         logits = model(ids, positions=positions, cache=cache, head=last_logits)[:, :vocab_size]  # (B, V)
+        if never:
+            logits[:, list(never)] = -torch.inf
         uniforms = torch.tensor([streams[row].random() for row in active], dtype=torch.float64, device=logits.device)
         chosen = draw(probabilities(logits, sampling), uniforms)
         for row, token in zip(active, chosen.tolist(), strict=True):

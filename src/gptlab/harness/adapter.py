@@ -111,11 +111,22 @@ class GptlabLM(TemplateLM):  # type: ignore[misc]
     @property
     def prefix_token_id(self) -> int:
         """The id that stands before a text that has no context."""
+        if self._prefix is None and self._tokenizer.start_of_text is not None:
+            return self._tokenizer.start_of_text
         return self.eot_token_id if self._prefix is None else self._prefix
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return the ids of a text; ``<|endoftext|>`` in it is the token, and GPT-2 puts none of its own before it."""
-        return self._tokenizer.encode(string, special=self._tokenizer.end_of_text is not None)
+        """Return the ids of a text; special tokens in it are tokens.
+
+        What the tokenizer's template puts around a text is put there (GPT-2's puts nothing), unless the text brings
+        the first token itself.
+        """
+        tokenizer = self._tokenizer
+        ids = tokenizer.encode(string, special=bool(tokenizer.special_tokens))
+        if add_special_tokens is None:
+            start = self._prefix if self._prefix is not None else tokenizer.start_of_text
+            add_special_tokens = start is None or not string.startswith(tokenizer.decode([start]))
+        return [*tokenizer.before, *ids, *tokenizer.after] if add_special_tokens else ids
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Called with ``--apply_chat_template`` only."""
@@ -199,7 +210,9 @@ class GptlabLM(TemplateLM):  # type: ignore[misc]
     def _continue(self, arguments: dict[str, Any], contexts: dict[int, str]) -> Iterator[tuple[int, str]]:
         """Yield the continuation of every context, longest context first."""
         chosen: dict[str, Any] = dict(normalize_gen_kwargs(arguments, self.max_gen_toks))
-        stops = [stop for stop in handle_stop_sequences(chosen.pop("until"), eos=END_OF_TEXT) if stop]
+        end = self._tokenizer.end_of_text
+        eos = END_OF_TEXT if end is None else self._tokenizer.decode([end])
+        stops = [stop for stop in handle_stop_sequences(chosen.pop("until"), eos=eos) if stop]
         most = chosen.pop("max_gen_toks")
         room = self.max_length - most
         if room < 1:
@@ -219,10 +232,13 @@ class GptlabLM(TemplateLM):  # type: ignore[misc]
                 sampling=_sampling(chosen),
                 max_new_tokens=most,
                 vocab_size=min(self._tokenizer.vocab_size, self._model.config.vocab_size),
+                never=[token for token in self._tokenizer.holes if token < self._model.config.vocab_size],
             ):
                 pass
             for i, continuation in zip(part, continuations, strict=True):
-                text = self._tokenizer.decode(continuation.tokens)
+                # As the harness decodes: without special tokens.
+                special = set(self._tokenizer.special_tokens.values())
+                text = self._tokenizer.decode(token for token in continuation.tokens if token not in special)
                 yield i, postprocess_generated_text(text, stops, think_end_token=None)
 
 

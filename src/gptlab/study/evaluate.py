@@ -291,8 +291,7 @@ def _result(values: dict[str, Any]) -> Result:
 def _words(lm: LanguageModel) -> Sequence[int]:
     """The ids that stand for text."""
     tokenizer = lm.needs_tokenizer()
-    n = min(tokenizer.vocab_size, lm.config.vocab_size)
-    return [i for i in range(n) if i != tokenizer.end_of_text]
+    return [i for i in tokenizer.known_ids(lm.config.vocab_size) if i != tokenizer.end_of_text]
 
 
 def _first_words(text: str, tokenizer: Tokenizer, n_tokens: int, most: int = 40) -> str:

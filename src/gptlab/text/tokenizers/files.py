@@ -42,16 +42,16 @@ class FileTokenizer(Tokenizer):
         self._values = json.loads(engine.to_str())
         vocab: dict[str, int] = engine.get_vocab()
         added: dict[int, Any] = engine.get_added_tokens_decoder()
-        plain = {token.content for token in added.values()}
+        self._added = {token.content for token in added.values()}
         self._special = {token.content: i for i, token in sorted(added.items()) if token.special}
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self.end_of_text = vocab.get(END_OF_TEXT)
         byte_level = _is_byte_level(self._values)
         self._bytes: list[bytes | None] = [None] * self.vocab_size
         for token, i in vocab.items():
-            self._bytes[i] = _bytes_of(token) if byte_level and token not in plain else token.encode()
+            self._bytes[i] = _bytes_of(token) if byte_level and token not in self._added else token.encode()
         self.holes = tuple(i for i, content in enumerate(self._bytes) if content is None)
-        self._characters = None if byte_level else {token for token in vocab if token not in plain}
+        self._characters = None if byte_level else {token for token in vocab if token not in self._added}
         # Bytes that are never lost: those with a token of their own, or all where an unknown token stands for the rest.
         alphabet = byte_alphabet()
         unknown = self._values["model"].get("unk_token")
@@ -60,7 +60,7 @@ class FileTokenizer(Tokenizer):
         self.splits_as_gpt2 = _splits_as_gpt2(self._values)
         self._table = _table_of(self._values)
         if self._values["post_processor"] is not None:
-            self.before, self.after = _template(engine, [token for token in vocab if token not in plain])
+            self.before, self.after = _template(engine, [token for token in vocab if token not in self._added])
 
     @property
     def special_tokens(self) -> Mapping[str, int]:
@@ -109,6 +109,8 @@ class FileTokenizer(Tokenizer):
         # What remains of both are the bytes without a token, which only an added token can have kept.
         rare = text.encode().translate(None, self._known)
         if rare and sorted(rare) != sorted(self._decode(ids).translate(None, self._known)):
+            for content in self._added:
+                text = text.replace(content, "")
             lost = sorted({c for c in text if c.encode().translate(None, self._known)})
             more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
             raise GptlabError(

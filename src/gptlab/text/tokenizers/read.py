@@ -35,7 +35,7 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
     """Read the tokenizer of a model directory; None when there is none.
 
     Tokens of a model's own, and the ids at which its texts begin and end, are taken from the files of `TOKENIZER_FILES`
-    and `config.json`. An id that the tokenizer cannot decode, or for which the model has no row, begins or ends no text.
+    and `config.json`. An id counts there if the tokenizer can decode it and the model has a row for it.
 
     Raises:
         UnsupportedTokenizer: a kind that is not supported.
