@@ -22,7 +22,7 @@ from gptlab.cli.study_tables import difference, notes, summary
 from gptlab.report import page as report
 from gptlab.study import measure
 from gptlab.study import run as running
-from gptlab.study.results import Interval, read_results, read_timings
+from gptlab.study.results import Interval, Peaks, read_results, read_timings
 from gptlab.study.runs import Interrupted
 from gptlab.training import loop
 
@@ -81,7 +81,8 @@ def gptlab(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
     """Run the command in this process; return its exit code, output and errors. What is slow is left out."""
     monkeypatch.setattr(loop, "peak_flops", lambda device, dtype: (1e9, "not measured"))
     monkeypatch.setattr(measure, "peak_memory", lambda asked: {"training": 2000, "decoding": 1000})
-    peaks = {"bandwidth_bytes_per_second": 1e10, "flops": {"float32": 1e11, "bfloat16": 2e11}, "how": "not measured"}
+    flops = {"float32": 1e11, "bfloat16": 2e11}
+    peaks = Peaks(bandwidth_bytes_per_second=1e10, flops=flops, how="not measured")
     monkeypatch.setattr(measure, "peaks", lambda device: peaks)
     monkeypatch.setattr(report, "write_report", write_report)
     threads = torch.get_num_threads()

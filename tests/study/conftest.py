@@ -7,7 +7,12 @@ import pytest
 import studies
 import torch
 
+<<<<<<< HEAD
 from gptlab.study import measure
+=======
+from gptlab.study import figures, figures_heads, figures_points, measure, report
+from gptlab.study.results import Peaks
+>>>>>>> 933e569 (The files of a study are pydantic models, typed to the end; the hand-written check goes)
 from gptlab.training import loop
 
 
@@ -25,7 +30,8 @@ def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what takes seconds for each variant: processes of their own, and the machine's peaks."""
     monkeypatch.setattr(loop, "peak_flops", lambda device, dtype: (1e9, "not measured"))
     monkeypatch.setattr(measure, "peak_memory", lambda asked: {"training": 2000, "decoding": 1000})
-    peaks = {"bandwidth_bytes_per_second": 1e10, "flops": {"float32": 1e11, "bfloat16": 2e11}, "how": "not measured"}
+    flops = {"float32": 1e11, "bfloat16": 2e11}
+    peaks = Peaks(bandwidth_bytes_per_second=1e10, flops=flops, how="not measured")
     monkeypatch.setattr(measure, "peaks", lambda device: peaks)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from gptlab.study.files import StudySettings, make_study
 from gptlab.study.orders import Order
+from gptlab.study.results import Machine, Peaks, Timings, VariantTimings
 
 RECIPE = [
     "model.preset=tiny",
@@ -68,3 +70,17 @@ def order(corpus: Path, *changes: str, **values: Any) -> Order:
 def small(corpus: Path, *changes: str, **values: Any) -> StudySettings:
     """Return the study of `settings`."""
     return make_study(settings(corpus, *changes, **values))
+
+
+def no_timings(configs: Iterable[str], *_: Any, **__: Any) -> Timings:
+    """Stand in for `gptlab.study.measure.measure`, which takes seconds."""
+    nothing = VariantTimings(
+        training_tokens_per_second=None, training_memory_bytes=None, decoding_memory_bytes=None, prefill=[], decode=[]
+    )
+    return Timings(
+        machine=Machine(processor="none", threads=1, torch="none", memory_bytes=1, device="cpu", date="2026-11-28"),
+        dtype="float32",
+        how="not measured",
+        peaks=Peaks(bandwidth_bytes_per_second=1e10, flops={"float32": 1e11}, how="not measured"),
+        variants=dict.fromkeys(configs, nothing),
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from studies import order, small
+from studies import no_timings, order, small
 
 import gptlab
 from gptlab.config import ModelConfig
@@ -57,7 +57,7 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that nothing happened to."""
     out = tmp_path_factory.mktemp("whole") / "study"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "measure", lambda *_, **__: {})
+        patch.setattr(running, "measure", no_timings)
         torch.set_num_threads(1)
         run_study(order(corpus, variant=VARIANTS, uptrain=UPTRAIN), out)
     return out
@@ -99,7 +99,7 @@ def test_looks_are_the_models_at_those_steps(whole: Path) -> None:
         ]
         rows = torch.tensor(stream[: 16 * 32]).view(-1, 32)[:, :-1]
         p, q = (lm.model(rows).double().log_softmax(-1) for lm in (base, by_hand))
-    assert mean["conversion"]["moved"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    assert mean["conversion"]["moved"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
 
 
 def test_differences_are_to_the_base_trained_on_as_long(whole: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_shorter_run_with_the_base_for_its_teacher(whole: Path) -> None:
 
 
 def test_stopped_at_any_moment(whole: Path, corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+    monkeypatch.setattr(running, "measure", no_timings)
 
     class Stop(BaseException):
         pass
@@ -184,7 +184,7 @@ def test_stopped_at_any_moment(whole: Path, corpus: Path, tmp_path: Path, monkey
 
 
 def test_what_is_done_is_not_done_again(whole: Path, corpus: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+    monkeypatch.setattr(running, "measure", no_timings)
     for module, name in ((uptrain, "train"), (uptrain, "convert")):
         monkeypatch.setattr(module, name, None)
     before = (whole / "results.json").read_bytes()
@@ -195,7 +195,7 @@ def test_what_is_done_is_not_done_again(whole: Path, corpus: Path, monkeypatch: 
 
 
 def test_one_failure_does_not_lose_the_others(whole: Path, corpus: Path, monkeypatch: Any, tmp_path: Path) -> None:
-    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+    monkeypatch.setattr(running, "measure", no_timings)
     real = uptrain.convert
 
     def fragile(model: Any, changes: Any, rows: Any) -> Any:
@@ -225,7 +225,7 @@ def test_one_failure_does_not_lose_the_others(whole: Path, corpus: Path, monkeyp
 def test_a_blend_ends_with_rotary_positions_and_a_longer_context_is_read(
     corpus: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+    monkeypatch.setattr(running, "measure", no_timings)
     blend = {"position": "blend", "rotary": "abrupt"}
     variants = [
         BASE,
@@ -258,7 +258,7 @@ def test_a_blend_ends_with_rotary_positions_and_a_longer_context_is_read(
 
 
 def test_seeds_of_a_base_that_is_loaded(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+    monkeypatch.setattr(running, "measure", no_timings)
     config = ModelConfig.preset("tiny", vocab_size=257, context_length=32)
     gptlab.save(LanguageModel(gptlab.GPT(config), byte_tokenizer()), tmp_path / "model")
     variants = [{"name": "base", "load": str(tmp_path / "model")}, MADE[0], MADE[2], MADE[4]]

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from studies import GRID, MEASURE, RECIPE, order, settings, small
+from studies import GRID, MEASURE, RECIPE, no_timings, order, settings, small
 
 import gptlab
 from gptlab.config import ModelConfig
@@ -55,7 +55,7 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that nothing happened to: three variants, two seeds."""
     out = tmp_path_factory.mktemp("whole") / "study"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "measure", lambda *_, **__: {"format": "gptlab study timings", "version": 1})
+        patch.setattr(running, "measure", no_timings)
         torch.set_num_threads(1)
         run_study(order(corpus, variant=VARIANTS, seeds=[0, 1]), out)
     return out
@@ -213,7 +213,7 @@ def test_variants_share_the_start_and_the_order_of_the_data(whole: Path) -> None
 def test_stopped_at_any_moment_and_in_another_order(
     whole: Path, corpus: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+    monkeypatch.setattr(running, "measure", no_timings)
     asked, out = order(corpus, variant=VARIANTS[::-1], seeds=[0, 1]), tmp_path / "study"
     draw, stops = random.Random(), 0  # other moments every time
     while True:
@@ -229,7 +229,7 @@ def test_stopped_at_any_moment_and_in_another_order(
 
 def test_what_is_done_is_not_done_again(whole: Path, corpus: Path, monkeypatch: Any) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
-    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+    monkeypatch.setattr(running, "measure", no_timings)
     for name in ("run_task", "loss_by_position", "copy_at_distance", "induction", "diagnose"):
         monkeypatch.setattr(evaluate, name, None)
     monkeypatch.setattr(runs, "train", None)
@@ -257,7 +257,7 @@ def test_what_is_done_is_not_done_again(whole: Path, corpus: Path, monkeypatch: 
 
 
 def test_seeds_and_variants_may_be_added(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+    monkeypatch.setattr(running, "measure", no_timings)
     out = tmp_path / "study"
     first, _ = run_study(order(corpus, variant=VARIANTS[:1]), out)
     more, _ = run_study(order(corpus, variant=VARIANTS[:2], seeds=[0, 1]), out)
@@ -301,7 +301,7 @@ def test_the_whole_factorial_with_timings_and_claims(corpus: Path, tmp_path: Pat
 
 
 def test_one_failure_does_not_lose_the_others(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+    monkeypatch.setattr(running, "measure", no_timings)
     real = runs.train
 
     def fragile(recipe: Any, *arguments: Any, **options: Any) -> Any:
@@ -353,7 +353,7 @@ def test_questions_that_cannot_be_asked_are_refused_before_the_training(corpus: 
 
 
 def test_a_tokenizer_of_few_characters(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+    monkeypatch.setattr(running, "measure", no_timings)
     results, _ = run_study(order(corpus, "tokenizer.kind=chars", variant=VARIANTS[:2]), tmp_path / "study")
     rope = results["variants"]["rope"]
     assert rope["config"]["vocab_size"] < 33  # too few for two strings of 16 different ones
@@ -430,7 +430,7 @@ def test_what_needs_a_text_or_has_no_effect(corpus: Path, shipped: Path, tmp_pat
 
 
 def test_prepared_data(whole: Path, corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(running, "measure", lambda *_, **__: {})
+    monkeypatch.setattr(running, "measure", no_timings)
     asked = Order(small(corpus, variant=VARIANTS[:1], needs_data=True), data=whole / "data")
     results, _ = run_study(asked, tmp_path / "study")
     assert not (tmp_path / "study/data").exists()

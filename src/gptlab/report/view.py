@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import typing
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -15,12 +14,11 @@ from gptlab.errors import GptlabError
 from gptlab.formatting import NBSP, count, listed, millions
 from gptlab.model import cost
 from gptlab.report.blocks import Interval, literal
-from gptlab.report.check import check
 from gptlab.study import roofline
 from gptlab.study.files import read_study as read_file
 from gptlab.study.files import study_names
 from gptlab.study.orders import read_order
-from gptlab.study.results import RESULTS, TIMINGS, Results, Timings, read_results, read_timings
+from gptlab.study.results import RESULTS, TIMINGS, downgraded, read_results, read_timings
 from gptlab.study.variants import study_order
 
 CHANGES = ("rope", "gqa", "swa")
@@ -277,16 +275,9 @@ def read_study(directory: Path, names: tuple[str, str] = (RESULTS, TIMINGS)) -> 
     if not directory.is_dir():
         raise GptlabError(f"there is no study in {directory}: no such directory; name what gptlab study --out made")
     of_results, of_timings = (directory / name for name in names)
-    results = read_results(directory, of_results.name)
-    check(results, Results, of_results)
-    if results["study"]["base"] not in results["variants"]:
-        raise GptlabError(f"{of_results} is damaged: it lacks its base {results['study']['base']!r}")
-    timings = None
-    if of_timings.exists():
-        timings = read_timings(directory, of_timings.name)
-        check(timings, Timings, of_timings)
-    order = order_in(directory, results["study"]["name"])
-    return Study(typing.cast(Mapping[str, Any], results), typing.cast("Mapping[str, Any] | None", timings), order)
+    results = downgraded(read_results(directory, of_results.name))
+    timings = read_timings(directory, of_timings.name).model_dump(mode="json") if of_timings.exists() else None
+    return Study(results, timings, order_in(directory, results["study"]["name"]))
 
 
 def order_in(directory: Path, name: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -18,11 +18,11 @@ from gptlab.study.assemble_conversion import Looks, conversion, scores
 from gptlab.study.claims import claims_of_results
 from gptlab.study.files import StudySettings
 from gptlab.study.results import (
-    FORMAT,
-    VERSION,
     About,
     AttentionMap,
     ByPosition,
+    Conversion,
+    Conversions,
     Copy,
     Corpus,
     Heads,
@@ -32,10 +32,13 @@ from gptlab.study.results import (
     Race,
     Results,
     Run,
+    Sample,
     Variant,
 )
-from gptlab.study.results_conversion import Converted
-from gptlab.study.variants import Cell, changes, factors_of
+from gptlab.study.variants import Cell, changes, factors_of, kinds_of
+
+
+_Row = TypeVar("_Row", Copy, Induction)
 
 
 @dataclass
@@ -66,7 +69,7 @@ class Answers:
     copies: list[list[Copy]] = field(default_factory=list)
     inductions: list[Induction] = field(default_factory=list)
     heads: Heads | None = None
-    samples: list[dict[str, str]] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     attention_map: AttentionMap | None = None
     looks: Looks | None = None
 
@@ -81,7 +84,7 @@ def assemble(
     protocol: str,
     text: str,
     race: Race | None,
-    converted: Converted | None = None,
+    converted: Conversions | None = None,
 ) -> Results:
     """Return `results.json` of a study.
 
@@ -98,19 +101,24 @@ def assemble(
     """
     base = answers[0]
     scored: dict[str, Mapping[int, Result]] = {one.cell.name: one.results for one in answers}
-    named = {one.cell.name: _variant(one, base.config, study, protocol, text) for one in answers}
+    looks = {one.cell.name: one.looks for one in answers if one.looks is not None}
+    configs = {one.cell.name: one.config for one in answers}
+    if converted is not None:
+        scored |= scores(looks, base.cell.name, base.results)
+    named = {}
+    for one in answers:
+        name, about, difference, reference = one.cell.name, None, None, None
+        if one is not base:
+            reference = _compared(name, answers, converted)
+            difference = statistics.contrast({name: 1.0, reference: -1.0}, scored)
+        if converted is not None and name in looks:
+            about = conversion(name, looks, configs, base.cell.name, converted.reference, scored)
+        named[name] = _variant(one, base.config, study, protocol, text, reference, difference, about)
     sources = {one.cell.load is None for one in answers if one.cell.convert is None}
     kind: Literal["trained", "shipped", "mixed"] = (
         "mixed" if len(sources) > 1 else "trained" if True in sources else "shipped"
     )
-    comparisons: dict[str, dict[str, Interval]] = {}
-    for name in named:
-        if name != base.cell.name:
-            difference = statistics.contrast({name: 1.0, _compared(name, answers, converted): -1.0}, scored)
-            comparisons[name] = {} if difference is None else {"validation_loss": difference}
     results = Results(
-        format=FORMAT,
-        version=VERSION,
         study=About(
             name=study.name,
             title=study.title,
@@ -121,45 +129,46 @@ def assemble(
             seeds=seeds,
             corpus=corpus,
             recipe=recipe,
-            factors=list(dict.fromkeys(factor for one in answers for factor in named[one.cell.name]["factors"])),
+            factors=list(dict.fromkeys(factor for one in answers for factor in named[one.cell.name].factors)),
             quick=study.quick,
             made_with={"gptlab": gptlab.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()},
+            conversion=converted,
         ),
         variants=named,
-        comparisons=comparisons,
-        effects=statistics.effects({name: variant["factors"] for name, variant in named.items()}, scored),
-        four_sizes=costs.four_sizes({one.cell.name: one.config for one in answers}, base.cell.name),
+        effects=statistics.effects({name: variant.factors for name, variant in named.items()}, scored),
+        four_sizes=costs.four_sizes(configs, base.cell.name),
         race=race,
-        claims=None,
     )
-    if converted is not None:
-        results["study"]["conversion"] = converted
-        looks = {one.cell.name: one.looks for one in answers if one.looks is not None}
-        scored |= scores(looks, base.cell.name, base.results)
-        configs = {one.cell.name: one.config for one in answers}
-        for name in looks:
-            about = conversion(name, looks, configs, base.cell.name, converted["yardstick"], scored)
-            results["variants"][name]["conversion"] = about
-    if study.claims:
-        results["claims"] = claims_of_results(study.claims, results, scored)
-    return results
+    return results.model_copy(update={"claims": claims_of_results(study.claims, results, scored)})
 
 
-def _compared(name: str, answers: Sequence[Answers], converted: Converted | None) -> str:
+def _compared(name: str, answers: Sequence[Answers], converted: Conversions | None) -> str:
     """The variant that another is compared with: the base, or the base trained on where the other is, too."""
-    yardstick = converted["yardstick"] if converted is not None else None
+    yardstick = converted.reference if converted is not None else None
     trained_on = any(one.cell.name == name and one.cell.uptrain is not None for one in answers)
     return yardstick if yardstick is not None and trained_on and name != yardstick else answers[0].cell.name
 
 
-def _variant(one: Answers, base: ModelConfig, study: StudySettings, protocol: str, text: str) -> Variant:
+def _variant(
+    one: Answers,
+    base: ModelConfig,
+    study: StudySettings,
+    protocol: str,
+    text: str,
+    reference: str | None,
+    difference: Interval | None,
+    about: Conversion | None,
+) -> Variant:
     contexts, batches = sorted({*study.measure.contexts, one.config.context_length}), sorted(study.measure.batches)
     changed = changes(one.config, base)
     return Variant(
         label=one.cell.label,
         changes=changed,
+        kinds=kinds_of(changed),
+        reference=reference,
+        difference=difference,
         factors=list(one.cell.factors or factors_of(changed)),
-        config=one.config.to_dict(),
+        config=one.config,
         source="converted" if one.cell.convert is not None else "trained" if one.cell.load is None else "shipped",
         tokens_trained=one.tokens_trained,
         parameters=costs.parameters(one.config),
@@ -169,11 +178,12 @@ def _variant(one: Answers, base: ModelConfig, study: StudySettings, protocol: st
         runs=one.runs,
         quality=_quality(list(one.results.values()), protocol, text),
         by_position=_mean_positions(one.by_position),
-        copy=[cast(Copy, _mean_row(rows)) for rows in zip(*one.copies, strict=True)],
-        induction=cast(Induction, _mean_row(one.inductions)) if one.inductions else None,
+        copying=[_mean_row(rows) for rows in zip(*one.copies, strict=True)],
+        induction=_mean_row(one.inductions) if one.inductions else None,
         heads=one.heads,
-        attention_maps=one.attention_map,
+        attention_map=one.attention_map,
         samples=one.samples,
+        conversion=about,
     )
 
 
@@ -195,21 +205,19 @@ def _quality(results: list[Result], protocol: str, text: str) -> Quality | None:
 def _mean_positions(found: list[ByPosition]) -> ByPosition | None:
     if not found:
         return None
-    columns = zip(*(one["nats"] for one in found), strict=True)
+    columns = zip(*(one.nats for one in found), strict=True)
     return ByPosition(
-        protocol=found[0]["protocol"],
-        buckets=found[0]["buckets"],
+        protocol=found[0].protocol,
+        buckets=found[0].buckets,
         nats=[_mean(column) for column in columns],
-        trained_length=found[0]["trained_length"],
+        trained_length=found[0].trained_length,
     )
 
 
-def _mean_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _mean_row(rows: Sequence[_Row]) -> _Row:
     """The first row with its real numbers replaced by their means."""
-    return {
-        name: _mean([row[name] for row in rows]) if isinstance(value, float) else value
-        for name, value in rows[0].items()
-    }
+    means = {name: _mean([getattr(row, name) for row in rows]) for name, value in rows[0] if isinstance(value, float)}
+    return rows[0].model_copy(update=means)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from gptlab.config import ModelConfig
 from gptlab.evaluation.scoring import Result
-from gptlab.study.results_conversion import Conversion, Interval, Look
+from gptlab.study.results import Checkpoint, Conversion, Interval
 from gptlab.study.statistics import Scored, contrast
 
 
@@ -74,10 +74,10 @@ def conversion(
     return Conversion(
         changes=own.changes,
         steps=own.steps,
-        uptrain=own.uptrain,
-        moved=math.fsum(own.moved) / len(own.moved) if own.moved else None,
-        moved_tokens=own.moved_tokens,
-        looks=[
+        settings=own.uptrain,
+        divergence=math.fsum(own.moved) / len(own.moved) if own.moved else None,
+        divergence_tokens=own.moved_tokens,
+        checkpoints=[
             _look(name, share, looks, _alike(name, configs, looks), base, yardstick, scored)
             for share in sorted(own.results)
         ],
@@ -97,7 +97,7 @@ def _look(
     base: str,
     yardstick: str | None,
     scored: Scored,
-) -> Look:
+) -> Checkpoint:
     results = list(looks[name].results[share].values())
     by_run = [result.metrics["nats_per_token"] for result in results]
     against = at(base, 0.0) if share == 0 else at(yardstick, share) if yardstick and yardstick != name else None
@@ -106,14 +106,13 @@ def _look(
         found = contrast({at(name, share): 1.0, at(other, share): -1.0}, scored)
         if found is not None:
             differences[other] = found
-    look = Look(
+    whole = looks[name].whole.get(share)
+    return Checkpoint(
         share=share,
         tokens=looks[name].tokens[share],
         nats_per_token=math.fsum(by_run) / len(by_run),
         by_run=by_run,
         difference=None if against is None else contrast({at(name, share): 1.0, against: -1.0}, scored),
         rivals=differences,
+        own_context=math.fsum(r.metrics["nats_per_token"] for r in whole.values()) / len(whole) if whole else None,
     )
-    if whole := looks[name].whole.get(share):
-        look["whole"] = math.fsum(r.metrics["nats_per_token"] for r in whole.values()) / len(whole)
-    return look

@@ -15,12 +15,12 @@ NOTHING: Verdict = ("not obtained", None, "no seed came to the end in all")
 def _last(results: Results, name: str) -> float:
     """The share at the end of a variant's uptraining; 0 where there was none, or it failed."""
     about = results["variants"][name].get("conversion")
-    return about["looks"][-1]["share"] if about and about["looks"] else 0.0
+    return about["checkpoints"][-1]["share"] if about and about["checkpoints"] else 0.0
 
 
 def _yardstick(results: Results) -> str | None:
     about = results["study"].get("conversion")
-    return None if about is None else about["yardstick"]
+    return None if about is None else about["reference"]
 
 
 def _lower(scored: Scored, *pairs: tuple[str, Weights]) -> Verdict:

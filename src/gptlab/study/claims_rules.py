@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from gptlab.study.results import Interval, Results, Timings
 from gptlab.study.statistics import Scored
@@ -32,14 +31,14 @@ class Rule:
     clock: Callable[[Timings], Verdict] | None = None
 
 
-def below(interval: Mapping[str, Any]) -> bool | None:
+def below(interval: Interval) -> bool | None:
     """Is the difference below zero, beyond its interval?"""
-    if interval["low"] is None:
+    if interval.low is None or interval.high is None:
         return None
-    return True if interval["high"] < 0 else False if interval["low"] > 0 else None
+    return True if interval.high < 0 else False if interval.low > 0 else None
 
 
-def above(interval: Mapping[str, Any]) -> bool | None:
+def above(interval: Interval) -> bool | None:
     """Is the difference above zero, beyond its interval?"""
     found = below(interval)
     return None if found is None else not found

@@ -14,7 +14,7 @@ from gptlab.config import ModelConfig, divisors
 from gptlab.generation.engine import CHUNK
 from gptlab.model import cost
 from gptlab.model.cache import Cache
-from gptlab.study.results import CacheSize
+from gptlab.study.results import CacheSize, Counterpart, Flops
 from gptlab.study.variants import changes
 
 SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -29,13 +29,13 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     return {**parts, "total": sum(parts.values())}
 
 
-def flops_per_token(config: ModelConfig, contexts: Sequence[int]) -> dict[str, Any]:
+def flops_per_token(config: ModelConfig, contexts: Sequence[int]) -> Flops:
     """Return the operations of one token after ``contexts`` tokens, and of one token in training, on average."""
     length = config.context_length
-    return {
-        "forward": {str(context): cost.token_flops(config, context - 1).total for context in contexts},
-        "training": cost.training_flops(config, length) / length,
-    }
+    return Flops(
+        forward={str(context): cost.token_flops(config, context - 1).total for context in contexts},
+        training=cost.training_flops(config, length) / length,
+    )
 
 
 def cache_sizes(config: ModelConfig, contexts: Sequence[int], batches: Sequence[int]) -> list[CacheSize]:
@@ -64,7 +64,7 @@ def cache_sizes(config: ModelConfig, contexts: Sequence[int], batches: Sequence[
     return found
 
 
-def four_sizes(configs: Mapping[str, ModelConfig], base: str) -> dict[str, dict[str, Any]]:
+def four_sizes(configs: Mapping[str, ModelConfig], base: str) -> dict[str, dict[str, Counterpart]]:
     """Return for GPT-2's sizes what each variant's changes would give there, from cost.py alone.
 
     Key heads keep the ratio to query heads as nearly as the size allows, a single one stays single, and windows keep
@@ -74,28 +74,21 @@ def four_sizes(configs: Mapping[str, ModelConfig], base: str) -> dict[str, dict[
         configs: the study's variants by name.
         base: the name of the one that the others are compared with.
     """
-    sizes: dict[str, dict[str, Any]] = {}
+    sizes: dict[str, dict[str, Counterpart]] = {}
     for size in SIZES:
         sizes[size] = {}
         for name, config in configs.items():
             scaled = _scaled(size, config, configs[base])
             if scaled is not None:
-                sizes[size][name] = {
-                    "changes": changes(scaled, ModelConfig.preset(size)),
-                    "parameters": parameters(scaled)["total"],
-                    "cache": [
-                        {
-                            "context": context,
-                            "batch": 1,
-                            "dtype": "bfloat16",
-                            "bytes": cost.cache_bytes(scaled, context, 2),
-                        }
-                        for context in SIZE_CONTEXTS
+                sizes[size][name] = Counterpart(
+                    changes=changes(scaled, ModelConfig.preset(size)),
+                    parameters=parameters(scaled)["total"],
+                    cache=[
+                        CacheSize(context=n, batch=1, dtype="bfloat16", bytes=cost.cache_bytes(scaled, n, 2))
+                        for n in SIZE_CONTEXTS
                     ],
-                    "flops_per_token": {
-                        str(context): cost.token_flops(scaled, context - 1).total for context in SIZE_CONTEXTS
-                    },
-                }
+                    flops_per_token={str(n): cost.token_flops(scaled, n - 1).total for n in SIZE_CONTEXTS},
+                )
     return sizes
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from gptlab.evaluation.tasks import identity
 from gptlab.language_model import LanguageModel
 from gptlab.study import stages
 from gptlab.study.files import EvaluationSettings
-from gptlab.study.results import AttentionMap, ByPosition, Copy, Heads, Induction, LayerHeads
+from gptlab.study.results import AttentionMap, ByPosition, Copy, Heads, Induction, LayerHeads, Sample
 from gptlab.text.documents import open_documents, sha256_of_documents
 from gptlab.text.shards import Dataset, Split
 from gptlab.text.tokenizers import END_OF_TEXT, Tokenizer
@@ -112,7 +112,7 @@ class Questions:
 
         what = {"length": self.length, "positions": settings.positions, "pieces": settings.pieces}
         found = self._cached("by_position", lm, model, compute, text=self.sha256, **what)
-        return cast(ByPosition, found) or None
+        return ByPosition.model_validate_json(json.dumps(found)) if found else None
 
     def copying(self, lm: LanguageModel, model: str) -> list[Copy]:
         """Return how well random strings are reproduced, by distance."""
@@ -127,16 +127,17 @@ class Questions:
         def compute() -> dict[str, Any]:
             found = copy_at_distance(lm.model, distances, n=n, length=length, vocabulary=words)
             names = ("distance", "accuracy", "logprob", "accuracy_without", "logprob_without")
-            rows = [dict(zip(Copy.__annotations__, (getattr(c, n) for n in names), strict=True)) for c in found]
+            rows = [dict(zip(Copy.model_fields, (getattr(c, n) for n in names), strict=True)) for c in found]
             return {"rows": rows}
 
         what = {"distances": distances, "n": n, "length": length}
-        return cast(list[Copy], self._cached("copy", lm, model, compute, **what)["rows"])
+        return [Copy(**row) for row in self._cached("copy", lm, model, compute, **what)["rows"]]
 
     def induction(self, lm: LanguageModel, model: str) -> Induction:
         """Return the losses over random sequences that come twice, and the best induction head."""
         found = self._passes(lm, model)
-        return cast(Induction, {name: found[name] for name in Induction.__annotations__})
+        values = {name: found[name] for name in Induction.model_fields}
+        return Induction(**values | {"best_head": tuple(found["best_head"])})
 
     def _passes(self, lm: LanguageModel, model: str) -> dict[str, Any]:
         n, words = self.settings.strings, _words(lm)
@@ -166,10 +167,10 @@ class Questions:
 
         layers = self._cached("heads", lm, model, compute, tokens=tokens, text=self.sha256)["layers"]
         matching = self._passes(lm, model)["prefix_matching"]
-        rows = [{**layer, "prefix_matching": row} for layer, row in zip(layers, matching, strict=True)]
-        return Heads(tokens=tokens, layers=cast(list[LayerHeads], rows))
+        rows = [LayerHeads(**layer, prefix_matching=row) for layer, row in zip(layers, matching, strict=True)]
+        return Heads(tokens=tokens, layers=rows)
 
-    def samples(self, lm: LanguageModel, model: str) -> list[dict[str, str]]:
+    def samples(self, lm: LanguageModel, model: str) -> list[Sample]:
         """Return continuations of the study's prompts, or else of the first words of three documents."""
         beginnings = [_first_words(text, lm.needs_tokenizer(), self.length // 2) for text in self.documents[:3]]
         prompts = self.settings.prompts or beginnings
@@ -181,7 +182,7 @@ class Questions:
 
         what = {"temperature": TEMPERATURE, "top_k": TOP_K, "seed": SAMPLE_SEED, "n": self.settings.sample_tokens}
         found = self._cached("samples", lm, model, compute, prompts=prompts, **what)
-        return cast(list[dict[str, str]], found["rows"])
+        return [Sample(**row) for row in found["rows"]]
 
     def attention_map(self, lm: LanguageModel, model: str, layer: int, head: int, tokens: int) -> AttentionMap | None:
         """Return what one head looks at on the beginning of the text; None where the model has no such head."""
@@ -197,7 +198,7 @@ class Questions:
             return {"layer": layer, "head": head, "tokens": [tokenizer.decode([i]) for i in ids], "weights": weights}
 
         what = {"layer": layer, "head": head, "tokens": tokens, "text": self.sha256}
-        return cast(AttentionMap, self._cached("map", lm, model, compute, **what))
+        return AttentionMap(**self._cached("map", lm, model, compute, **what))
 
     def _cached(self, what: str, lm: LanguageModel, model: str, compute: Any, **settings: Any) -> dict[str, Any]:
         return stages.cached(self.cache, stages.key("evaluate", what=what, model=model, **settings), compute)

@@ -15,8 +15,7 @@ from gptlab.conversion.rotary import MOST_TOKENS
 from gptlab.errors import GptlabError
 from gptlab.study.assemble_conversion import Looks
 from gptlab.study.evaluate import Questions, model_key
-from gptlab.study.results import Run
-from gptlab.study.results_conversion import Converted
+from gptlab.study.results import Conversions, Run
 from gptlab.study.runs import RUNS, attempt, run_key, run_of, with_seed
 from gptlab.study.stages import plain
 from gptlab.study.uptrain import (
@@ -203,7 +202,7 @@ class Making:
                     score(share, seed, there[steps])
         return found
 
-    def about(self) -> Converted | None:
+    def about(self) -> Conversions | None:
         """Return what all conversions have in common; None where there are none."""
         if not self.cells:
             return None
@@ -212,11 +211,11 @@ class Making:
         standard, trained_on = yardstick(self.cells), next((cell.uptrain for cell in self.cells if cell.uptrain), None)
         if standard is not None:
             trained_on = standard.uptrain
-        return Converted(
+        return Conversions(
             calibration=(
                 f"about {default_tokens(config.n_embd):,} tokens of {text}, positions on {MOST_TOKENS:,} of them"
             ),
-            yardstick=None if standard is None else standard.name,
-            of=None if trained_on is None else trained_on.of or self.of,
+            reference=None if standard is None else standard.name,
+            pretraining_tokens=None if trained_on is None else trained_on.of or self.of,
             recipe=None if trained_on is None else plain(trained_on.recipe),
         )

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -28,7 +28,7 @@ from gptlab.model.gpt import GPT
 from gptlab.study import stages
 from gptlab.study.files import MeasurementSettings
 from gptlab.study.memory import peak_memory
-from gptlab.study.results import TIMINGS_FORMAT, VERSION, Decode, Machine, Peaks, Prefill, Timings, VariantTimings
+from gptlab.study.results import Decode, Machine, Peaks, Prefill, Timings, VariantTimings
 from gptlab.study.timing import ROUNDS, decoding_step, prefill_step, take_turns, timed, training_step
 from gptlab.training.recipe import Recipe
 
@@ -109,12 +109,10 @@ def measure(
         whole.prefill(timings, context)
     batch, context = whole.memory_point
     return Timings(
-        format=TIMINGS_FORMAT,
-        version=VERSION,
         machine=machine(device),
         dtype=str(whole.dtype).removeprefix("torch."),
         how=HOW.format(chunk=CHUNK, rows=whole.rows, dtype=recipe.train.dtype, batch=batch, context=context),
-        peaks=cast(Peaks, whole.kept("peaks", lambda: dict(peaks(device)))),
+        peaks=Peaks(**whole.kept("peaks", lambda: peaks(device).model_dump())),
         variants=timings,
     )
 
@@ -139,7 +137,7 @@ class _Measurement:
         self.extended = {name: _extended(config, longest) for name, config in self.configs.items()}
         self.points = len(settings.contexts) * (len(settings.batches) + 1)
         self.left = settings.seconds
-        self.most_bytes = int(0.4 * machine(device)["memory_bytes"]) if device.type == "cuda" else MOST_BYTES
+        self.most_bytes = int(0.4 * machine(device).memory_bytes) if device.type == "cuda" else MOST_BYTES
         self.rate = 0.0  # operations a second of the last prefill
         self._models: dict[str, GPT] = {}
 
@@ -194,7 +192,8 @@ class _Measurement:
         recipe = stages.plain(self.recipe)
         share = self.left / 4
         for name, seconds in self._point("training", make, share, recipe=recipe, rows=self.rows).items():
-            timings[name]["training_tokens_per_second"] = self.rows * self.configs[name].context_length / seconds
+            rate = self.rows * self.configs[name].context_length / seconds
+            timings[name] = timings[name].model_copy(update={"training_tokens_per_second": rate})
 
     def decoding(self, timings: dict[str, VariantTimings], batch: int, context: int) -> None:
         """Time the generation of one more token, unless the caches are too large."""
@@ -205,7 +204,7 @@ class _Measurement:
         for name, seconds in self._point("decode", make, share, batch=batch, context=context).items():
             rate = batch / seconds
             row = Decode(context=context, batch=batch, milliseconds=1e3 * seconds, tokens_per_second=rate)
-            timings[name]["decode"].append(row)
+            timings[name].decode.append(row)
 
     def prefill(self, timings: dict[str, VariantTimings], context: int) -> None:
         """Time the reading of a prompt, unless it would take longer than there is time."""
@@ -217,7 +216,7 @@ class _Measurement:
         found = self._point("prefill", make, share, batch=1, context=context)
         for name, seconds in found.items():
             row = Prefill(context=context, batch=1, tokens_per_second=context / seconds)
-            timings[name]["prefill"].append(row)
+            timings[name].prefill.append(row)
         self.rate = work / sum(found.values())
 
     def _point(self, what: str, make: Callable[[], dict[str, Any]], share: float, **settings: Any) -> dict[str, float]:

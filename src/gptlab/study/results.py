@@ -1,38 +1,132 @@
 """The two files that a study leaves, from which its report is made.
 
-`results.json` holds everything that does not depend on a clock: a study that was killed and went on, or whose variants
-stand in another order, writes the same bytes. `timings.json` holds what was measured with one, and the machine.
+`results.json` holds everything that does not depend on a clock: a study that was killed and went on writes the same
+bytes. `timings.json` holds what was measured with one, and the machine. Both are read into the models below, which are
+complete and checked: a report needs nothing else.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 
 from gptlab.checkpoints.files import write_files
+from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
-from gptlab.study.results_conversion import Conversion, Converted, Interval
 
 FORMAT, TIMINGS_FORMAT = "gptlab study", "gptlab study timings"
 VERSION = 1
-__all__ = ["Interval"]
 
 RESULTS, TIMINGS, STUDY = "results.json", "timings.json", "study.json"
 
+_File = TypeVar("_File", bound="Record")
 
-class Corpus(TypedDict):
-    """What was trained on, or for shipped models what they were evaluated on."""
+Kind = Literal["rope", "gqa", "swa", "other"]
+"""One of the three changes, or any other difference between two configurations."""
+
+# Names that moved; what still subscripts a record may use them until it is rewritten.
+_MOVED = {
+    "yardstick": "reference",
+    "of": "pretraining_tokens",
+    "uptrain": "settings",
+    "moved": "divergence",
+    "moved_tokens": "divergence_tokens",
+    "looks": "checkpoints",
+    "whole": "own_context",
+    "copy": "copying",
+    "attention_maps": "attention_map",
+}
+
+
+def _config(value: Any) -> ModelConfig:
+    if isinstance(value, ModelConfig):
+        return value
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a window as long as the context was remarked on when the study was made
+        return ModelConfig.from_dict(value)
+
+
+Config = Annotated[ModelConfig, BeforeValidator(_config), PlainSerializer(lambda config: config.to_dict())]
+
+
+class Record(BaseModel):
+    """A part of a result file. It cannot be changed, and has no other fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
+
+    # Until the report asks for attributes.
+    def __getitem__(self, name: str) -> Any:
+        value = getattr(self, _MOVED.get(name, name))
+        return value.to_dict() if isinstance(value, ModelConfig) else value
+
+    def __contains__(self, name: str) -> bool:
+        return getattr(self, _MOVED.get(name, name), None) is not None
+
+    def get(self, name: str, default: Any = None) -> Any:
+        value = self[name]
+        return default if value is None else value
+
+    def keys(self) -> list[str]:
+        return list(type(self).model_fields)
+
+
+class Interval(Record):
+    """A difference of losses and its 95% interval, whose ends are None where there is none; below 0 it is lower."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+    unit: str
+    method: str
+
+
+class Corpus(Record):
+    """What was trained on, or for models that were loaded what they were evaluated on."""
 
     name: str
     sha256: str
 
 
-class About(TypedDict):
+class Conversions(Record):
+    """What the conversions of a study have in common.
+
+    Attributes:
+        calibration: what they were fitted on, in words.
+        reference: the base after the same continued training, which uptrained variants are compared with; None
+            where there is none.
+        pretraining_tokens: that the base was trained on, of which shares are counted; None where nothing was uptrained.
+        recipe: of the uptraining; None where nothing was uptrained.
+    """
+
+    calibration: str
+    reference: str | None
+    pretraining_tokens: int | None
+    recipe: dict[str, Any] | None
+
+
+class About(Record):
     """The study as a whole.
 
-    ``kind`` is that of the variants that are not made by conversion. ``tokens`` are those of one run, ``recipe`` is
-    empty where nothing was trained from scratch, ``factors`` are the names of the grid's changes.
+    Attributes:
+        name: of the study.
+        title: a heading.
+        question: what it is to answer.
+        base: name of the variant that the others change.
+        kind: where the variants come from that are not made by conversion.
+        tokens: of one training run of the base, 0 where that is not known.
+        seeds: that variants were trained with.
+        corpus: the data.
+        recipe: of the base, as JSON; empty where nothing was trained from scratch.
+        factors: names of all changes that the variants combine.
+        quick: the study shows what there is to see, in minutes.
+        made_with: versions and threads.
+        conversion: None where nothing was converted.
     """
 
     name: str
@@ -46,36 +140,44 @@ class About(TypedDict):
     recipe: dict[str, Any]
     factors: list[str]
     quick: bool
-    made_with: dict[str, Any]
-    conversion: NotRequired[Converted]
+    made_with: dict[str, str | int]
+    conversion: Conversions | None = None
 
 
-class CacheSize(TypedDict):
+class CacheSize(Record):
     """Bytes of the key/value cache: ``bytes`` is what one token at a time needs, ``allocated`` what gptlab takes.
 
     A ring is allocated for prompts that come in chunks of 512 tokens, so it has up to 511 slots more than its window.
+    ``allocated`` is None where the cache was too large to be allocated.
     """
 
     context: int
     batch: int
     dtype: str
     bytes: int
-    allocated: int | None
+    allocated: int | None = None
 
 
-class Run(TypedDict):
-    """One training run; curves are [tokens, nats a token]. ``key`` names its directory below ``runs/``."""
+class Flops(Record):
+    """Operations of one token: ``forward`` by the tokens before it, ``training`` on average over a window."""
+
+    forward: dict[str, int]
+    training: float
+
+
+class Run(Record):
+    """One training run; curves are (tokens, nats per token). ``key`` names its directory below ``runs/``."""
 
     seed: int
     status: Literal["done", "failed"]
     error: str | None
     key: str
-    curve: list[list[float]]
-    validation_curve: list[list[float]]
+    curve: list[tuple[int, float]]
+    validation_curve: list[tuple[int, float]]
     validation_loss: float | None
 
 
-class Quality(TypedDict):
+class Quality(Record):
     """Loss on the held-out text: the mean over the runs, and each one's; documents may be parts of long ones."""
 
     protocol: str
@@ -87,16 +189,16 @@ class Quality(TypedDict):
     by_run: list[float]
 
 
-class ByPosition(TypedDict):
-    """Mean loss where so many tokens had been seen: ``buckets`` are [first, last]."""
+class ByPosition(Record):
+    """Mean loss by the number of tokens seen before; ``buckets`` are (first, last)."""
 
     protocol: str
-    buckets: list[list[int]]
+    buckets: list[tuple[int, int]]
     nats: list[float]
     trained_length: int
 
 
-class Copy(TypedDict):
+class Copy(Record):
     """Random strings reproduced at a distance, and the same tokens where another string stood there."""
 
     distance: int
@@ -106,17 +208,17 @@ class Copy(TypedDict):
     baseline_logprob: float
 
 
-class Induction(TypedDict):
+class Induction(Record):
     """Loss in the first and second pass over random sequences; the best head's prefix matching, and where it is."""
 
     first: float
     second: float
     best_head_score: float
-    best_head: list[int]
+    best_head: tuple[int, int]
     period: int
 
 
-class LayerHeads(TypedDict):
+class LayerHeads(Record):
     """One layer of `gptlab.evaluation.heads.LayerHeads`, and each head's prefix matching."""
 
     entropy: list[float]
@@ -127,15 +229,15 @@ class LayerHeads(TypedDict):
     prefix_matching: list[float]
 
 
-class Heads(TypedDict):
+class Heads(Record):
     """The heads of all layers, on the first ``tokens`` tokens of the held-out text."""
 
     tokens: int
     layers: list[LayerHeads]
 
 
-class AttentionMap(TypedDict):
-    """What one head looks at; row i of ``weights`` has i + 1 entries, those of the tokens up to its own."""
+class AttentionMap(Record):
+    """What one head attends to; row i of ``weights`` has i + 1 entries, those of the tokens up to its own."""
 
     layer: int
     head: int
@@ -143,59 +245,118 @@ class AttentionMap(TypedDict):
     weights: list[list[float]]
 
 
-class Variant(TypedDict):
-    """One variant. What needs a trained model is None where every run failed."""
+class Sample(Record):
+    """A prompt and its continuation."""
+
+    prompt: str
+    text: str
+
+
+class Checkpoint(Record):
+    """A converted model after a share of the tokens of pre-training; 0 is right after the conversion.
+
+    Attributes:
+        share: of the tokens that the base was trained on.
+        tokens: of uptraining.
+        nats_per_token: loss on the held-out text, the mean over the runs.
+        by_run: each one's.
+        difference: to the reference after as many tokens, at 0 to the base; None where there is none.
+        rivals: differences to other variants of the same architecture, by name.
+        own_context: the loss in windows of the model's own context, for one that was extended.
+    """
+
+    share: float
+    tokens: int
+    nats_per_token: float
+    by_run: list[float]
+    difference: Interval | None
+    rivals: dict[str, Interval]
+    own_context: float | None = None
+
+
+class Conversion(Record):
+    """How a variant was made by conversion.
+
+    Attributes:
+        changes: what was asked for.
+        steps: that were taken, in words.
+        settings: of its uptraining alone.
+        divergence: mean KL(base || converted) in nats per token right after the conversion; None where it failed.
+        divergence_tokens: of the held-out text that it was measured on.
+        checkpoints: by share, ascending.
+    """
+
+    changes: dict[str, Any]
+    steps: list[str]
+    settings: list[str]
+    divergence: float | None
+    divergence_tokens: int
+    checkpoints: list[Checkpoint]
+
+
+class Variant(Record):
+    """One variant. What needs a trained model is None or empty where every run failed.
+
+    Attributes:
+        label: in words.
+        changes: fields in which its configuration differs from the base's, as JSON.
+        kinds: which changes these are.
+        factors: the changes that it combines, for the effects of a factorial.
+        reference: the variant that it is compared with; None for the base.
+        difference: its loss less the reference's; None for the base, and where no seed was trained to the end in both.
+        config: its architecture.
+        source: how it came to be.
+        tokens_trained: that the model has seen, None where nobody wrote it down.
+        parameters: by part, and their ``total``.
+        flops_per_token: operations.
+        cache: sizes by context and batch.
+        receptive_field: in tokens, None where it has no limit.
+        runs: none for a model that was loaded or only converted.
+        quality: loss on the held-out text.
+        by_position: None also where the text is too short.
+        copying: by distance.
+        induction: the mean over the runs.
+        heads: of the first run.
+        attention_map: of the first run, the same head in all variants.
+        samples: of the first run.
+        conversion: None where it was not made by conversion.
+    """
 
     label: str
     changes: dict[str, Any]
+    kinds: list[Kind]
     factors: list[str]
-    config: dict[str, Any]
+    reference: str | None
+    difference: Interval | None
+    config: Config
     source: Literal["trained", "shipped", "converted"]
     tokens_trained: int | None
     parameters: dict[str, int]
-    flops_per_token: dict[str, Any]
+    flops_per_token: Flops
     cache: list[CacheSize]
     receptive_field: int | None
     runs: list[Run]
     quality: Quality | None
     by_position: ByPosition | None
-    copy: list[Copy]
+    copying: list[Copy]
     induction: Induction | None
     heads: Heads | None
-    attention_maps: AttentionMap | None
-    samples: list[dict[str, str]]
-    conversion: NotRequired[Conversion]
+    attention_map: AttentionMap | None
+    samples: list[Sample]
+    conversion: Conversion | None = None
 
 
-class Effects(TypedDict):
-    """Main effects by factor and interactions by "a x b"; ``definition`` says what the numbers mean."""
-
-    definition: str
-    main: dict[str, Interval]
-    interactions: dict[str, Interval]
-
-
-class Claim(TypedDict):
-    """A paper's claim, what was obtained here, and whether it holds; None where this study cannot tell."""
-
-    paper: str
-    claim: str
-    ours: str
-    holds: bool | None
-    note: str
-
-
-class Racer(TypedDict):
+class Racer(Record):
     """One variant of the race."""
 
     label: str
     changes: dict[str, Any]
-    config: dict[str, Any]
+    config: Config
     parameters: int
     run: Run
 
 
-class Race(TypedDict):
+class Race(Record):
     """A short training of tiny models side by side: it shows how training goes, not how good a variant is."""
 
     label: str
@@ -206,21 +367,62 @@ class Race(TypedDict):
     variants: dict[str, Racer]
 
 
-class Results(TypedDict):
-    """`results.json`."""
+class Effects(Record):
+    """Main effects by factor and interactions by "a x b"; ``definition`` says what the numbers mean."""
 
-    format: str
-    version: int
+    definition: str
+    main: dict[str, Interval]
+    interactions: dict[str, Interval]
+
+
+class Claim(Record):
+    """A paper's claim, what was obtained here, and whether it holds; None where this study cannot tell."""
+
+    paper: str
+    claim: str
+    ours: str
+    holds: bool | None
+    note: str
+
+
+class Counterpart(Record):
+    """What a variant's changes would give in one of GPT-2's sizes."""
+
+    changes: dict[str, Any]
+    parameters: int
+    cache: list[CacheSize]
+    flops_per_token: dict[str, int]
+
+
+class Results(Record):
+    """`results.json`.
+
+    Attributes:
+        format: `FORMAT`.
+        version: `VERSION`.
+        study: the study as a whole.
+        variants: by name, in the order in which a reader expects them: the base first, then as in the study's file.
+        effects: None where the variants form no full factorial.
+        four_sizes: by GPT-2's sizes and variants.
+        claims: of papers, those about quality.
+    """
+
+    format: Literal["gptlab study"] = "gptlab study"
+    version: Literal[1] = 1
     study: About
     variants: dict[str, Variant]
-    comparisons: dict[str, dict[str, Interval]]
     effects: Effects | None
-    four_sizes: dict[str, dict[str, Any]]
-    race: Race | None
-    claims: list[Claim] | None
+    four_sizes: dict[str, dict[str, Counterpart]]
+    claims: list[Claim] = []
+    race: Race | None = None
+
+    @property
+    def comparisons(self) -> dict[str, dict[str, Interval]]:
+        there = {name: v.difference for name, v in self.variants.items() if name != self.study.base}
+        return {name: {} if d is None else {"validation_loss": d} for name, d in there.items()}
 
 
-class Machine(TypedDict):
+class Machine(Record):
     """Where the timings were taken."""
 
     processor: str
@@ -231,7 +433,7 @@ class Machine(TypedDict):
     date: str
 
 
-class Peaks(TypedDict):
+class Peaks(Record):
     """What the machine reaches at best: bytes read a second, and operations a second of matrix products by dtype."""
 
     bandwidth_bytes_per_second: float
@@ -239,7 +441,7 @@ class Peaks(TypedDict):
     how: str
 
 
-class Prefill(TypedDict):
+class Prefill(Record):
     """Reading ``batch`` prompts of ``context`` tokens."""
 
     context: int
@@ -247,7 +449,7 @@ class Prefill(TypedDict):
     tokens_per_second: float
 
 
-class Decode(TypedDict):
+class Decode(Record):
     """One more token for each of ``batch`` sequences that hold ``context`` tokens."""
 
     context: int
@@ -256,7 +458,7 @@ class Decode(TypedDict):
     tokens_per_second: float
 
 
-class VariantTimings(TypedDict):
+class VariantTimings(Record):
     """What the clock says of one variant. Memory is what the process took beyond its start, at the peak."""
 
     training_tokens_per_second: float | None
@@ -266,22 +468,23 @@ class VariantTimings(TypedDict):
     decode: list[Decode]
 
 
-class Timings(TypedDict):
+class Timings(Record):
     """`timings.json`. ``how`` says how the figures were taken; ``claims`` are those that a clock decides."""
 
-    format: str
-    version: int
+    format: Literal["gptlab study timings"] = "gptlab study timings"
+    version: Literal[1] = 1
     machine: Machine
     dtype: str
     how: str
     peaks: Peaks
     variants: dict[str, VariantTimings]
-    claims: NotRequired[list[Claim]]
+    claims: list[Claim] = []
 
 
 def encode(values: Any) -> bytes:
     """Return JSON whose bytes depend on the values alone; numbers that JSON does not know are refused."""
-    return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    plain = values.model_dump(mode="json") if isinstance(values, BaseModel) else values
+    return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def write_results(directory: Path, results: Results) -> None:
@@ -296,15 +499,19 @@ def write_timings(directory: Path, timings: Timings) -> None:
 
 def read_results(directory: Path, name: str = RESULTS) -> Results:
     """Read `results.json`; raises `GptlabError` where it is missing, damaged, or of another version."""
-    return cast(Results, _read(directory / name, FORMAT))
+    path = directory / name
+    results = _read(path, FORMAT, Results)
+    if results.study.base not in results.variants:
+        raise GptlabError(f"{path} is damaged: it lacks its base {results.study.base!r}")
+    return results
 
 
 def read_timings(directory: Path, name: str = TIMINGS) -> Timings:
     """Read `timings.json`; raises `GptlabError` where it is missing, damaged, or of another version."""
-    return cast(Timings, _read(directory / name, TIMINGS_FORMAT))
+    return _read(directory / name, TIMINGS_FORMAT, Timings)
 
 
-def _read(path: Path, kind: str) -> dict[str, Any]:
+def _read(path: Path, kind: str, model: type[_File]) -> _File:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -313,7 +520,101 @@ def _read(path: Path, kind: str) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise GptlabError(f"{path} cannot be read ({error}); make it again by gptlab study --resume") from None
-    found = (values.get("format"), values.get("version")) if isinstance(values, dict) else None
-    if found != (kind, VERSION):
-        raise GptlabError(f"{path} is no {kind} of version {VERSION}; make it again by gptlab study --resume")
-    return cast(dict[str, Any], values)
+    stated = (values.get("format"), values.get("version")) if isinstance(values, dict) else None
+    if stated != (kind, VERSION):
+        raise GptlabError(f"{path} is not a {kind} of version {VERSION}; make it again by gptlab study --resume")
+    try:
+        return model.model_validate_json(json.dumps(upgraded(values)))
+    except ValidationError as error:
+        raise GptlabError(f"{path} is damaged: {_explain(error)}; make it again by gptlab study") from None
+
+
+_WORDS = {
+    "missing": "is not there",
+    "model_type": "is not an object",
+    "model_attributes_type": "is not an object",
+    "dict_type": "is not an object",
+    "list_type": "is not a list",
+    "tuple_type": "is not a list",
+    "int_type": "is not a whole number",
+    "float_type": "is not a number",
+    "string_type": "is not text",
+    "bool_type": "is not true or false",
+    "extra_forbidden": "is not known",
+}
+
+
+def _explain(error: ValidationError) -> str:
+    """The first thing that is missing or of another type."""
+    first = error.errors()[0]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+    expected = first.get("ctx", {}).get("expected")
+    said = f"is not {expected}" if expected else _WORDS.get(first["type"], f"is wrong ({first['msg'].lower()})")
+    return f"{where.lstrip('.')} {said}"
+
+
+def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a file that was written before records had their present fields."""
+    if values["format"] != FORMAT:
+        return {**values, "claims": values.get("claims") or []}
+    if "comparisons" not in values:
+        return values
+    about, variants = values.get("study"), values.get("variants")
+    if not isinstance(about, dict) or not isinstance(variants, dict):
+        return {**values, "claims": values.get("claims") or []}
+    kind_of = {"position": "rope", "rope": "rope", "n_kv_head": "gqa", "window": "swa", "sinks": "swa"}
+    kind_of["dilation"] = "swa"
+    general = about.get("conversion")
+    if general:
+        general = {"reference": general["yardstick"], "pretraining_tokens": general["of"]} | {
+            name: general[name] for name in ("calibration", "recipe")
+        }
+    base = variants.get(about["base"], {}).get("config", {})
+    made = {}
+    for name, old in variants.items():
+        new = {_MOVED.get(key, key): value for key, value in old.items()}
+        if isinstance(old.get("config"), Mapping):
+            changed = {kind_of.get(key, "other") for key, value in old["config"].items() if value != base.get(key)}
+            new["kinds"] = [kind for kind in ("rope", "gqa", "swa", "other") if kind in changed]
+        conversion = old.get("conversion")
+        if conversion:
+            looks = [{_MOVED.get(key, key): value for key, value in look.items()} for look in conversion["looks"]]
+            new["conversion"] = {_MOVED.get(key, key): value for key, value in conversion.items()}
+            new["conversion"]["checkpoints"] = looks
+        reference = general["reference"] if general and conversion and len(conversion["looks"]) > 1 else None
+        new["reference"] = None if name == about["base"] else about["base"]
+        if reference is not None and reference != name:
+            new["reference"] = reference
+        new["difference"] = (values["comparisons"].get(name) or {}).get("validation_loss")
+        made[name] = new
+    kept = {key: value for key, value in values.items() if key != "comparisons"}
+    return {**kept, "study": {**about, "conversion": general}, "variants": made, "claims": values.get("claims") or []}
+
+
+def downgraded(results: Results) -> dict[str, Any]:
+    """Return results as plain values under the names that the report still asks for."""
+    old = {new: name for name, new in _MOVED.items()}
+    values = results.model_dump(mode="json")
+    values["comparisons"] = {name: dict(entry) for name, entry in results.comparisons.items()}
+    for name, entry in values["comparisons"].items():
+        values["comparisons"][name] = {key: interval.model_dump() for key, interval in entry.items()}
+    if values["study"]["conversion"] is None:
+        del values["study"]["conversion"]
+    else:
+        values["study"]["conversion"] = {old.get(n, n): v for n, v in values["study"]["conversion"].items()}
+    for name, new in values["variants"].items():
+        variant = {old.get(key, key): value for key, value in new.items()}
+        if (conversion := variant.pop("conversion")) is not None:
+            conversion = {old.get(key, key): value for key, value in conversion.items()}
+            looks = [
+                {old.get(k, k): v for k, v in look.items() if (k, v) != ("own_context", None)}
+                for look in conversion["looks"]
+            ]
+            variant["conversion"] = {**conversion, "looks": looks}
+        values["variants"][name] = variant
+    return values
+
+
+def make_results(values: dict[str, Any]) -> Results:
+    """Return the results of plain values, as JSON gives them."""
+    return Results.model_validate_json(json.dumps(upgraded(values)))

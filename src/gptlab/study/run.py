@@ -230,7 +230,7 @@ class _Study:
             config = _config(cell, dataset)
             size = sum(cost.parameters(config).values())
             racers[cell.name] = Racer(
-                label=cell.label, changes=changes(config, base), config=config.to_dict(), parameters=size, run=run
+                label=cell.label, changes=changes(config, base), config=config, parameters=size, run=run
             )
         return Race(
             label=RACE,
@@ -265,12 +265,10 @@ class _Study:
         first = {config: name for name, config in reversed(self.configs.items())}
         once = {name: config for name, config in self.configs.items() if first[config] == name}
         timings = measure(once, settings, self.recipe, cache, device=self.device, report=self.report)
-        if "variants" in timings:  # those of one architecture share their times
-            of = timings["variants"]
-            timings["variants"] = {name: of[first[config]] for name, config in self.configs.items()}
-        if self.study.claims:
-            timings["claims"] = claims_of_timings(self.study.claims, results, timings)
-        return timings
+        # Those of one architecture share their times.
+        shared = {name: timings.variants[first[config]] for name, config in self.configs.items()}
+        timings = timings.model_copy(update={"variants": shared})
+        return timings.model_copy(update={"claims": claims_of_timings(self.study.claims, results, timings)})
 
     def _phase(self, phase: str, what: str, done: int = 0, of: int = 1) -> None:
         self.report({"event": "phase", "phase": phase, "what": what, "done": done, "of": of})

@@ -122,10 +122,10 @@ def run_of(where: Path, seed: int, error: str | None) -> tuple[Run, Path | None]
     return found, model if done else None
 
 
-def _curve(run: Path, event: str, figure: str) -> list[list[float]]:
+def _curve(run: Path, event: str, figure: str) -> list[tuple[int, float]]:
     """(tokens, figure) of all rows of a kind, each step once, the last word counting; of distillation its own loss."""
     points = {row["tokens"]: row.get("cross_entropy", row[figure]) for row in _rows(run) if row["event"] == event}
-    return [[tokens, points[tokens]] for tokens in sorted(points)]
+    return [(tokens, points[tokens]) for tokens in sorted(points)]
 
 
 def _rows(run: Path) -> list[dict[str, Any]]:

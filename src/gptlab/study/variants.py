@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from gptlab.config import ModelConfig
 from gptlab.conversion.changes import Changes
 from gptlab.errors import GptlabError, nearest
 from gptlab.study.conversions import Uptraining, read_changes, read_uptraining
 from gptlab.study.files import NAME, FactorSettings, RaceSettings, StudySettings, UptrainSettings, VariantSettings
+from gptlab.study.results import Kind
 from gptlab.training.recipe import Recipe, read_recipe
 
 _UPTRAIN = "uptrain."
@@ -206,6 +207,23 @@ def factors_of(changes: Mapping[str, Any]) -> tuple[str, ...]:
     if changes.get("position", "rope") != "rope":
         found.discard("rope")
     return tuple(sorted(found, key=_rank))
+
+
+FIELD_KINDS: dict[str, Kind] = {
+    "position": "rope",
+    "rope": "rope",
+    "n_kv_head": "gqa",
+    "window": "swa",
+    "sinks": "swa",
+    "dilation": "swa",
+}
+"""To which of the three changes a field of `ModelConfig` belongs."""
+
+
+def kinds_of(changes: Mapping[str, Any]) -> list[Kind]:
+    """Return which changes these fields of `ModelConfig` make: of the three, or another."""
+    made = {FIELD_KINDS.get(name, "other") for name in changes}
+    return [kind for kind in get_args(Kind) if kind in made]
 
 
 def changes(config: ModelConfig, base: ModelConfig) -> dict[str, Any]:
