@@ -17,7 +17,10 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gptlab.study.results import Results
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = ("standard", "papers", "convert", "convert-8m")
@@ -203,18 +206,24 @@ def conversion_heads() -> str:
     return "\n".join(rows)
 
 
+def study_results(name: str) -> Results:
+    from gptlab.study.results import read_results
+
+    return read_results(ROOT / "docs" / "results", kept(name)[0])
+
+
 def conversion_table() -> str:
     from conversion_tables import STUDIES, table
 
     there = (name for name in STUDIES if (ROOT / "docs" / "results" / kept(name)[0]).exists())
-    return table({name: results(name) for name in there})
+    return table({name: study_results(name) for name in there})
 
 
 def conversion_headline() -> str:
     from conversion_tables import STUDIES, headline
 
     there = (ROOT / "docs" / "results" / kept(STUDIES[0])[0]).exists()
-    return headline(results(STUDIES[0])) if there else ""
+    return headline(study_results(STUDIES[0])) if there else ""
 
 
 def drawings() -> dict[Path, bytes]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+
+from gptlab.model.cost import cache_bytes
+from gptlab.study.results import Checkpoint, Conversion, Interval, Results
 
 STUDIES = ("convert", "convert-8m")
 """In the order of the columns; those without results are left out."""
 METHODS = ("svd", "procrustes", "mean", "first", "random")
 
 
-def table(found: Mapping[str, dict[str, Any]]) -> str:
+def table(found: Mapping[str, Results]) -> str:
     """Return Markdown.
 
     Args:
@@ -19,17 +21,17 @@ def table(found: Mapping[str, dict[str, Any]]) -> str:
     if not found:
         return ""
     columns = [name for name in STUDIES if name in found]
-    last = max(look["share"] for name in columns for one in converted(found[name]).values() for look in one["looks"])
+    last = max(c.share for name in columns for one in converted(found[name]).values() for c in one.checkpoints)
     heads = [f"{_base(found[name])}, {when}" for name in columns for when in ("0%", f"{100 * last:g}%")]
     rows = [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     for title, names in _rows(found).items():
         cells = []
         for study in columns:
-            looks = converted(found[study]).get(names.get(study, ""), {"looks": []})["looks"]
-            by_share = {look["share"]: look for look in looks}
+            about = converted(found[study]).get(names.get(study, ""))
+            by_share = {c.share: c for c in about.checkpoints} if about else {}
             cells += [_cell(by_share.get(share)) for share in (0.0, last)]
         rows.append(f"| {title} | {' | '.join(cells)} |")
-    of = (f"{_base(found[name])} {found[name]['study']['conversion']['of'] / 1e6:.1f} million" for name in columns)
+    of = (f"{_base(found[name])} {_pretraining(found[name]) / 1e6:.1f} million" for name in columns)
     rows.append(
         "\nNats a token on held-out text more than the base has, and, in the columns after training, than the base that"
         f" was trained on with the same tokens: {100 * last:g}% of those that it was trained on ({', '.join(of)})."
@@ -39,69 +41,76 @@ def table(found: Mapping[str, dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def headline(results: Mapping[str, Any], name: str = "all-fit-distilled-faster") -> str:
+def headline(results: Results, name: str = "all-fit-distilled-faster") -> str:
     """Return what all three changes at once cost, in one sentence.
 
     Args:
         results: of the study ``convert``.
         name: the variant to speak of.
     """
-    from gptlab.config import ModelConfig
-    from gptlab.model.cost import cache_bytes
-
-    base, variant = results["variants"][results["study"]["base"]], results["variants"][name]
-    before, after = (ModelConfig.from_dict(one["config"]) for one in (base, variant))
+    base, variant = results.variants[results.study.base], results.variants[name]
+    about = converted(results)[name]
+    before, after = base.config, variant.config
     sizes = [cache_bytes(config, before.context_length, 2) / 2**20 for config in (before, after)]
-    first, last = (variant["conversion"]["looks"][i] for i in (0, -1))
-    taught = any(setting.startswith("distill.") for setting in variant["conversion"]["uptrain"])
+    first, last = (about.checkpoints[i] for i in (0, -1))
+    taught = any(setting.startswith("distill.") for setting in about.settings)
     how = ", the original its teacher" if taught else ""
     return (
-        f"A trained model converted: `{base['label']}` with {after.kv_heads} of its {before.kv_heads} key heads, rotary"
+        f"A trained model converted: `{base.label}` with {after.kv_heads} of its {before.kv_heads} key heads, rotary"
         f" positions and a window of {after.windows[0]} needs {sizes[1]:.2f} MiB of cache for {before.context_length}"
-        f" tokens in place of {sizes[0]:.2f}. Right after the conversion its loss is {_apart(first['difference'])} that"
-        f" of the base; after training on for {100 * last['share']:g}% of its pre-training{how},"
-        f" {_apart(last['difference'])} that of the base trained on as long. 95% intervals over documents, one seed"
+        f" tokens in place of {sizes[0]:.2f}. Right after the conversion its loss is {_apart(first.difference)} that"
+        f" of the base; after training on for {100 * last.share:g}% of its pre-training{how},"
+        f" {_apart(last.difference)} that of the base trained on as long. 95% intervals over documents, one seed"
         " ([results](docs/conversion_results.md))."
     )
 
 
-def _apart(gap: Mapping[str, Any]) -> str:
+def _apart(gap: Interval | None) -> str:
     """A difference in words, to be followed by what it is to."""
-    low, high = gap["low"], gap["high"]
+    assert gap is not None
+    assert gap.low is not None
+    assert gap.high is not None
+    low, high = gap.low, gap.high
     if low <= 0 <= high:
-        signed = (f"{value:+.3f}".replace("-", "−") for value in (gap["mean"], low, high))
+        signed = (f"{value:+.3f}".replace("-", "−") for value in (gap.mean, low, high))
         return "not to be told ({} nats a token, {} to {}) from".format(*signed)
     ends = sorted((abs(low), abs(high)))
-    where = "higher" if gap["mean"] > 0 else "lower"
-    return f"{abs(gap['mean']):.3f} nats a token ({ends[0]:.3f} to {ends[1]:.3f}) {where} than"
+    where = "higher" if gap.mean > 0 else "lower"
+    return f"{abs(gap.mean):.3f} nats a token ({ends[0]:.3f} to {ends[1]:.3f}) {where} than"
 
 
-def converted(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def converted(results: Results) -> dict[str, Conversion]:
     """Return what is known of the conversions of a study, by variant; those that failed are left out."""
-    variants = {name: one.get("conversion") for name, one in results["variants"].items()}
-    return {name: about for name, about in variants.items() if about and about["looks"]}
+    variants = {name: variant.conversion for name, variant in results.variants.items()}
+    return {name: about for name, about in variants.items() if about and about.checkpoints}
 
 
-def _base(results: Mapping[str, Any]) -> str:
-    return str(results["variants"][results["study"]["base"]]["label"])
+def _pretraining(results: Results) -> int:
+    """The tokens that the base was trained on."""
+    about = results.study.conversion
+    return (about and about.pretraining_tokens) or 0
 
 
-def _rows(found: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
+def _base(results: Results) -> str:
+    return results.variants[results.study.base].label
+
+
+def _rows(found: Mapping[str, Results]) -> dict[str, dict[str, str]]:
     """Titles of the rows, with the variant of each study that belongs there."""
     rows: dict[str, dict[str, str]] = {}
     for study, results in found.items():
-        n_head = results["variants"][results["study"]["base"]]["config"]["n_head"]
+        n_head = results.variants[results.study.base].config.n_head
         for name, about in converted(results).items():
-            if about["changes"]:
+            if about.changes:
                 rows.setdefault(_title(about, n_head), {})[study] = name
     order = {title: i for i, title in enumerate(rows)}
     return dict(sorted(rows.items(), key=lambda row: (_rank(row[0]), order[row[0]])))
 
 
-def _title(about: Mapping[str, Any], n_head: int) -> str:
+def _title(about: Conversion, n_head: int) -> str:
     """What a conversion is called, so that like ones of models of different sizes have one name."""
-    changes, taught = about["changes"], any(s.startswith("distill.") for s in about["uptrain"])
-    faster = any(s.startswith("optimizer.attention_factor") for s in about["uptrain"])
+    changes, taught = about.changes, any(s.startswith("distill.") for s in about.settings)
+    faster = any(s.startswith("optimizer.attention_factor") for s in about.settings)
     words = []
     if "n_kv_head" in changes:
         shared = changes["n_kv_head"]
@@ -128,9 +137,9 @@ def _rank(title: str) -> tuple[int, int]:
     return kind, method
 
 
-def _cell(look: Mapping[str, Any] | None) -> str:
-    if look is None or look["difference"] is None:
+def _cell(checkpoint: Checkpoint | None) -> str:
+    if checkpoint is None or checkpoint.difference is None:
         return ""
-    gap = look["difference"]
-    text = f"{gap['mean']:+.3f}".replace("-", "−") if abs(gap["mean"]) >= 5e-4 else "0.000"
-    return f"({text})" if gap["low"] is not None and gap["low"] <= 0 <= gap["high"] else text
+    gap = checkpoint.difference
+    text = f"{gap.mean:+.3f}".replace("-", "−") if abs(gap.mean) >= 5e-4 else "0.000"
+    return f"({text})" if gap.low is not None and gap.high is not None and gap.low <= 0 <= gap.high else text

@@ -20,7 +20,7 @@ from build_docs import ROOT, STUDIES, kept
 
 from gptlab.checkpoints.files import write_files
 from gptlab.errors import GptlabError
-from gptlab.report.view import Study, read_study
+from gptlab.study.results import Results, read_results, read_timings
 
 MOST_BYTES = 400_000
 """Of a file; git keeps every version."""
@@ -32,12 +32,11 @@ def keep(directory: Path, name: str, folder: Path) -> list[Path]:
     Raises:
         GptlabError: an unfinished study, another one than ``name`` says, or one too large.
     """
-    study = read_study(directory)
-    if study.about["name"] != name:
-        raise GptlabError(f"{directory} holds the study {study.about['name']!r}, not {name!r}; name that one")
-    if study.timings is None:
-        raise GptlabError(f"{directory} has no timings; finish the study: gptlab study --resume --out {directory}")
-    contents = {file: encode(values) for file, values in zip(kept(name), (trim(study), study.timings), strict=True)}
+    results = read_results(directory)
+    if results.study.name != name:
+        raise GptlabError(f"{directory} holds the study {results.study.name!r}, not {name!r}; name that one")
+    pair = (trim(results), read_timings(directory))
+    contents = {file: encode(values.model_dump(mode="json")) for file, values in zip(kept(name), pair, strict=True)}
     for file, content in contents.items():
         if len(content) > MOST_BYTES:
             raise GptlabError(f"{file} would have {len(content):,} bytes, more than {MOST_BYTES:,}; leave more out")
@@ -45,16 +44,17 @@ def keep(directory: Path, name: str, folder: Path) -> list[Path]:
     return [folder / file for file in contents]
 
 
-def trim(study: Study) -> dict[str, Any]:
+def trim(results: Results) -> Results:
     """Return the results without what is large, and without the folders that a corpus or a model lay in."""
-    about = {**study.about, "recipe": _without_folders(study.about["recipe"])}
-    if "conversion" in about and about["conversion"]["recipe"]:
-        about["conversion"] = {**about["conversion"], "recipe": _without_folders(about["conversion"]["recipe"])}
-    variants = {name: {**values, "attention_maps": None} for name, values in study.variants.items()}
-    for values in variants.values():
-        if values["source"] == "converted":
-            values |= {"heads": None, "samples": []}
-    return {**study.results, "study": about, "variants": variants}
+    about = results.study.model_copy(update={"recipe": _without_folders(results.study.recipe)})
+    if about.conversion is not None and about.conversion.recipe:
+        recipe = _without_folders(about.conversion.recipe)
+        about = about.model_copy(update={"conversion": about.conversion.model_copy(update={"recipe": recipe})})
+    variants = {}
+    for label, variant in results.variants.items():
+        more = {"heads": None, "samples": []} if variant.source == "converted" else {}
+        variants[label] = variant.model_copy(update={"attention_map": None, **more})
+    return results.model_copy(update={"study": about, "variants": variants})
 
 
 def _without_folders(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -306,10 +306,10 @@ def test_a_failed_run_is_shown(gptlab: Gptlab, file: Path, tmp_path: Path) -> No
     out = tmp_path / "out"
     assert gptlab("study", file, "--out", out)[0] == 0
     results, timings = read_results(out), read_timings(out)
-    rope = results["variants"]["rope"]
-    rope["quality"], results["comparisons"]["rope"] = None, {}
-    rope["runs"][0] |= {"status": "failed", "error": "the loss is nan"}  # type: ignore[typeddict-item]
-    timings["variants"]["rope"]["decode"] = []
+    rope = results.variants["rope"]
+    failed = rope.runs[0].model_copy(update={"status": "failed", "error": "the loss is nan"})
+    results.variants["rope"] = rope.model_copy(update={"quality": None, "difference": None, "runs": [failed]})
+    timings.variants["rope"].decode.clear()
     console = Console(file=io.StringIO(), width=140)
     console.print(summary(results, timings))
     assert isinstance(console.file, io.StringIO)

@@ -6,7 +6,7 @@ import importlib
 import json
 import re
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from helpers import plausible, plausible_conversions
 
 from gptlab.errors import GptlabError
 from gptlab.report.blocks import nats
+from gptlab.study.results import make_results
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 if not TOOLS.is_dir():
@@ -149,10 +150,10 @@ def test_what_is_kept_of_a_study(docs: ModuleType, tmp_path: Path, monkeypatch: 
     results, timings = keep(directory, docs, monkeypatch)
     assert (results.name, timings.name) == ("standard.json", "standard-timings.json")
     assert json.loads(timings.read_text()) == json.loads(json.dumps(timed))
-    expected = json.loads(json.dumps(found))
+    expected = make_results(found).model_dump(mode="json")
     expected["study"]["recipe"]["data"]["corpus"] = ["enwiki.txt", "pydoc"]
     for variant in expected["variants"].values():
-        variant["attention_maps"] = None
+        variant["attention_map"] = None
     assert json.loads(results.read_text()) == expected
     (line,) = {line for line in results.read_text().splitlines() if '"seeds"' in line}
     assert line.strip() == '"seeds": [ 0, 1, 2 ],'
@@ -175,7 +176,7 @@ def test_what_is_not_kept(docs: ModuleType, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(GptlabError, match=r"standard.json would have .* bytes, more than 10,000"):
         module.keep(directory, "standard", folder)
     (directory / "timings.json").unlink()
-    with pytest.raises(GptlabError, match="has no timings; finish the study: gptlab study --resume --out"):
+    with pytest.raises(GptlabError, match=r"has no timings\.json; finish its study first: gptlab study --resume --out"):
         module.keep(directory, "standard", folder)
     assert list(folder.iterdir()) == []
 
@@ -192,7 +193,9 @@ def test_a_study_of_conversions_is_kept_and_shown(
     assert {name: (one["heads"], one["samples"]) for name, one in values["variants"].items() if name != "base"} == {
         name: (None, []) for name in plausible_conversions.MADE
     }
-    assert values["variants"]["svd"]["conversion"] == found["variants"]["svd"]["conversion"]
+    expected = make_results(found).variants["svd"].conversion
+    assert expected is not None
+    assert values["variants"]["svd"]["conversion"] == expected.model_dump(mode="json")
     page = docs.ROOT / "docs/conversion_results.md"
     page.write_text(
         "<!-- convert -->\n\n<!-- end convert -->\n\n<!-- conversion table -->\n<!-- end conversion table -->\n"
@@ -207,7 +210,7 @@ def test_a_study_of_conversions_is_kept_and_shown(
 
 
 def test_the_headline_of_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = tool("conversion_tables", monkeypatch).headline(plausible_conversions.found(), "all")
+    said = tool("conversion_tables", monkeypatch).headline(make_results(plausible_conversions.found()), "all")
     assert (
         "with 2 of its 6 key heads, rotary positions and a window of 128 needs 0.12 MiB of cache for 512 tokens" in said
     )
@@ -220,18 +223,20 @@ def test_the_headline_of_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_headline_inside_the_noise_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     found = plausible_conversions.found()
-    found["variants"]["all"]["conversion"]["looks"][-1]["difference"] = {"mean": 0.003, "low": -0.001, "high": 0.007}
-    said = tool("conversion_tables", monkeypatch).headline(found, "all")
+    found["variants"]["all"]["conversion"]["looks"][-1]["difference"] |= {"mean": 0.003, "low": -0.001, "high": 0.007}
+    said = tool("conversion_tables", monkeypatch).headline(make_results(found), "all")
     assert "not to be told (+0.003 nats a token, −0.001 to +0.007) from that of the base trained on as long" in said
 
 
 def test_conversions_of_several_studies_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    def look(share: float, mean: float, half: float = 0.004) -> dict[str, Any]:
-        return {"share": share, "difference": {"mean": mean, "low": mean - half, "high": mean + half}}
+    record = SimpleNamespace  # with no more than the table asks for
 
-    def found(label: str, n_head: int, half: int, added: float) -> dict[str, Any]:
+    def look(share: float, mean: float, half: float = 0.004) -> Any:
+        return record(share=share, difference=record(mean=mean, low=mean - half, high=mean + half))
+
+    def found(label: str, n_head: int, half: int, added: float) -> Any:
         made = {
-            "longer": ({}, [], [look(0, 0), {"share": 0.05, "difference": None}]),
+            "longer": ({}, [], [look(0, 0), record(share=0.05, difference=None)]),
             "some": ({"n_kv_head": half, "method": "mean"}, [], [look(0, added), look(0.05, 0.001)]),
             "best": ({"n_kv_head": half, "method": "svd"}, [], [look(0, added / 2), look(0.05, -0.02)]),
             "still": ({"n_kv_head": 1, "method": "first"}, [], [look(0, 1)]),
@@ -243,11 +248,13 @@ def test_conversions_of_several_studies_stand_side_by_side(monkeypatch: pytest.M
             ),
             "fast": ({"window": 8}, ["optimizer.attention_factor=10"], [look(0, 0.2), look(0.05, 0.1)]),
         }
-        variants: dict[str, Any] = {"base": {"label": label, "config": {"n_head": n_head}}}
+        variants: dict[str, Any] = {"base": record(label=label, config=record(n_head=n_head), conversion=None)}
         for name, (changes, uptrain, looks) in made.items():
-            variants[name] = {"conversion": {"changes": changes, "uptrain": uptrain, "looks": looks}}
-        variants["failed"] = {"conversion": {"changes": {"window": 8}, "uptrain": [], "looks": []}}
-        return {"study": {"base": "base", "conversion": {"of": 8_200_000}}, "variants": variants}
+            about = record(changes=changes, settings=uptrain, checkpoints=looks)
+            variants[name] = record(conversion=about)
+        variants["failed"] = record(conversion=record(changes={"window": 8}, settings=[], checkpoints=[]))
+        about = record(base="base", conversion=record(pretraining_tokens=8_200_000))
+        return record(study=about, variants=variants)
 
     tables = tool("conversion_tables", monkeypatch)
     assert tables.table({}) == ""

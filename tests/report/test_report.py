@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
 import shutil
@@ -23,6 +22,7 @@ from gptlab.report import page as report
 from gptlab.report.blocks import Section, Table, in_noise, nats, to_html, to_plain, verdict
 from gptlab.report.page import write_report
 from gptlab.report.view import Study, read_study
+from gptlab.study.results import make_results, read_results
 
 Results = dict[str, Any]
 LADDER: list[tuple[str, ...]] = [(), ("rope",), ("gqa",), ("swa",), ("rope", "gqa"), ("rope", "gqa", "swa")]
@@ -369,7 +369,7 @@ MISSING: dict[str, Callable[[Results], None]] = {
     "curves": lambda found: [
         run.update(curve=[], validation_curve=[]) for v in found["variants"].values() for run in v["runs"]
     ],
-    "flops": without("flops_per_token", value={}),
+    "flops": without("flops_per_token", value={"forward": {}, "training": 1.0}),
     "claims": lambda found: found.update(claims=[]),
 }
 
@@ -505,16 +505,16 @@ def damage(found: Results, *path: str | int, value: Any) -> Results:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("format",), "something", "is no gptlab study of version 1"),
-        (("version",), 2, "is no gptlab study of version 1"),
+        (("format",), "something", "is not a gptlab study of version 1"),
+        (("version",), 2, "is not a gptlab study of version 1"),
         (("study",), None, "damaged: study is not an object"),
-        (("study", "kind"), "new", "damaged: study.kind is not one of trained, shipped and mixed"),
+        (("study", "kind"), "new", "damaged: study.kind is not 'trained', 'shipped' or 'mixed'"),
         (("study", "base"), "lost", "damaged: it lacks its base 'lost'"),
         (("variants", "gqa", "cache"), {}, "damaged: variants.gqa.cache is not a list"),
         (("variants", "gqa", "runs", 0, "seed"), True, r"damaged: variants.gqa.runs\[0\].seed is not a whole number"),
         (("variants", "gqa", "quality"), {}, "damaged: variants.gqa.quality.protocol is not there"),
         (("variants", "gqa", "config", "n_head"), 5, "n_head=5"),
-        (("comparisons", "gqa", "validation_loss", "low"), "-1", "validation_loss.low is not a number"),
+        (("comparisons", "gqa", "validation_loss", "low"), "-1", "variants.gqa.difference.low is not a number"),
     ],
 )
 def test_damaged_results_are_refused(path: tuple[str | int, ...], value: Any, message: str, tmp_path: Path) -> None:
@@ -534,7 +534,7 @@ def test_other_bad_input(tmp_path: Path) -> None:
         write_report(tmp_path)
     plausible.write(tmp_path, plausible.results([()]))
     (tmp_path / "timings.json").write_text("[]")
-    with pytest.raises(GptlabError, match=r"timings\.json is no gptlab study timings of version 1"):
+    with pytest.raises(GptlabError, match=r"timings\.json is not a gptlab study timings of version 1"):
         write_report(tmp_path)
 
 
@@ -551,7 +551,7 @@ def test_a_file_of_a_study_is_read_as_it_was_written(tmp_path: Path) -> None:
     found = plausible.results([(), ("rope",), ("swa",), ("rope", "swa")])
     timed = plausible.timings(found)
     study = read_study(plausible.write(tmp_path, found, timed))
-    assert study.results == json.loads(json.dumps(found))
+    assert read_results(tmp_path) == make_results(found)
     assert study.kinds == {
         "base": frozenset(),
         "rope": {"rope"},

@@ -7,12 +7,8 @@ import pytest
 import studies
 import torch
 
-<<<<<<< HEAD
 from gptlab.study import measure
-=======
-from gptlab.study import figures, figures_heads, figures_points, measure, report
 from gptlab.study.results import Peaks
->>>>>>> 933e569 (The files of a study are pydantic models, typed to the end; the hand-written check goes)
 from gptlab.training import loop
 
 

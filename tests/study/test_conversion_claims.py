@@ -19,8 +19,8 @@ def judged(claim: str, losses: dict[tuple[str, float], float], whole: bool = Fal
     keys = [at(name, share, whole=name in long) for name, share in losses]
     ends = {name: [{"share": share} for n, share in losses if n == name] for name in names}
     results: Any = {
-        "study": {"base": "base", "conversion": {"yardstick": "longer"}},
-        "variants": {name: {"conversion": {"looks": looks}} for name, looks in ends.items()},
+        "study": {"base": "base", "conversion": {"reference": "longer"}},
+        "variants": {name: {"conversion": {"checkpoints": looks}} for name, looks in ends.items()},
     }
     (one,) = claims_of_results([claim], results, dict(zip(keys, scores.values(), strict=True)))
     return dict(one)

@@ -264,13 +264,13 @@ def test_operations_of_a_token() -> None:
     assert sum(cost.parameters(CONFIGS["base"]).values()) == costs.parameters(CONFIGS["base"])["total"]
 
 
+@pytest.mark.usefixtures("no_measuring")
 def test_the_recipe_decides_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     monkeypatch.setattr(measuring, "training_step", lambda model, n, recipe: rows.append(n) or (lambda: None))
     for recipe, expected in ((RECIPE, 2), (Recipe(batch={"size": 8, "micro": 4}), 4)):
         settings = MeasurementSettings(seconds=0, contexts=[16])
         whole = measuring._Measurement(CONFIGS, settings, recipe, tmp_path / str(expected), CPU, lambda row: None)
-        timings = {name: {} for name in CONFIGS}
-        whole.training(timings)  # type: ignore[arg-type]
+        whole.training({name: whole.memory(name) for name in CONFIGS})
         assert rows == [expected] * len(CONFIGS)
         rows.clear()

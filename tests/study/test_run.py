@@ -34,7 +34,7 @@ from gptlab.study import run as running
 from gptlab.study.evaluate import Questions, model_key
 from gptlab.study.files import make_study
 from gptlab.study.orders import Order, read_order
-from gptlab.study.results import read_results, read_timings
+from gptlab.study.results import Corpus, read_results, read_timings
 from gptlab.study.run import run_study
 from gptlab.text.documents import open_documents
 from gptlab.text.shards import open_dataset
@@ -82,7 +82,7 @@ def test_results_hold_what_was_asked_for(whole: Path, corpus: Path) -> None:
     about = results["study"]
     assert (about["base"], about["kind"], about["seeds"], about["tokens"]) == ("base", "trained", [0, 1], 12 * 2 * 32)
     dataset = open_dataset(whole / "data")
-    assert about["corpus"] == {"name": "sentences", "sha256": dataset.sha256}
+    assert about["corpus"] == Corpus(name="sentences", sha256=dataset.sha256)
     assert about["recipe"]["budget"]["steps"] == 12
     assert list(results["variants"]) == ["base", "twin", "rope"] or list(results["variants"]) == [
         "base",
@@ -110,7 +110,8 @@ def test_results_hold_what_was_asked_for(whole: Path, corpus: Path) -> None:
         assert len(variant["samples"]) == 3
     assert results["variants"]["rope"]["changes"] == {"position": "rope"}
     assert results["variants"]["rope"]["factors"] == ["rope"]
-    assert results["effects"] is results["race"] is results["claims"] is None
+    assert results["effects"] is results["race"] is None
+    assert results["claims"] == []
     assert list(results["four_sizes"]["gpt2"]) == list(results["variants"])
 
 
@@ -136,7 +137,7 @@ def test_the_answers_are_those_of_the_models(whole: Path) -> None:
     assert variant["quality"]["nats_per_token"] == mean(losses)
     assert variant["quality"]["tokens"] == sum(len(row) - 1 for row in ids)
     assert variant["by_position"] is not None
-    assert variant["by_position"]["buckets"] == [[1, 16], [17, 32], [33, 64]]
+    assert variant["by_position"]["buckets"] == [(1, 16), (17, 32), (33, 64)]
     assert variant["by_position"]["trained_length"] == 32
     for found, both in zip(variant["by_position"]["nats"], zip(*positions, strict=True), strict=True):
         assert found == mean(both)
@@ -297,7 +298,7 @@ def test_the_whole_factorial_with_timings_and_claims(corpus: Path, tmp_path: Pat
     for i, row in enumerate(windowed["attention_maps"]["weights"]):
         assert all(weight == 0 for weight in row[: max(i - 7, 0)])
     assert results["variants"]["swa"]["receptive_field"] == 2 * 7 + 1
-    assert "seconds" not in json.dumps(results)
+    assert "seconds" not in results.model_dump_json()
 
 
 def test_one_failure_does_not_lose_the_others(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -489,7 +490,7 @@ def test_result_files_that_are_missing_or_damaged(tmp_path: Path) -> None:
         with pytest.raises(GptlabError, match=f"{name} cannot be read"):
             read(tmp_path)
         (tmp_path / name).write_text('{"format": "gptlab study", "version": 99}')
-        with pytest.raises(GptlabError, match=f"{name} is no gptlab study"):
+        with pytest.raises(GptlabError, match=f"{name} is not a gptlab study"):
             read(tmp_path)
 
 

@@ -37,7 +37,6 @@ from gptlab.study.results import (
 )
 from gptlab.study.variants import Cell, changes, factors_of, kinds_of
 
-
 _Row = TypeVar("_Row", Copy, Induction)
 
 
