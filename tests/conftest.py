@@ -43,7 +43,7 @@ def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     from gptlab.plotting import heads, lines, points
     from gptlab.report import page
 
-    drawings = {lines: ("lines",), points: ("intervals", "scatter"), heads: ("grid", "matrix", "wiring")}
+    drawings = {lines: ("draw",), points: ("intervals", "scatter"), heads: ("grid", "matrix", "wiring")}
     for module, names in drawings.items():
         for name in names:
             monkeypatch.setattr(module, name, lambda *arguments, **options: None)

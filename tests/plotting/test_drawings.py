@@ -23,7 +23,7 @@ def names(figure: Figure) -> dict[str, tuple[float, float]]:
 
 def some_lines(n: int = 8) -> Figure:
     series = [Series(f"variant {i}", Look(), [1, 2, 4], [3.0, 2.0, 1.0 + i / 1000]) for i in range(n)]
-    return lines.lines(series, "tokens", "loss (nats)", powers=True)
+    return lines.draw(series, "tokens", "loss (nats)", powers=True)
 
 
 def test_looks_tell_all_cells_apart() -> None:
@@ -64,7 +64,7 @@ def test_names_of_points_do_not_overlap() -> None:
 
 def test_a_band_and_the_line_at_zero_are_drawn() -> None:
     one = Series("a", Look(), [1, 2], [1.0, 2.0], [0.5, 1.5], [1.5, 2.5])
-    drawn = lines.lines([one], "x", "y", zero=True).axes[0]
+    drawn = lines.draw([one], "x", "y", zero=True).axes[0]
     assert drawn.collections[0].get_datalim(drawn.transData).intervaly.tolist() == [0.5, 2.5]
     assert any(list(line.get_ydata()) == [0, 0] for line in drawn.lines)
 
@@ -152,10 +152,10 @@ def test_a_page_takes_its_drawings_colours_and_names_from_variables() -> None:
 
 def test_labels_are_not_taken_for_formulas() -> None:
     one = Series("costs $5 and $6_x", Look(), [1, 2], [1.0, 2.0])
-    assert "costs $5 and $6_x" in encode(lines.lines([one], "x", "a $title_y$"), "svg").decode()
+    assert "costs $5 and $6_x" in encode(lines.draw([one], "x", "a $title_y$"), "svg").decode()
 
 
 def test_without_matplotlib_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(GptlabError, match=r"needs matplotlib and jinja2; install them: pip install 'gptlab\[report\]'"):
+    with pytest.raises(GptlabError, match=r"needs matplotlib; install it with: pip install 'gptlab\[report\]'"):
         some_lines()

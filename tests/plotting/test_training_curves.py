@@ -105,7 +105,7 @@ def test_the_end_of_a_long_run_fills_the_picture(tmp_path: Path) -> None:
 def test_smoothing_can_be_left_out(tmp_path: Path) -> None:
     figure = draw([read_curve(write(tmp_path, ROWS))], span=0)
     upper = figure.axes[0]
-    assert [len(line.get_xdata()) for line in upper.lines] == [10, 2]
+    assert [len(line.get_xdata()) for line in upper.lines] == [10, 2, 2]  # the last leads to the name
     assert [text.get_text() for text in upper.get_legend().get_texts()] == ["training loss", "validation loss"]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gptlab.errors import GptlabError
-from gptlab.plotting.style import BASE, COLOURS, STROKES, spread
+from gptlab.plotting.style import BASE, COLOURS, STROKES, figure, label_ends
 from gptlab.training.curves import Array, Curve, smooth
 
 if TYPE_CHECKING:
@@ -38,12 +38,6 @@ def draw(curves: Sequence[Curve], x: str = "tokens", span: float | None = None) 
     Raises:
         GptlabError: matplotlib is missing, there is nothing to draw, or a run does not record ``x``.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise GptlabError("drawing needs matplotlib; install it with: pip install 'gptlab[report]'") from None
-
     curves = [curve for curve in curves if np.isfinite(curve.training["loss"]).any()]
     if not curves:
         raise GptlabError("there is nothing to draw: no run has a measured step yet; wait for the first")
@@ -52,26 +46,32 @@ def draw(curves: Sequence[Curve], x: str = "tokens", span: float | None = None) 
             raise GptlabError(f"the run {curve.name} does not record its {x}; choose another --x, as steps")
     if span is None:
         span = max(1, round(max(curve.training["steps"].max() for curve in curves) / 50))
+    figure()  # says what is missing before matplotlib is asked for
+    import matplotlib
+
     with matplotlib.rc_context(BASE):
-        figure = Figure(figsize=(7.2, 4.6), layout="constrained")
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        rates = [np.stack([curve.training[x], curve.training["learning_rate"]]) for curve in curves]
-        longest = max(rates, key=np.size)
-        same = len(rates) > 1 and all(np.array_equal(rate, longest[:, : rate.shape[1]]) for rate in rates)
-        ends = []
-        for i, curve in enumerate(curves):
-            stroke: dict[str, Any] = {
-                "color": COLOURS[i % len(COLOURS)],
-                "linestyle": STROKES[i // len(COLOURS) % len(STROKES)],
-            }
-            ends.append((curve.name, *_draw_losses(upper, curve, x, span, stroke), stroke["color"]))
-            lower.plot(*rates[i], **{**stroke, "color": GREY} if same else stroke, linewidth=1.2)
-        _scale(upper, lower, curves, x)
-        lower.set_ylabel("learning rate\n(all runs)" if same else "learning rate")
-        figure.align_ylabels()
-        _legend(upper, span, any(len(curve.validation["loss"]) for curve in curves))
-        _label(figure, upper, ends)
-    return figure
+        return _draw(curves, x, span)
+
+
+def _draw(curves: Sequence[Curve], x: str, span: float) -> Figure:
+    drawing = figure(4.6, 7.2)
+    upper, lower = drawing.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    rates = [np.stack([curve.training[x], curve.training["learning_rate"]]) for curve in curves]
+    longest = max(rates, key=np.size)
+    same = len(rates) > 1 and all(np.array_equal(rate, longest[:, : rate.shape[1]]) for rate in rates)
+    ends = []
+    for i, curve in enumerate(curves):
+        colour = COLOURS[i % len(COLOURS)]
+        stroke = {"color": colour, "linestyle": STROKES[i // len(COLOURS) % len(STROKES)]}
+        ends.append((curve.name, colour, *_draw_losses(upper, curve, x, span, stroke)))
+        lower.plot(*rates[i], **{**stroke, "color": GREY} if same else stroke, linewidth=1.2)
+    _scale(upper, lower, curves, x)
+    lower.set_ylabel("learning rate\n(all runs)" if same else "learning rate")
+    drawing.align_ylabels()
+    _legend(upper, span, any(len(curve.validation["loss"]) for curve in curves))
+    drawing.draw_without_rendering()  # the height of the axes is known afterwards
+    label_ends(upper, ends, upper.get_position().height * drawing.get_figheight() * 72, 9)
+    return drawing
 
 
 def _draw_losses(axes: Axes, curve: Curve, x: str, span: float, stroke: dict[str, Any]) -> tuple[float, float]:
@@ -123,34 +123,3 @@ def _legend(axes: Axes, span: float, validation: bool) -> None:
     handles = (raw if span > 0 else []) + main + (marks if validation else [])
     above = {"bbox_to_anchor": (0, 1), "borderaxespad": 0.3, "ncols": 3, "fontsize": 8}
     axes.legend(handles=handles, loc="lower left", frameon=False, **above)
-
-
-def _label(figure: Figure, axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
-    """Write each run's name right of the axes, as near to the end of its line as the other names allow."""
-    figure.draw_without_rendering()  # the height of the axes is known afterwards
-    low, high = axes.get_ylim()
-    points = axes.get_position().height * figure.get_figheight() * 72
-    size = min(9.0, points / (1.3 * len(ends)))
-    ends = sorted(ends, key=lambda end: end[2])
-    heights = spread([(loss - low) / (high - low) for _, _, loss, _ in ends], 1.3 * size / points)
-    for (name, across, loss, colour), height in zip(ends, heights, strict=True):
-        axes.annotate(
-            name,
-            (across, loss),
-            (1.025, height),
-            textcoords="axes fraction",
-            va="center",
-            color=colour,
-            fontsize=size,
-            parse_math=False,
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "linewidth": 0.7,
-                "linestyle": ":",
-                "shrinkA": 1,
-                "shrinkB": 0,
-                "relpos": (0, 0.5),
-            },
-        )

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gptlab.plotting.style import COLOURS, GREY, INK, PAPER, figure, styled, title
+from gptlab.training.curves import Array
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -23,14 +25,13 @@ def grid(weights: Sequence[Sequence[float]], xlabel: str, ylabel: str, edge: int
         ylabel: of the queries.
         edge: keys that a query sees, itself included; None for all.
     """
-    made = figure(3.2)
-    axes = made.subplots()
+    drawing = figure(3.2)
+    axes = drawing.subplots()
     n = max(len(weights), max(map(len, weights)))
-    pixels = np.zeros((len(weights), n, 4))
-    pixels[..., :3] = [int(COLOURS[1][i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    ink = np.zeros((len(weights), n))
     for i, row in enumerate(weights):
-        pixels[i, : len(row), 3] = np.sqrt(np.clip(row, 0, 1))
-    axes.imshow(pixels, interpolation="nearest", aspect="equal")
+        ink[i, : len(row)] = np.sqrt(np.clip(row, 0, 1))
+    _show(axes, ink, COLOURS[1])
     ends = [-0.5, len(weights) - 0.5]
     axes.plot(ends, ends, color=GREY, linewidth=0.7)
     if edge is not None and edge < n:
@@ -40,7 +41,15 @@ def grid(weights: Sequence[Sequence[float]], xlabel: str, ylabel: str, edge: int
     axes.grid(visible=False)
     axes.set_xlabel(xlabel)
     title(axes, ylabel)
-    return made
+    return drawing
+
+
+def _show(axes: Axes, ink: Array, colour: str) -> None:
+    """Draw squares of one colour, as strong as ``ink`` (rows, columns) says, 0 to 1."""
+    pixels = np.zeros((*ink.shape, 4))
+    pixels[..., :3] = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    pixels[..., 3] = ink
+    axes.imshow(pixels, interpolation="nearest", aspect="equal")
 
 
 @styled
@@ -54,13 +63,10 @@ def matrix(values: Sequence[Sequence[float]], xlabel: str, ylabel: str, groups: 
         groups: a divisor of H: how many frames.
         most: the value of full colour.
     """
-    made = figure(3.2)
-    axes = made.subplots()
+    drawing = figure(3.2)
+    axes = drawing.subplots()
     n = len(values)
-    pixels = np.zeros((n, n, 4))
-    pixels[..., :3] = [int(COLOURS[0][i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    pixels[..., 3] = np.clip(np.asarray(values) / most, 0, 1)
-    axes.imshow(pixels, interpolation="nearest", aspect="equal")
+    _show(axes, np.clip(np.asarray(values) / most, 0, 1), COLOURS[0])
     if n <= 12:
         for i, row in enumerate(values):
             for j, value in enumerate(row):
@@ -78,7 +84,7 @@ def matrix(values: Sequence[Sequence[float]], xlabel: str, ylabel: str, groups: 
     axes.spines["bottom"].set_visible(False)
     axes.set_xlabel(xlabel)
     title(axes, ylabel)
-    return made
+    return drawing
 
 
 @styled
@@ -88,8 +94,8 @@ def wiring(models: Sequence[tuple[str, int, int]]) -> Figure:
     Args:
         models: label, query heads and key/value heads of each.
     """
-    made = figure(0.35 + 1.15 * len(models))
-    for axes, (label, n_head, n_kv_head) in zip(np.atleast_1d(made.subplots(len(models), 1)), models, strict=True):
+    drawing = figure(0.35 + 1.15 * len(models))
+    for axes, (label, n_head, n_kv_head) in zip(np.atleast_1d(drawing.subplots(len(models), 1)), models, strict=True):
         size = n_head // n_kv_head
         radius = {"markersize": min(15.0, 230 / n_head), "markeredgewidth": 1.2}
         small = min(7.5, 120 / n_head)
@@ -110,4 +116,4 @@ def wiring(models: Sequence[tuple[str, int, int]]) -> Figure:
         axes.grid(visible=False)
         axes.spines["bottom"].set_visible(False)
         axes.set_title(label, loc="left", fontsize=8.5, color=INK, pad=3, parse_math=False)
-    return made
+    return drawing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from gptlab.plotting.style import (
     GREY,
@@ -12,11 +12,9 @@ from gptlab.plotting.style import (
     Look,
     figure,
     in_unit,
-    leader,
-    place_of,
+    label_ends,
     powers_of_two,
     short,
-    spread,
     styled,
     tens,
     title,
@@ -64,18 +62,17 @@ def merged(series: Sequence[Series]) -> list[Series]:
 
 
 @styled
-def lines(
+def draw(
     series: Sequence[Series],
     xlabel: str,
     ylabel: str,
     *,
     powers: bool = False,
-    logarithmic: bool = False,
-    in_bytes: bool = False,
+    up: Literal["linear", "tens", "bytes"] = "linear",
     from_zero: bool = False,
     zero: bool = False,
     top: float | None = None,
-    ends_at: tuple[float, str] | None = None,
+    mark: tuple[float, str] | None = None,
 ) -> Figure:
     """Draw series over a common axis, each labelled at its end.
 
@@ -84,38 +81,21 @@ def lines(
         xlabel: with the unit.
         ylabel: with the unit.
         powers: a horizontal axis in powers of two.
-        logarithmic: a vertical axis in powers of ten.
-        in_bytes: the vertical axis counts bytes, in powers of two.
+        up: the vertical axis: linear, in powers of ten, or of bytes in powers of two.
         from_zero: the vertical axis begins at zero.
         zero: draw a line at zero.
         top: upper end of the vertical axis, where the data may leave it.
-        ends_at: a place on the horizontal axis to mark, and what it is.
+        mark: a place on the horizontal axis, and what it is.
     """
-    made = figure()
-    axes = made.subplots()
+    drawing = figure()
+    axes = drawing.subplots()
     for one in series:
         if one.low is not None and one.high is not None:
             axes.fill_between(one.x, one.low, one.high, color=one.look.colour, alpha=0.16, linewidth=0)
         stroke = one.look.stroke if one.line else "none"
         marks = one.look.mark if one.marks else {}
         axes.plot(one.x, one.y, color=one.look.colour, linestyle=stroke, linewidth=1.5, **marks)
-    if powers:
-        axes.set_xscale("log", base=2)
-        powers_of_two(axes.xaxis, [x for one in series for x in one.x], short)
-    else:
-        axes.locator_params(axis="x", nbins=5)
-        axes.xaxis.set_major_formatter(lambda value, _: short(value))
-        axes.set_xlim(left=0)
-    if in_bytes:
-        axes.set_yscale("log", base=2)
-        powers_of_two(axes.yaxis, [y for one in series for y in one.y], in_unit)
-    elif logarithmic:
-        axes.set_yscale("log")
-        axes.set_yticks(tens([y for one in series for y in one.y]))
-        axes.minorticks_off()
-        axes.yaxis.set_major_formatter(lambda value, _: short(value))
-    else:
-        axes.yaxis.set_major_formatter(lambda value, _: short(value))
+    _scale(axes, series, powers, up)
     if from_zero:
         axes.set_ylim(bottom=0)
     if top is not None:
@@ -123,40 +103,33 @@ def lines(
         axes.set_ylim(low - 0.05 * (top - low), top)
     if zero:
         axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
-    if ends_at is not None:
-        axes.axvline(ends_at[0], color=GREY, linewidth=0.8, linestyle=(0, (1, 2)))
-        axes.annotate(
-            ends_at[1],
-            (ends_at[0], 1),
-            (-3, -2),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            color=GREY,
-            fontsize=7.5,
-        )
+    if mark is not None:
+        axes.axvline(mark[0], color=GREY, linewidth=0.8, linestyle=(0, (1, 2)))
+        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        axes.annotate(mark[1], (mark[0], 1), (-3, -2), ha="right", va="top", color=GREY, fontsize=7.5, **place)
     axes.set_xlabel(xlabel)
     title(axes, ylabel)
-    label_ends(axes, [one for one in series if one.label])
-    return made
+    ends = [(one.label, one.look.colour, one.x[-1], one.y[-1]) for one in series if one.label]
+    label_ends(axes, ends, 0.78 * 72 * HEIGHT)  # about what the axes will have; they are arranged later
+    return drawing
 
 
-def label_ends(axes: Axes, series: Sequence[Series]) -> None:
-    """Write each series' name right of the axes, as near to its end as the other names allow."""
-    points = 0.78 * 72 * HEIGHT  # about what the axes will have; they are arranged later
-    size = min(8.5, points / (1.25 * max(len(series), 1)))
-    ends = sorted(((place_of(axes, one.x[-1], one.y[-1]), one) for one in series), key=lambda end: end[0][1])
-    heights = spread([end[1] for end, _ in ends], 1.25 * size / points)
-    for (end, one), height in zip(ends, heights, strict=True):
-        leader(axes, end, (1.03, height), one.look)
-        axes.text(
-            1.04,
-            height,
-            one.label,
-            transform=axes.transAxes,
-            va="center",
-            color=one.look.colour,
-            fontsize=size,
-            parse_math=False,
-        )
+def _scale(axes: Axes, series: Sequence[Series], powers: bool, up: str) -> None:
+    """Choose the scales and their ticks."""
+    heights = [y for one in series for y in one.y]
+    if powers:
+        axes.set_xscale("log", base=2)
+        powers_of_two(axes.xaxis, [x for one in series for x in one.x], short)
+    else:
+        axes.locator_params(axis="x", nbins=5)
+        axes.xaxis.set_major_formatter(lambda value, _: short(value))
+        axes.set_xlim(left=0)
+    if up == "bytes":
+        axes.set_yscale("log", base=2)
+        powers_of_two(axes.yaxis, heights, in_unit)
+        return
+    if up == "tens":
+        axes.set_yscale("log")
+        axes.set_yticks(tens(heights))
+        axes.minorticks_off()
+    axes.yaxis.set_major_formatter(lambda value, _: short(value))

@@ -13,13 +13,13 @@ from gptlab.plotting.style import (
     Look,
     figure,
     in_unit,
-    leader,
     place_of,
     powers_of_two,
     short,
     spread,
     styled,
     title,
+    write_name,
 )
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ def intervals(rows: Sequence[tuple[str, float, float | None, float | None]], xla
         xlabel: with the unit.
         split: after how many rows to leave a gap; 0 for none.
     """
-    made = figure(0.62 + 0.24 * len(rows))
-    axes = made.subplots()
+    drawing = figure(0.62 + 0.24 * len(rows))
+    axes = drawing.subplots()
     axes.axvline(0, color=GREY, linewidth=0.8)
     places = [-i - (0.5 if split and i >= split else 0) for i in range(len(rows))]
     for (_, mean, low, high), place in zip(rows, places, strict=True):
@@ -57,12 +57,12 @@ def intervals(rows: Sequence[tuple[str, float, float | None, float | None]], xla
     axes.locator_params(axis="x", nbins=5)
     axes.xaxis.set_major_formatter(lambda value, _: short(value, sign=True))
     axes.margins(y=0.6 / len(rows))
-    return made
+    return drawing
 
 
 @styled
 def scatter(
-    points: Sequence[tuple[str, Look, float, float, float | None, float | None]],
+    points: Sequence[Point],
     front: Sequence[int],
     xlabel: str,
     ylabel: str,
@@ -75,8 +75,8 @@ def scatter(
         xlabel: with the unit.
         ylabel: with the unit.
     """
-    made = figure()
-    axes = made.subplots()
+    drawing = figure()
+    axes = drawing.subplots()
     axes.set_xscale("log", base=2)
     powers_of_two(axes.xaxis, [point[2] for point in points], in_unit)
     axes.plot([points[i][2] for i in front], [points[i][3] for i in front], color=GREY, linewidth=0.9, zorder=1)
@@ -88,7 +88,7 @@ def scatter(
     title(axes, ylabel)
     axes.margins(x=0.12, y=0.12)
     _label_points(axes, points)
-    return made
+    return drawing
 
 
 def _label_points(axes: Axes, points: Sequence[Point]) -> None:
@@ -100,15 +100,5 @@ def _label_points(axes: Axes, points: Sequence[Point]) -> None:
     for (at, (label, look, *_)), height in zip(placed, heights, strict=True):
         side = 1 if at[0] < 0.5 else -1
         across = (max(left) if side > 0 else min(right)) + 0.05 * side
-        leader(axes, (at[0] + 0.018 * side, at[1]), (across - 0.008 * side, height), look)
-        axes.text(
-            across,
-            height,
-            label,
-            transform=axes.transAxes,
-            va="center",
-            ha="left" if side > 0 else "right",
-            color=look.colour,
-            fontsize=8,
-            parse_math=False,
-        )
+        leader = ((at[0] + 0.018 * side, at[1]), (across - 0.008 * side, height))
+        write_name(axes, label, look.colour, 8, (across, height), leader)

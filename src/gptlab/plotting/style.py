@@ -7,12 +7,13 @@ are few and known, and `inline` turns them into variables of the page's style: o
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+
+Arguments = ParamSpec("Arguments")
 
 FORMATS = ("png", "svg", "pdf")
 # Okabe and Ito (2008), *Color Universal Design*, without the yellow, which white paper swallows.
@@ -102,8 +105,8 @@ def looks(kinds: Sequence[tuple[object, bool]]) -> list[Look]:
     return found
 
 
-def figure(height: float = HEIGHT) -> Figure:
-    """Return an empty figure of the report's width.
+def figure(height: float = HEIGHT, width: float = WIDTH) -> Figure:
+    """Return an empty figure, in inches.
 
     Raises:
         GptlabError: matplotlib is missing.
@@ -111,23 +114,24 @@ def figure(height: float = HEIGHT) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise GptlabError("a report needs matplotlib and jinja2; install them: pip install 'gptlab[report]'") from None
-    return Figure(figsize=(WIDTH, height), layout="constrained")
+        raise GptlabError("drawing needs matplotlib; install it with: pip install 'gptlab[report]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
 
 
-def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
     """Draw in the report's style."""
 
-    def drawn(*arguments: Any, **options: Any) -> Figure:
+    @functools.wraps(draw)
+    def drawn(*arguments: Arguments.args, **options: Arguments.kwargs) -> Figure:
         figure()  # says what is missing before matplotlib is asked for
         import matplotlib
 
         with matplotlib.rc_context(STYLE):
-            made = draw(*arguments, **options)
+            drawing = draw(*arguments, **options)
             # Arranged once: it takes longer than to draw, and each file would do it again.
-            made.draw_without_rendering()
-            made.set_layout_engine("none")
-            return made
+            drawing.draw_without_rendering()
+            drawing.set_layout_engine("none")
+            return drawing
 
     return drawn
 
@@ -156,16 +160,66 @@ def title(axes: Axes, text: str) -> None:
 
 
 def place_of(axes: Axes, x: float, y: float) -> tuple[float, float]:
-    """Where a point stands, as shares of the axes."""
+    """Return where a point stands, as shares of the axes."""
     axes.get_xlim(), axes.get_ylim()  # the limits are set when somebody asks
     across, up = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
     return float(across), float(up)
 
 
-def leader(axes: Axes, begin: tuple[float, float], end: tuple[float, float], look: Look) -> None:
-    """Draw a thin line from a point to its name."""
-    dots: dict[str, Any] = {"color": look.colour, "linewidth": 0.7, "linestyle": (0, (1, 1.6))}
+def write_name(
+    axes: Axes,
+    name: str,
+    colour: str,
+    size: float,
+    at: tuple[float, float],
+    leader: tuple[tuple[float, float], tuple[float, float]],
+) -> None:
+    """Write a name with a thin line that leads to it; places are shares of the axes.
+
+    Args:
+        axes: where.
+        name: left of ``at`` if the leader comes from the right.
+        colour: of both.
+        size: of the letters.
+        at: where the name begins, or ends.
+        leader: both ends of the line.
+    """
+    begin, end = leader
+    dots: dict[str, Any] = {"color": colour, "linewidth": 0.7, "linestyle": (0, (1, 1.6))}
     axes.plot(*zip(begin, end, strict=True), transform=axes.transAxes, clip_on=False, **dots)
+    place: dict[str, Any] = {"transform": axes.transAxes, "va": "center", "ha": "left" if end >= begin else "right"}
+    axes.text(*at, name, color=colour, fontsize=size, parse_math=False, **place)
+
+
+def label_ends(axes: Axes, ends: Sequence[tuple[str, str, float, float]], points: float, largest: float = 8.5) -> None:
+    """Write names right of the axes, each as near to the end of its line as the others allow.
+
+    Args:
+        axes: where.
+        ends: name, colour, and where the line ends.
+        points: height of the axes.
+        largest: size of the letters, where there is room.
+    """
+    size = min(largest, points / (1.25 * max(len(ends), 1)))
+    placed = sorted(((place_of(axes, x, y), name, colour) for name, colour, x, y in ends), key=lambda end: end[0][1])
+    heights = spread([end[1] for end, *_ in placed], 1.25 * size / points)
+    for (end, name, colour), height in zip(placed, heights, strict=True):
+        write_name(axes, name, colour, size, (1.04, height), (end, (1.03, height)))
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Move ascending heights apart to at least ``gap``, as little as possible in square, within 0 to 1.
+
+    With i * gap taken from the i-th, they need only ascend: isotonic regression, by pooling adjacent violators.
+    """
+    pools: list[list[float]] = []
+    for i, height in enumerate(heights):
+        pools.append([height - i * gap])
+        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    even = [float(np.mean(pool)) for pool in pools for _ in pool]
+    top = max(1 - (len(even) - 1) * gap, 0)
+    return [min(max(height, 0), top) + i * gap for i, height in enumerate(even)]
 
 
 def short(value: float, *, sign: bool = False) -> str:
@@ -186,21 +240,6 @@ def in_unit(value: float) -> str:
         if value >= size:
             return f"{value / size:,.6g} {unit}"
     return f"{value:,.6g} B"
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Move ascending heights apart to at least ``gap``, as little as possible in square, within 0 to 1.
-
-    With i * gap taken from the i-th, they need only ascend: isotonic regression, by pooling adjacent violators.
-    """
-    pools: list[list[float]] = []
-    for i, height in enumerate(heights):
-        pools.append([height - i * gap])
-        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
-            pools[-2:] = [pools[-2] + pools[-1]]
-    even = [float(np.mean(pool)) for pool in pools for _ in pool]
-    top = max(1 - (len(even) - 1) * gap, 0)
-    return [min(max(height, 0), top) + i * gap for i, height in enumerate(even)]
 
 
 def encode(figure: Figure, kind: str) -> bytes:

@@ -63,7 +63,7 @@ def _training(runs: Runs, how: Mapping[str, Look]) -> list[Picture]:
         tops.append(float(values[:, len(across) // 8 :].max()))
     if not series:
         return []
-    drawing = lines.lines(series, "training tokens", "training loss (nats a token)", top=max(tops))
+    drawing = lines.draw(series, "training tokens", "training loss (nats a token)", top=max(tops))
     caption = "Training loss, smoothed; its first descent leaves the picture at the top."
     if any(one.low is not None for one in series):
         caption += " Bands reach from the lowest to the highest seed."
@@ -83,7 +83,7 @@ def _differences(runs: Runs, base: str, how: Mapping[str, Look]) -> list[Picture
     if not series:
         return []
     title = f"validation loss less that of {runs[base][0]} (nats a token)"
-    drawing = lines.lines(series, "training tokens", title, zero=True)
+    drawing = lines.draw(series, "training tokens", title, zero=True)
     caption = (
         f"Validation loss less that of {literal(runs[base][0])} after the same tokens of the same data. Below zero a"
         " variant is ahead; what counts is where its line ends."
@@ -177,7 +177,7 @@ def cache(study: Study) -> list[Picture]:
         ]
     )
     dtype = study.base["cache"][0]["dtype"]
-    drawing = lines.lines(series, "tokens of context", f"cache of one sequence ({dtype})", powers=True, in_bytes=True)
+    drawing = lines.draw(series, "tokens of context", f"cache of one sequence ({dtype})", powers=True, up="bytes")
     caption = "Grouped queries divide the cache at every length; a window stops its growth. Both axes are logarithmic."
     if not any("swa" in kinds for kinds in study.kinds.values()):
         caption = "The cache of keys and values against the context. Both axes are logarithmic."
@@ -196,9 +196,9 @@ def by_position(study: Study) -> list[Picture]:
         return []
     trained = study.configs[study.base_name].context_length
     beyond = max(one.x[-1] for one in series) > trained
-    ends_at = (float(trained), "trained length") if beyond else None
-    drawing = lines.lines(
-        series, "tokens seen (up to)", "loss (nats a token)", powers=True, ends_at=ends_at, top=_without_first(series)
+    mark = (float(trained), "trained length") if beyond else None
+    drawing = lines.draw(
+        series, "tokens seen (up to)", "loss (nats a token)", powers=True, mark=mark, top=_without_first(series)
     )
     caption = "Loss by position: a model that uses its context gets better as it sees more, up to the trained length."
     caption += " All read the same text: at the same position they predict the same tokens."
@@ -222,7 +222,7 @@ def decoding(study: Study) -> list[Picture]:
             study, {n: {c: v for (c, b), v in found.items() if b == batch} for n, found in measured.items()}
         )
         if series:
-            drawing = lines.lines(series, "tokens of context", "tokens/s, measured", powers=True, from_zero=True)
+            drawing = lines.draw(series, "tokens of context", "tokens/s, measured", powers=True, from_zero=True)
             caption = f"Decoding {sequences(batch)} at once ({study.dtype}), tokens of all together against context."
             pictures.append(Picture(f"decode-speed-batch-{batch}", caption, drawing))
     own = measured[study.base_name]
@@ -232,7 +232,7 @@ def decoding(study: Study) -> list[Picture]:
         series = _speeds(
             study, {n: {b: v for (c, b), v in found.items() if c == context} for n, found in measured.items()}
         )
-        drawing = lines.lines(series, "sequences at once", "tokens/s, measured", powers=True, from_zero=True)
+        drawing = lines.draw(series, "sequences at once", "tokens/s, measured", powers=True, from_zero=True)
         caption = (
             f"Decoding against batch, {tokens(context)} of context ({study.dtype}): the weights are read once for all."
         )
@@ -274,7 +274,7 @@ def predictions(study: Study) -> list[Picture]:
             drawn.append(Series(name_of(study, name), how[name], places, limit))
             drawn.append(Series("", how[name], own, [found[n, batch] for n in own], line=False, marks=True))
         if drawn:
-            drawing = lines.lines(drawn, "tokens of context", "tokens/s", powers=True, logarithmic=True)
+            drawing = lines.draw(drawn, "tokens of context", "tokens/s", powers=True, up="tens")
             caption = (
                 f"Decoding {sequences(batch)} at once ({study.dtype}): lines are the predicted limit, points measured."
             )
@@ -296,7 +296,7 @@ def copying(study: Study) -> list[Picture]:
     if not series:
         return []
     title = "log-probability gained (nats a token)"
-    drawing = lines.lines(series, "tokens back to the string", title, powers=True, zero=True)
+    drawing = lines.draw(series, "tokens back to the string", title, powers=True, zero=True)
     caption = (
         "Copying at a distance: how much more probable the tokens of a random string are if it stood so many tokens"
         " before than if another stood there. At zero the model has forgotten it."

@@ -57,7 +57,7 @@ def curves(study: Study) -> list[Picture]:
         # What is lost right away may be many times what is left soon after: then it leaves the picture.
         most, usual = max(max(one.y) for one in series), max(after)
         top = 1.25 * usual if usual > 0 and most > 2.5 * usual else None
-        drawing = lines.lines(series, "% of the pre-training", "loss added (nats a token)", zero=True, top=top)
+        drawing = lines.draw(series, "% of the pre-training", "loss added (nats a token)", zero=True, top=top)
         caption = f"{FAMILIES[kind]}: loss less that of the base trained on with the same tokens; at 0 right after"
         caption += " conversion. At the line of zero nothing is lost."
         caption += " The highest first points leave the picture; the table has them." if top is not None else ""
