@@ -17,6 +17,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 FLOORS = {
     "errors": 1,
     "formatting": 1,
+    "placeholders": 1.5,
     "config": 2,
     "text": 2,
     "model": 3,

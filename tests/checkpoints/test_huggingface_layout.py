@@ -19,6 +19,8 @@ from torch import Tensor
 
 import gptlab
 from gptlab import checkpoints
+from gptlab.checkpoints.huggingface.fields import ACTIVATIONS
+from gptlab.text.tokenizers import GPT2Tokenizer
 
 CONV1D = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 CONFIG: dict[str, Any] = {
@@ -122,12 +124,44 @@ def test_other_floating_types_are_read(tmp_path: Path, stored: torch.dtype) -> N
     ("field", "value", "complaint"),
     [
         ("model_type", "gpt_neo", "model_type 'gpt_neo'"),
-        ("model_type", None, "model_type None"),
-        ("scale_attn_weights", False, "scale_attn_weights=False"),
-        ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx=True"),
+        ("model_type", None, None),  # before transformers 3 the architecture alone was named
+        ("architectures", [], None),
+        ("scale_attn_weights", 1, "scale_attn_weights must be true or false"),
+        ("scale_attn_by_inverse_layer_idx", "yes", "scale_attn_by_inverse_layer_idx must be true or false"),
         ("add_cross_attention", True, "add_cross_attention=True"),
-        ("activation_function", "relu", "activation_function='relu'"),
+        ("is_encoder_decoder", True, "is_encoder_decoder=True"),
+        ("pruned_heads", {"0": [1]}, "pruned_heads={'0': [1]}"),
+        ("quantization_config", {"load_in_4bit": True}, "quantization_config={'load_in_4bit': True}"),
+        ("layer_types", ["full_attention", "sliding_attention"], "layer_types="),
+        ("activation_function", "quick_gelu", "activation_function='quick_gelu'; gptlab computes gelu_new"),
         ("activation_function", ["gelu"], "activation_function"),
+        # Names of something that no GPT-2 has.
+        ("sliding_window", 256, "sliding_window=256, which is no field of GPT-2's configuration and may change"),
+        ("num_key_value_heads", 2, "num_key_value_heads=2, which is no field"),
+        ("multi_query", True, "multi_query=True"),
+        ("rope_theta", 10000.0, "rope_theta=10000.0"),
+        ("attn_logit_softcapping", 50.0, "attn_logit_softcapping"),
+        ("logit_scale", 0.5, "logit_scale=0.5"),
+        ("position_embedding_type", "alibi", "position_embedding_type='alibi', a kind of position"),
+        ("norm_type", "rms_norm", "norm_type='rms_norm', a kind of norm"),
+        # Two names of one field.
+        ("num_attention_heads", 2, "n_head=4 and num_attention_heads=2, which are two names of one field"),
+        ("hidden_size", 64, "n_embd=32 and hidden_size=64"),
+        ("num_attention_heads", 4, None),
+        ("num_hidden_layers", None, None),
+        ("max_position_embeddings", 64, None),
+        ("n_ctx", 1024, None),  # transformers reads n_positions alone
+        # What stands beside the field's own name, or belongs to training, to generation or to nobody.
+        ("num_heads", 12, None),
+        ("sliding_window", None, None),
+        ("num_key_value_heads", 4, None),
+        ("logit_scale", 1.0, None),
+        ("position_embedding_type", "absolute", None),
+        ("layer_types", ["full_attention", "full_attention"], None),
+        ("attention_probs_dropout_prob", 0.5, None),
+        ("max_length", 50, None),
+        ("num_beam_groups", 2, None),
+        ("note", "made on a Tuesday", None),
         ("scale_attn_weights", True, None),
         ("reorder_and_upcast_attn", True, None),
         ("attn_pdrop", 0.5, None),
@@ -167,12 +201,52 @@ def test_sizes_that_overflow_are_refused(tmp_path: Path) -> None:
     assert refusal(write(tmp_path, n_embd=largest, n_head=1, n_inner=largest, vocab_size=largest))
 
 
-@pytest.mark.parametrize(
-    ("name", "ours"), [("gelu_new", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu", "gelu")]
-)
+@pytest.mark.parametrize(("name", "ours"), list(ACTIVATIONS.items()))
 def test_the_activation_is_translated(tmp_path: Path, name: str, ours: str) -> None:
     config = checkpoints.read_config(write(tmp_path, activation_function=name, layer_norm_epsilon=1e-6))
     assert (config.activation, config.norm_eps) == (ours, 1e-6)
+
+
+ALIASES = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+}
+
+
+@pytest.mark.parametrize("names", [ALIASES, {**ALIASES, "n_positions": "n_ctx"}], ids=["aliases", "n_ctx"])
+def test_a_field_may_have_its_other_name_alone(tmp_path: Path, names: dict[str, str]) -> None:
+    write(tmp_path)
+    values = {names.get(name, name): value for name, value in CONFIG.items() if name != "n_ctx"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert_same(gptlab.load(tmp_path).model, original())
+
+
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [
+        ("n_head", "num_heads"),
+        ("n_head", "n_heads"),
+        ("n_head", "attentionHeads"),
+        ("n_layer", "num_layers"),
+        ("n_layer", "n_blocks"),
+        ("n_embd", "d_model"),
+        ("n_embd", "embedding_size"),
+        ("n_inner", "intermediate_size"),
+        ("n_inner", "ffn_dim"),
+        ("n_positions", "block_size"),
+        ("n_positions", "max_seq_len"),
+        ("vocab_size", "n_vocab"),
+        ("activation_function", "hidden_act"),
+        ("layer_norm_epsilon", "layer_norm_eps"),
+        ("tie_word_embeddings", "tie_weights"),
+    ],
+)
+def test_an_unknown_name_never_leaves_a_field_at_its_default(tmp_path: Path, field: str, name: str) -> None:
+    values = {key: value for key, value in {**CONFIG, "n_inner": 128, name: 4}.items() if key not in (field, "n_ctx")}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert re.search(rf"has {name}=4, which is no field of GPT-2.* and not \w+, which it may mean", refusal(tmp_path))
 
 
 def test_defaults_are_gpt2s_own(tmp_path: Path) -> None:
@@ -192,7 +266,8 @@ def spoil(change: Callable[[dict[str, Tensor]], Any]) -> dict[str, Tensor]:
         (lambda t: t.pop("transformer.h.1.mlp.c_proj.bias"), "lacks h.1.mlp.c_proj.bias; it is incomplete"),
         (lambda t: [t.pop(k) for k in list(t) if ".h.1." in k], "lacks h.1."),
         (lambda t: [t.pop(k) for k in list(t) if ".h.0." in k], "and 9 more tensors"),
-        (lambda t: t.update({"classifier.weight": torch.ones(2, 2)}), "holds classifier.weight, which"),
+        (lambda t: t.update({"extra.weight": torch.ones(2, 2)}), "holds extra.weight, which"),
+        (lambda t: t.update({"h.0.attn.c_attn.lora_A.default.weight": torch.ones(2, 2)}), "a LoRA adapter that is not"),
         (lambda t: t.update({"transformer.h.0.attn.bias2": torch.ones(2)}), "holds h.0.attn.bias2"),
         (lambda t: t.update({"wte.weight": torch.ones(257, 32)}), "holds wte.weight twice"),
         (lambda t: t.update({"transformer.wpe.weight": torch.ones(64, 31)}), "wpe.weight of shape (64, 31)"),
@@ -215,6 +290,41 @@ def test_every_tensor_is_accounted_for(
 def test_a_directory_without_weights_says_what_it_needs(tmp_path: Path) -> None:
     (write(tmp_path) / "model.safetensors").unlink()
     assert "holds no weights; it needs model.safetensors" in refusal(tmp_path)
+
+
+PRETENDERS = {
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5481\n": "run `git lfs pull` in its folder",
+    b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html>": "is an HTML page, not the file itself; download it again",
+    b"Entry not found": "holds the error message of a download ('Entry not found')",
+}
+
+
+@pytest.mark.parametrize("content", PRETENDERS, ids=PRETENDERS.get)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "model-00002-of-00003.safetensors",
+        "pytorch_model.bin",
+        "tokenizer.json",
+        "vocab.json",
+        "merges.txt",
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, name: str, content: bytes) -> None:
+    if "0000" in name or "index" in name:
+        write_shards(tmp_path)
+    elif name == "pytorch_model.bin":
+        write_bin(tmp_path)
+    else:
+        write(tmp_path)
+    if name in ("vocab.json", "merges.txt"):
+        for other in ("vocab.json", "merges.txt"):
+            (tmp_path / other).write_bytes(GPT2Tokenizer().files()[other])
+    (tmp_path / name).write_bytes(content)
+    assert re.match(rf"{re.escape(str(tmp_path / name))} .*{re.escape(PRETENDERS[content])}", refusal(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 7, b"\xff" * 64, b"PK\x03\x04 not at all"])

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import gptlab
 from gptlab import GptlabError
-from gptlab.checkpoints.huggingface import CONV1D
+from gptlab.checkpoints.huggingface.gpt2 import CONV1D
 
 TEXT = (importlib.resources.files("gptlab") / "assets" / "known_text.txt").read_text(encoding="utf-8")
 WORDS = TEXT.split(" ")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import gptlab
 from gptlab import GPT
-from gptlab.checkpoints.huggingface import CONV1D
+from gptlab.checkpoints.huggingface.gpt2 import CONV1D
 from gptlab.generation.continuation import Continuation
 from gptlab.generation.engine import decode
 from gptlab.generation.sampling import Sampling
@@ -31,6 +31,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "large epsilon": {"layer_norm_epsilon": 1e-2},
     "one head": {"n_head": 1},
     "one layer": {"n_layer": 1},
+    "relu": {"activation_function": "relu"},
+    "silu": {"activation_function": "silu"},
+    "unscaled scores": {"scale_attn_weights": False},
+    "scores scaled by layer": {"scale_attn_by_inverse_layer_idx": True},
+    "as CodeParrot": {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
     "all at once": {
         "n_inner": 51,
         "activation_function": "gelu_pytorch_tanh",
@@ -58,7 +63,9 @@ def pair(tmp_path: Path) -> Pair:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["exact gelu", "large epsilon", "one head"])
+@pytest.mark.parametrize(
+    "name", ["exact gelu", "large epsilon", "one head", "relu", "unscaled scores", "scores scaled by layer"]
+)
 def test_a_variant_is_a_function_of_its_own(name: str) -> None:
     # These have the shapes of the plain one: were they the same function, agreement on them would show nothing.
     plain, changed = judge(), judge(**VARIANTS[name])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import gptlab
 from gptlab import GPT, ModelConfig
-from gptlab.checkpoints.huggingface import CONV1D
+from gptlab.checkpoints.huggingface.gpt2 import CONV1D
 from gptlab.model import Tokens
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.model.gpt import GPT, SCALES
+from gptlab.placeholders import refuse_placeholder
 from gptlab.text.tokenizers import Tokenizer
 
 Lazy = dict[str, Callable[[], Tensor]]
@@ -44,6 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         GptlabError: no such file, or not JSON.
     """
+    refuse_placeholder(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -65,6 +67,7 @@ def open_safetensors(path: Path) -> tuple[Lazy, dict[str, str]]:
     Raises:
         GptlabError: the file is empty, truncated or damaged.
     """
+    refuse_placeholder(path)
     # One link only: the blob may itself be a link into the hub's shared store, whose names are other hashes.
     blob = Path(os.readlink(path)) if path.is_symlink() else path
     named = blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name)
