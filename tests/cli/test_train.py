@@ -184,7 +184,7 @@ def test_going_on_from_a_run(run: Run, recipe: Path, text: Path, tmp_path: Path)
 
 def test_a_context_longer_than_the_data(refused: Refused, recipe: Path, text: Path, tmp_path: Path) -> None:
     said = refused(recipe, "--corpus", text, "--out", tmp_path / "a", "--set", "model.context_length=20000")
-    assert "which give 0 windows of 20000 tokens, too few for one batch of 4; add text, or lower batch.size or" in said
+    assert "which give 0 windows of 20000 tokens, too few for one batch of 4; add text, lower batch.size, or" in said
     # What was prepared is not lost: the next attempt says how to use it.
     data = tmp_path / "a" / "data"
     again = refused(recipe, "--corpus", text, "--out", tmp_path / "a")
@@ -290,7 +290,10 @@ def test_two_answers_to_one_question(refused: Refused, text: Path, tmp_path: Pat
         (["--n-kv-head", "5"], "valid n_kv_head: 1, 2, 3, 6"),
         (["--position", "rotary"], "position"),
         (["pokcet"], "no recipe 'pokcet' (did you mean 'pocket'?)"),
-        (["--from", "pocket"], "the model comes from pocket, so model.preset cannot be set; leave it out, or train"),
+        (
+            ["pocket", "--from", "pocket"],
+            "the model comes from pocket, so model.preset cannot be set; take a recipe that",
+        ),
         (["finetune", "--from", "pocket", "--window", "8"], "the model comes from pocket, so model.window cannot be"),
         (["finetune", "--from", "pockt"], "no model 'pockt' (did you mean 'pocket'?)"),
         (["--device", "gpu"], "no device 'gpu' here"),
@@ -345,7 +348,6 @@ def test_a_directory_that_holds_a_run(run: Run, refused: Refused, recipe: Path, 
     "arguments",
     [
         ["names"],
-        ["--data", "d"],
         ["--corpus", "c"],
         ["--from", "m"],
         ["--out", "o"],
@@ -356,7 +358,8 @@ def test_a_directory_that_holds_a_run(run: Run, refused: Refused, recipe: Path, 
 def test_resume_takes_no_other_options(refused: Refused, tmp_path: Path, arguments: list[str]) -> None:
     said = refused("--resume", tmp_path, *arguments)
     assert said == (
-        "--resume takes recipe and data from the run; of the other options only --set and --device go with it"
+        "--resume takes the recipe from the run; of the other options only --data, for data that have moved, --set and"
+        " --device go with it"
     )
 
 
@@ -370,8 +373,58 @@ def test_resuming_what_is_no_run(refused: Refused, tmp_path: Path) -> None:
 
 def test_resuming_without_the_data(run: Run, refused: Refused, recipe: Path, text: Path, tmp_path: Path) -> None:
     assert run("train", recipe, "--corpus", text, "--out", tmp_path / "a")[0] == 0
-    shutil.rmtree(tmp_path / "a" / "data")
-    assert f"{tmp_path / 'a' / 'data'} is no dataset" in refused("--resume", tmp_path / "a")
+    os.rename(tmp_path / "a" / "data", tmp_path / "moved")
+    assert refused("--resume", tmp_path / "a") == (
+        f"the data of the run {tmp_path / 'a'} are no longer at {tmp_path / 'a' / 'data'}; say where they are:"
+        f" gptlab train --resume {tmp_path / 'a'} --data WHERE"
+    )
+
+
+def test_data_that_moved(run: Run, refused: Refused, recipe: Path, text: Path, tmp_path: Path) -> None:
+    out, moved = tmp_path / "a", tmp_path / "moved"
+    for folder in (out, tmp_path / "whole"):
+        assert run("train", recipe, "--corpus", text, "--out", folder)[0] == 0
+    shutil.rmtree(out / "checkpoints" / "step-000020")
+    os.rename(out / "data", moved)
+    other = tmp_path / "other"
+    assert run("prepare", text, "--tokenizer", "bytes", "--held-out", 0.4, "--out", other)[0] == 0
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert refused("--resume", out, "--data", other) == (
+        f"{other} holds other data than the run {out} began with: their checksums differ; restore them, name the right"
+        f" ones with --data, or start a new run: gptlab train --from {out} --data {other} --out NEW"
+    )
+    assert "is no dataset" in refused("--resume", out, "--data", tmp_path / "nowhere")
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    assert run("train", "--resume", out, "--data", moved)[0] == 0
+    for name in ("model.safetensors", "training.safetensors"):
+        found, expected = (load_file(r / "checkpoints" / "step-000020" / name) for r in (out, tmp_path / "whole"))
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    shutil.rmtree(out / "checkpoints" / "step-000020")
+    assert run("train", "--resume", out)[0] == 0  # and from then on it is known
+
+
+def test_a_new_run_from_a_run_as_the_refusal_says(
+    run: Run, refused: Refused, recipe: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "a"
+    assert run("train", recipe, "--corpus", text, "--out", out)[0] == 0
+    said = refused("--resume", out, "--set", "optimizer.learning_rate=1e-4")
+    advice = said.partition("start a new run: gptlab ")[2].replace("NEW", str(tmp_path / "new"))
+    assert run(*advice.split(), "--set", "batch.size=4")[0] == 0
+    assert gptlab.load(tmp_path / "new").config == gptlab.load(out).config
+
+
+@pytest.mark.parametrize(("steps", "warmup", "reached"), [(8, 8, "its full height"), (6, 8, "75.0% of its full")])
+def test_a_run_that_is_over_before_its_warmup(
+    run: Run, recipe: Path, text: Path, tmp_path: Path, steps: int, warmup: int, reached: str
+) -> None:
+    settings = ["--set", f"budget.steps={steps}", "--set", f"schedule.warmup_steps={warmup}"]
+    code, said, _ = run("train", recipe, "--corpus", text, "--out", tmp_path / "a", *settings)
+    assert code == 0
+    assert said.count(f"the run's {steps} steps are all warm-up (schedule.warmup_steps={warmup}): ") == 1
+    assert f"the learning rate reaches {reached}" in said
+    code, said, _ = run("train", recipe, "--corpus", text, "--out", tmp_path / "b", "--set", f"budget.steps={warmup}")
+    assert "warm-up" not in said
 
 
 def test_an_output_directory_that_cannot_be_written(

@@ -18,9 +18,17 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe that the package carries, or a .toml file.")] = "pocket",
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="A recipe that the package carries, or a .toml file (default: pocket; finetune with --from)."
+        ),
+    ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Token shards of gptlab prepare, or nanoGPT's or llm.c's .bin files.")
+        Path | None,
+        typer.Option(
+            help="Token shards of gptlab prepare, or nanoGPT's or llm.c's .bin files; with --resume, where they are."
+        ),
     ] = None,
     corpus: Annotated[
         list[str] | None,
@@ -44,13 +52,14 @@ def train(
     """Train a model, go on training one (--from), or go on with a run that was stopped (--resume)."""
     flags = overrides(position, n_kv_head, window, sinks, dilation)
     if resume is not None:
-        given = [data, corpus, base, out, *flags.values()]
-        if recipe != "pocket" or any(value is not None for value in given):
+        if any(value is not None for value in (recipe, corpus, base, out, *flags.values())):
             raise GptlabError(
-                "--resume takes recipe and data from the run; of the other options only --set and --device go with it"
+                "--resume takes the recipe from the run; of the other options only --data, for data that have moved,"
+                " --set and --device go with it"
             )
-        _finish(_resume(resume, settings, device), resume)
+        _finish(_resume(resume, data, settings, device), resume)
         return
+    recipe = recipe or ("pocket" if base is None else "finetune")
     from gptlab.training.recipe import read_recipe
 
     plan = read_recipe(recipe, settings, flags, base)  # refuse a wrong setting before torch is loaded
@@ -80,6 +89,7 @@ def _start(plan: Recipe, data: Path | None, corpus: list[str], run: Path, device
     from gptlab.cli.progress import Progress
     from gptlab.text.shards import open_dataset
     from gptlab.training.budget import with_count
+    from gptlab.training.lock import locked
     from gptlab.training.loop import train as run_training
     from gptlab.training.parallel import find_device
     from gptlab.training.schedules import check_schedules
@@ -98,19 +108,20 @@ def _start(plan: Recipe, data: Path | None, corpus: list[str], run: Path, device
     if data is None:
         data = run / "data"
         if first:
-            if data.exists():
-                raise GptlabError(
-                    f"{data} is left from a run that did not begin; train on it with --data {data}, or remove it"
-                )
-            tokenizer = plan.tokenizer if lm is None else lm.needs_tokenizer()
-            prepare_with_progress(corpus, tokenizer, data, plan.data.held_out, plan.data.items)
+            with locked(run):
+                if data.exists():
+                    raise GptlabError(
+                        f"{data} is left from a run that did not begin; train on it with --data {data}, or remove it"
+                    )
+                tokenizer = plan.tokenizer if lm is None else lm.needs_tokenizer()
+                prepare_with_progress(corpus, tokenizer, data, plan.data.held_out, plan.data.items)
         else:
             _wait_for(data / "index.json")
     with Progress() as progress:
         return run_training(plan, open_dataset(data), run, base=lm, device=device, report=progress)
 
 
-def _resume(run: Path, settings: list[str] | None, device: str | None) -> Result:
+def _resume(run: Path, data: Path | None, settings: list[str] | None, device: str | None) -> Result:
     import gptlab
     from gptlab.checkpoints.runs import read_run, run_checkpoints
     from gptlab.cli.progress import Progress
@@ -119,14 +130,23 @@ def _resume(run: Path, settings: list[str] | None, device: str | None) -> Result
     from gptlab.training.recipe import change_recipe, make_recipe
 
     about = read_run(run)
-    recipe, data = make_recipe(about["recipe"]), Path(about["data"]["path"])
-    if not data.exists() and (run / "data").exists():  # the run was moved, with the data that it prepared
-        data = run / "data"
-    recipe = change_recipe(recipe, settings or [])
+    recipe = change_recipe(make_recipe(about["recipe"]), settings or [])
+    dataset = open_dataset(_data_of(run, Path(about["data"]["path"])) if data is None else data)
     from_start = recipe.base is not None and not run_checkpoints(run)
     lm = gptlab.load(str(recipe.base)) if from_start else None
     with Progress() as progress:
-        return run_training(recipe, open_dataset(data), run, base=lm, resume=True, device=device, report=progress)
+        return run_training(recipe, dataset, run, base=lm, resume=True, device=device, report=progress)
+
+
+def _data_of(run: Path, recorded: Path) -> Path:
+    """Return where the data of a run are: where they were, or in the run, which may have been moved with them."""
+    for place in (recorded, run / "data"):
+        if place.exists():
+            return place
+    raise GptlabError(
+        f"the data of the run {run} are no longer at {recorded}; say where they are: gptlab train --resume {run} --data"
+        " WHERE"
+    )
 
 
 def _finish(result: Result, run: Path) -> None:

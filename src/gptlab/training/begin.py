@@ -97,6 +97,21 @@ def versions() -> dict[str, Any]:
     }
 
 
+def move_data(run: Path, dataset: Dataset) -> None:
+    """Write down where the data of a run are now, so that the next time nobody has to say it."""
+    about = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    where = str(dataset.directory.resolve())
+    if about["data"]["path"] != where:
+        about["data"]["path"] = where
+        write_files(run, {"run.json": json.dumps(about, indent=2).encode() + b"\n"})
+
+
+def _new_run(run: Path, dataset: Dataset, trained: bool) -> str:
+    """Return what begins another run, with the model of this one where it has one already."""
+    command = f"gptlab train --from {run}" if trained else "gptlab train RECIPE"
+    return f"{command} --data {dataset.directory} --out NEW"
+
+
 Saved = tuple[Checkpoint, dict[str, Tensor], dict[str, Any]]
 
 
@@ -113,11 +128,14 @@ def read_saved(run: Path, recipe: Recipe, dataset: Dataset, note: Callable[[str]
     if changed:
         what = ", ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in changed.items())
         raise GptlabError(
-            f"the run {run} cannot go on with another recipe: {what}; leave it as it was, or start a new run from this"
-            f" one with --from {run}"
+            f"the run {run} cannot go on with another recipe: {what}; leave it as it was, or start a new run:"
+            f" {_new_run(run, dataset, saved is not None)}"
         )
     if facts["data_sha256"] != dataset.sha256:
-        raise GptlabError(f"the data of the run {run} has changed since it began; restore it, or start a new run")
+        raise GptlabError(
+            f"{dataset.directory} holds other data than the run {run} began with: their checksums differ; restore them,"
+            f" name the right ones with --data, or start a new run: {_new_run(run, dataset, saved is not None)}"
+        )
     if saved is None:
         return None
     before, now = facts["made_with"], versions()

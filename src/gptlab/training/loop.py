@@ -21,14 +21,15 @@ from gptlab.model import cost
 from gptlab.model.gpt import GPT
 from gptlab.text.shards import Dataset
 from gptlab.training import metrics, state
-from gptlab.training.begin import begin, check_teacher, first_model, read_saved, versions
+from gptlab.training.begin import begin, check_teacher, first_model, move_data, read_saved, versions
 from gptlab.training.budget import with_count
 from gptlab.training.data import Batches, Items, Windows
 from gptlab.training.distill import Teacher, load_teacher
 from gptlab.training.hardware import keep_memory, memory_bytes, peak_flops
 from gptlab.training.items import novelty
+from gptlab.training.lock import alone
 from gptlab.training.loss import Slope, softmax_slope
-from gptlab.training.optimizer import clip, learning_rate_share, make_optimizers
+from gptlab.training.optimizer import clip, cut_warmup, learning_rate_share, make_optimizers
 from gptlab.training.parallel import Group, join, spread
 from gptlab.training.recipe import Recipe, make_recipe
 from gptlab.training.schedules import set_stage, settled
@@ -112,54 +113,73 @@ def train(
     with join(device) as group:
         tell: Report = report if group.first else lambda row: None
         note = lambda text: tell({"event": "note", "text": text})  # noqa: E731
-        saved = read_saved(run, recipe, dataset, note) if resume else None
-        model = first_model(recipe, dataset, base) if saved is None else GPT(saved[0].config)
-        teacher = None
-        if recipe.distill is not None:
-            teacher = load_teacher(recipe.distill, model.config, dataset.tokenizer)
-            check_teacher(run, teacher, resume)
-        training, validation = rows_of(dataset, recipe, model.config.context_length)
-        batches = Batches(training, recipe.batch.size, recipe.train.seed)
-        if model.config.position == "blend" and recipe.blend is None:
-            text = "positions stay between learned and rotary as they are, since the recipe has no section [blend]"
-            tell({"event": "note", "text": text})
-        if recipe.batch.size < group.size:
-            raise GptlabError(f"batch.size={recipe.batch.size} leaves some of {group.size} processes idle; raise it")
-        if not validation.n_targets:
-            raise GptlabError("the validation data is empty; prepare the data again with a larger --held-out")
-        if group.first:
-            dataset.verify()
-        if not resume:
-            begin(run, recipe, dataset, group, teacher)
-        compiled, slope, teacher = _place(model, teacher, recipe, batches, group, note)
-        module = spread(model, recipe.parallel, group)
-        optimizers = make_optimizers(model, recipe.optimizer)
-        step, seconds, validation_loss = 0, 0.0, None
-        if saved is not None:
-            checkpoint, memory, facts = saved
-            state.restore(model, optimizers, checkpoint.state, memory)
-            step, seconds, validation_loss = facts["step"], facts["seconds"], facts["validation_loss"]
-        if group.first:
-            metrics.cut(run, step)
-        steps = recipe.steps(model.config.context_length, len(training))
-        loop = _Loop(
-            recipe,
-            dataset,
-            run,
-            group,
-            model,
-            module,
-            optimizers,
-            batches,
-            validation,
-            steps,
-            step,
-            seconds,
-            validation_loss,
-            slope,
-            teacher,
-        )
-        return loop.go(tell, _plan(recipe, run.name, model, group, steps, step, compiled))
+        with alone(run, group, note):
+            return _train(recipe, dataset, run, group, base, resume, tell, note)
+
+
+def _train(
+    recipe: Recipe,
+    dataset: Dataset,
+    run: Path,
+    group: Group,
+    base: LanguageModel | None,
+    resume: bool,
+    tell: Report,
+    note: Callable[[str], None],
+) -> Result:
+    """Train in a directory that no other process trains in."""
+    saved = read_saved(run, recipe, dataset, note) if resume else None
+    model = first_model(recipe, dataset, base) if saved is None else GPT(saved[0].config)
+    teacher = None
+    if recipe.distill is not None:
+        teacher = load_teacher(recipe.distill, model.config, dataset.tokenizer)
+        check_teacher(run, teacher, resume)
+    training, validation = rows_of(dataset, recipe, model.config.context_length)
+    batches = Batches(training, recipe.batch.size, recipe.train.seed)
+    if model.config.position == "blend" and recipe.blend is None:
+        text = "positions stay between learned and rotary as they are, since the recipe has no section [blend]"
+        tell({"event": "note", "text": text})
+    if recipe.batch.size < group.size:
+        raise GptlabError(f"batch.size={recipe.batch.size} leaves some of {group.size} processes idle; raise it")
+    if not validation.n_targets:
+        raise GptlabError("the validation data is empty; prepare the data again with a larger --held-out")
+    if group.first:
+        dataset.verify()
+    if not resume:
+        begin(run, recipe, dataset, group, teacher)
+    elif group.first:
+        move_data(run, dataset)
+    compiled, slope, teacher = _place(model, teacher, recipe, batches, group, note)
+    module = spread(model, recipe.parallel, group)
+    optimizers = make_optimizers(model, recipe.optimizer)
+    step, seconds, validation_loss = 0, 0.0, None
+    if saved is not None:
+        checkpoint, memory, facts = saved
+        state.restore(model, optimizers, checkpoint.state, memory)
+        step, seconds, validation_loss = facts["step"], facts["seconds"], facts["validation_loss"]
+    if group.first:
+        metrics.cut(run, step)
+    steps = recipe.steps(model.config.context_length, len(training))
+    if not resume and (text := cut_warmup(recipe.schedule, steps)):
+        note(text)
+    loop = _Loop(
+        recipe,
+        dataset,
+        run,
+        group,
+        model,
+        module,
+        optimizers,
+        batches,
+        validation,
+        steps,
+        step,
+        seconds,
+        validation_loss,
+        slope,
+        teacher,
+    )
+    return loop.go(tell, _plan(recipe, run.name, model, group, steps, step, compiled))
 
 
 def _place(

@@ -67,6 +67,18 @@ def learning_rate_share(settings: ScheduleSettings, step: int, steps: int) -> fl
     return settings.final_share + height * (1 - settings.final_share)
 
 
+def cut_warmup(settings: ScheduleSettings, steps: int) -> str | None:
+    """Return a sentence where a run is over before its warm-up is; None where it is not."""
+    if settings.warmup_steps < steps:
+        return None
+    reached = learning_rate_share(settings, steps - 1, steps)
+    ends = "the learning rate reaches" + (f" {reached:.1%} of its full height" if reached < 1 else " its full height")
+    return (
+        f"the run's {steps:,} steps are all warm-up (schedule.warmup_steps={settings.warmup_steps:,}): {ends} in the"
+        f" last one; to warm up for a tenth of the run, --set schedule.warmup_steps={steps // 10}"
+    )
+
+
 def clip(parameters: list[nn.Parameter], most: float) -> Tensor:
     """Scale the gradients so that their norm over all parameters is at most ``most``; return the norm before."""
     norm = nn.utils.clip_grad_norm_(parameters, most)

@@ -152,7 +152,8 @@ def read_recipe(
     elif recipe.model:
         fields = ", ".join(f"model.{name}" for name in recipe.model)
         raise GptlabError(
-            f"the model comes from {recipe.base}, so {fields} cannot be set; leave it out, or train from scratch"
+            f"the model comes from {recipe.base}, so {fields} cannot be set; take a recipe that sets nothing of the"
+            f" model, such as finetune, or change the model first with gptlab convert {recipe.base}"
         )
     return recipe
 
