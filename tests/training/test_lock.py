@@ -20,7 +20,7 @@ from gptlab.training.lock import NAME, alone, locked
 from gptlab.training.loop import train
 from gptlab.training.parallel import Group
 
-STEPS = "budget.steps=120"
+STEPS = "budget.steps=40"
 
 
 def test_two_that_go_on_with_a_run_and_one_that_is_killed(
