@@ -160,8 +160,8 @@ def _train(
     if group.first:
         metrics.cut(run, step)
     steps = recipe.steps(model.config.context_length, len(training))
-    if not resume and (text := cut_warmup(recipe.schedule, steps)):
-        note(text)
+    if not resume and (cut := cut_warmup(recipe.schedule, steps)):
+        note(cut)
     loop = _Loop(
         recipe,
         dataset,
