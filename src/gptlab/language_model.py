@@ -182,10 +182,9 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Return several prompts: ids are one prompt, as a text is."""
     if isinstance(prompts, str):
         return [prompts]
-    try:
-        rows: list[Any] = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)  # arrays and tensors too
-    except TypeError:
-        rows = [prompts]
+    if isinstance(prompts, bytes) or not hasattr(prompts, "__len__"):
+        raise GptlabError(f"a prompt is a text or a list of token ids, got {prompts!r}")
+    rows: list[Any] = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)  # arrays and tensors too
     several = all(hasattr(row, "__len__") and not isinstance(row, bytes) for row in rows)
     return rows if several else [rows]
 

@@ -281,3 +281,33 @@ def test_verify_of_weights_that_are_not_the_originals_fails_in_rows(
     code, out, err = run("verify", "gpt2", "--path", tiny)
     assert (code, err) == (1, "")
     assert [row.split()[0] for row in out.splitlines()] == ["FAIL", "FAIL", "FAIL", "FAIL", "0"]
+
+
+def test_special_tokens_and_ids_as_a_prompt(run: Run, tiny: Path) -> None:
+    values = ("--model", tiny, "--greedy", "--max-new-tokens", 6, "--json")
+    ids = " ".join(map(str, [*b"the", 256, *b"a"]))
+    answers = [
+        run("generate", *prompt, *values)
+        for prompt in (["the<|endoftext|>a", "--special"], ["--prompt-ids", ids], ["the<|endoftext|>a"])
+    ]
+    special, by_ids, text = (json.loads(out) for _, out, _ in answers)
+    assert special["continuations"] == by_ids["continuations"] != text["continuations"]
+    assert special["prompt"] == by_ids["prompt"] == text["prompt"]
+    hint = "note: <|endoftext|> in the prompt is read as text; --special reads it as the token\n"
+    assert [err for _, _, err in answers] == ["", "", hint]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--prompt-ids", "1 x"], "--prompt-ids wants token ids"),
+        (["--prompt-ids", ""], "--prompt-ids wants token ids"),
+        (["--prompt-ids", "1 257"], "the prompt has the token id 257, the model's are 0 to 256"),
+        (["--prompt-ids", "1", "text"], "leave out either it or a prompt"),
+        (["--prompt-ids", "1", "--special"], "leave out either it or --special"),
+    ],
+)
+def test_ids_that_are_no_prompt_are_refused(run: Run, tiny: Path, arguments: list[str], complaint: str) -> None:
+    code, out, err = run("generate", "--model", tiny, *arguments)
+    assert (code, out) == (2, "")
+    assert complaint in err

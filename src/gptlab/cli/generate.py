@@ -24,6 +24,13 @@ ENDINGS = {
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The text to continue; none starts a new document.")] = None,
+    prompt_ids: Annotated[
+        str | None, typer.Option(help='Token ids in place of a prompt, as "15496 11 50256".', metavar="IDS")
+    ] = None,
+    special: Annotated[
+        bool,
+        typer.Option("--special", help="Read special tokens such as <|endoftext|> in the prompt as what they are."),
+    ] = False,
     model: Annotated[
         str, typer.Option(help="A built-in model, a directory, gpt2 ... gpt2-xl, or owner/name.")
     ] = "pocket",
@@ -49,10 +56,19 @@ def generate(
         raise GptlabError(f"--num-samples must be at least 1, got {num_samples}")
     if prompt == "":
         raise GptlabError("the prompt is empty; give it some text, or leave it out to start a new document")
+    ids = None if prompt_ids is None else _ids(prompt_ids)
+    if ids is not None and (prompt is not None or special):
+        other = "a prompt" if prompt is not None else "--special, which is about the text of a prompt"
+        raise GptlabError(f"--prompt-ids stands in place of a prompt; leave out either it or {other}")
     lm = _load(model, dtype, tokenizer)
+    if prompt is not None and not special:
+        _hint(prompt, lm)
     continuations = lm.new_continuations(num_samples, stop or [])
     started = time.perf_counter()
-    pieces = lm.continue_all([prompt] * num_samples, continuations, sampling, max_new_tokens)
+    rows = [prompt if ids is None else ids] * num_samples
+    pieces = lm.continue_all(rows, continuations, sampling, max_new_tokens, special=special)
+    if ids is not None:
+        prompt = lm.needs_tokenizer().decode(ids)
     live = num_samples == 1 and not as_json
     for i, (_, piece) in enumerate(pieces):
         if live:  # the prompt comes with the first piece: a prompt that is refused is not printed
@@ -67,6 +83,22 @@ def generate(
         for i, continuation in enumerate(continuations, 1):
             print(f"--- {i} of {num_samples}\n{prompt or ''}{continuation.text}")
     _close(continuations, seconds, None if greedy else seed)
+
+
+def _ids(text: str) -> list[int]:
+    from gptlab.errors import GptlabError
+
+    parts = text.replace(",", " ").split()
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise GptlabError(f'--prompt-ids wants token ids, as "15496 11 50256", got {text!r}')
+    return [int(part) for part in parts]
+
+
+def _hint(prompt: str, lm: LanguageModel) -> None:
+    """Say when a prompt holds the text of a special token, which most people then mean."""
+    found = [content for content in lm.needs_tokenizer().special_tokens if content in prompt]
+    if found:
+        print(f"note: {found[0]} in the prompt is read as text; --special reads it as the token", file=sys.stderr)
 
 
 def _load(model: str, dtype: str, tokenizer: str | None) -> LanguageModel:
