@@ -6,21 +6,26 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer as Engine
+from tokenizers import decoders, models, pre_tokenizers
 
 import gptlab
 from gptlab.checkpoints import hub
 from gptlab.checkpoints.files import sha256_of
-from gptlab.text.tokenizers import GPT2Tokenizer
+from gptlab.text.tokenizers import GPT2Tokenizer, gpt2_merges, gpt2_vocab
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -108,13 +113,13 @@ def test_a_built_in_name_comes_before_a_directory(tmp_path: Path, monkeypatch: p
 
 def test_a_directory_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    asked: list[tuple[str, str]] = []
+    asked: list[tuple[str | None, ...]] = []
     monkeypatch.setattr(hub, "download", lambda *names: asked.append(names) or Path("/from/the/hub"))
     for name in ("gpt2", "owner/name"):
         assert hub.locate(name) == Path("/from/the/hub")
         (tmp_path / name).mkdir(parents=True)
         assert hub.locate(name) == Path(name)
-    assert asked == [("gpt2", "openai-community/gpt2"), ("owner/name", "owner/name")]
+    assert asked == [("gpt2", "openai-community/gpt2", None), ("owner/name", "owner/name", None)]
 
 
 @pytest.mark.parametrize(
@@ -213,36 +218,68 @@ def test_a_copy_out_of_the_cache_is_a_plain_directory(tmp_path: Path, repository
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """As much of the hub's interface as downloading takes, for the one repository owner/name."""
+    """As much of the hub's interface as downloading takes, for owner/name and some that cannot be had.
 
-    def __init__(self, repository: Path, broken: bool = False) -> None:
+    Attributes:
+        files: contents by name.
+        spoiled: the same, for what is sent in their place under the checksums of `files`.
+        breaks: of how many answers with a large file only half is sent before the line goes dead.
+        sent: names of files, in the order in which they were asked for.
+        ranges: the parts of files that were asked for.
+    """
+
+    def __init__(self, repository: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = {path.name: path.read_bytes() for path in repository.iterdir()}
-        self.broken = broken
+        self.spoiled: dict[str, bytes] = {}
+        self.breaks = 0
         self.sent: list[str] = []
+        self.ranges: list[str] = []
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
 
+REFUSED = {
+    "owner/private": (401, {}),  # so the hub answers for what is not there, too, where nobody is logged in
+    "owner/gated": (403, {"X_Error_Code": "GatedRepo", "X_Error_Message": "Access to model is restricted"}),
+    "owner/down": (503, {}),
+}
+REVISIONS = ("main", "v1.0", "refs/pr/1", COMMIT)
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     server: Hub
 
     def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        size = len(body)
+        if asked := self.headers.get("Range"):
+            self.server.ranges.append(asked)
+            first = int(asked.removeprefix("bytes=").split("-")[0])
+            status, body = 206, body[first:]
+            headers["Content_Range"] = f"bytes {first}-{size - 1}/{size}"
         self.send_response(status)
         for key, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(key.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body[: len(body) // 2] if self.server.broken and len(body) > 10_000 else body)
+            broken = self.server.breaks > 0 and len(body) > 10_000
+            self.server.breaks -= broken
+            self.wfile.write(body[: len(body) // 2] if broken else body)
 
     def do_GET(self) -> None:
-        files, path = self.server.files, self.path.split("?")[0]
-        if path == "/api/models/owner/name/revision/main":
+        files, path = self.server.files, unquote(self.path.split("?")[0])
+        for repository, (status, headers) in REFUSED.items():
+            if repository in path:
+                return self.answer(status, **headers)
+        api = "/api/models/owner/name/"
+        if path.startswith(f"{api}revision/"):
+            if path.removeprefix(f"{api}revision/") not in REVISIONS:
+                return self.answer(404, X_Error_Code="RevisionNotFound")
             siblings = [{"rfilename": name} for name in files]
             return self.answer(200, json.dumps({"id": "owner/name", "sha": COMMIT, "siblings": siblings}).encode())
-        if path == f"/api/models/owner/name/tree/{COMMIT}":
+        if path == f"{api}tree/{COMMIT}":
             rows = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in files.items()]
             return self.answer(200, json.dumps(rows).encode(), Content_Type="application/json")
         if path.startswith(f"/owner/name/resolve/{COMMIT}/"):
@@ -250,7 +287,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.command == "GET":
                 self.server.sent.append(name)
             etag = hashlib.sha256(files[name]).hexdigest()
-            return self.answer(200, files[name], ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
+            body = self.server.spoiled.get(name, files[name])
+            return self.answer(200, body, ETag=f'"{etag}"', X_Repo_Commit=COMMIT, Accept_Ranges="bytes")
         return self.answer(404, X_Error_Code="RepoNotFound")
 
     do_HEAD = do_GET
@@ -276,15 +314,64 @@ def test_a_model_is_downloaded_once_and_only_what_is_needed(tmp_path: Path, loca
     assert sorted(local_hub.sent) == ["config.json", "merges.txt", "model.safetensors", "vocab.json"]
 
 
-def test_a_model_that_the_hub_does_not_have(tmp_path: Path, local_hub: Hub) -> None:
-    done = run(LOAD.format(name="owner/nane"), tmp_path / "home", tmp_path, HF_ENDPOINT=local_hub.url)
-    expected = "there is no directory owner/nane here and no public model owner/nane on the hub\n"
-    assert done.stdout == expected, done.stdout + done.stderr
+def test_every_way_in_which_the_hub_has_it_or_not(tmp_path: Path, local_hub: Hub) -> None:
+    # One process for all, since the imports take the time.
+    here = "there is no directory {0} here, and "
+    expected = {f"owner/name@{revision}": re.escape(checksum()) for revision in REVISIONS} | {
+        "owner/name@v2.0": here.format("owner/name") + "owner/name on the hub has no revision 'v2.0'; its branches, ",
+        "owner/nane": "there is no directory owner/nane here and no public model owner/nane on the hub$",
+        "owner/private": here.format("owner/private") + r".* without permission, or has no model of that name; ask for",
+        "owner/gated": here.format("owner/gated") + r".* without permission.* and log in with `hf auth login`",
+        "owner/down": here.format("owner/down") + r"the Hugging Face hub cannot be reached for owner/down .*offline",
+    }
+    code = "\n".join(LOAD.format(name=name) for name in expected)
+    done = run(code, tmp_path / "home", tmp_path, HF_ENDPOINT=local_hub.url)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(expected), done.stdout + done.stderr
+    for line, pattern in zip(lines, expected.values(), strict=True):
+        assert re.match(pattern, line), line
+    assert len(local_hub.sent) == 4  # one commit under four names
+
+
+@pytest.mark.parametrize("network", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}], ids=str)
+def test_what_another_program_fetched_is_enough_offline(
+    tmp_path: Path, repository: Path, local_hub: Hub, network: dict[str, str]
+) -> None:
+    # As transformers leaves its cache: no merges.txt, beside a list of all files that the hub has.
+    engine = Engine(models.BPE(vocab=gpt2_vocab(), merges=list(gpt2_merges())))
+    engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    local_hub.files["tokenizer.json"] = engine.to_str().encode()
+    wanted = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    cache = tmp_path / "home" / "hub"
+    huggingface_hub.snapshot_download(
+        "owner/name", endpoint=local_hub.url, cache_dir=cache, allow_patterns=wanted, max_workers=1
+    )
+    assert "merges.txt" not in {path.name for path in cache.rglob("*")}
+    done = run(LOAD.format(name="owner/name"), tmp_path / "home", tmp_path, **network)
+    assert done.stdout.strip() == checksum(), done.stdout + done.stderr
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_was(tmp_path: Path, local_hub: Hub) -> None:
+    local_hub.breaks = 1
+    # What came before the break counts in whole chunks, of 10 MB else.
+    code = "import huggingface_hub.constants as c\nc.DOWNLOAD_CHUNK_SIZE = 4096\n" + LOAD.format(name="owner/name")
+    done = run(code, tmp_path / "home", tmp_path, HF_ENDPOINT=local_hub.url)
+    assert done.stdout.strip() == checksum(), done.stdout + done.stderr
+    assert len(local_hub.ranges) == 1
+    assert not local_hub.ranges[0].startswith("bytes=0")
+
+
+def test_a_file_that_came_through_with_another_checksum_is_refused(tmp_path: Path, local_hub: Hub) -> None:
+    content = bytearray(local_hub.files["model.safetensors"])
+    content[-1] ^= 1
+    local_hub.spoiled["model.safetensors"] = bytes(content)
+    done = run(LOAD.format(name="owner/name"), tmp_path / "home", tmp_path, HF_ENDPOINT=local_hub.url)
+    assert "is damaged: its sha256 differs from the hub's; delete it and download it again" in done.stdout, done.stderr
 
 
 @pytest.mark.slow  # huggingface_hub tries several times, which is right for a flaky network
 def test_a_download_that_breaks_off_is_one_sentence(tmp_path: Path, local_hub: Hub) -> None:
-    local_hub.broken = True
+    local_hub.breaks = 10**6
     done = run(LOAD.format(name="owner/name"), tmp_path / "home", tmp_path, HF_ENDPOINT=local_hub.url)
     assert done.stdout.startswith("there is no directory owner/name here, and the Hugging Face hub cannot"), done.stderr
     assert "Traceback" not in done.stderr

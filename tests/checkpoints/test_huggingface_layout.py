@@ -78,7 +78,19 @@ def refusal(directory: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "",
+        "transformer.",
+        "_orig_mod.transformer.",
+        "module.transformer.",
+        "model.transformer.",
+        "module._orig_mod.",
+        "_orig_mod.module.model.",
+        "_fsdp_wrapped_module.transformer.",
+    ],
+)
 @pytest.mark.parametrize("head", ["absent", "same as the embedding"])
 @pytest.mark.parametrize("legacy", [False, True])
 def test_prefixes_heads_and_legacy_buffers(tmp_path: Path, prefix: str, head: str, legacy: bool) -> None:
@@ -91,6 +103,42 @@ def test_prefixes_heads_and_legacy_buffers(tmp_path: Path, prefix: str, head: st
     lm = gptlab.load(write(tmp_path, tensors))
     assert_same(lm.model, original())
     assert lm.tokenizer is None
+
+
+def test_a_prefix_on_everything_head_included_and_inside_names(tmp_path: Path) -> None:
+    # As torch.compile leaves a model whose blocks were compiled one by one, inside DistributedDataParallel.
+    tensors = {f"module.{k.replace('h.0.', 'h.0._orig_mod.')}": v for k, v in tensors_of(original()).items()}
+    tensors["module.lm_head.weight"] = tensors["module.wte.weight"].clone()
+    assert_same(gptlab.load(write(tmp_path, tensors)).model, original())
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_of_a_tied_pair_the_head_may_be_the_one_saved(tmp_path: Path, prefix: str) -> None:
+    tensors = {prefix + name: tensor for name, tensor in tensors_of(original(), "transformer.").items()}
+    tensors[prefix + "lm_head.weight"] = tensors.pop(prefix + "transformer.wte.weight")
+    lm = gptlab.load(write(tmp_path, tensors))
+    assert_same(lm.model, original())
+    assert lm.model.lm_head.weight is lm.model.wte.weight
+
+
+@pytest.mark.parametrize(
+    ("names", "task"),
+    [
+        (["multiple_choice_head.summary.weight", "multiple_choice_head.summary.bias"], "multiple choice"),
+        (["score.weight"], "sequence classification"),
+        (["classifier.weight", "classifier.bias"], "classification"),
+        (["v_head.summary.weight"], "a value of reinforcement learning"),
+    ],
+)
+def test_a_head_of_another_task_is_left_aside_in_words(tmp_path: Path, names: list[str], task: str) -> None:
+    tensors = tensors_of(original(), "transformer.") | {name: torch.ones(1, 32) for name in names}
+    with pytest.warns(UserWarning, match=rf"has a head for {task} \({', '.join(sorted(names))}\), which is left aside"):
+        assert_same(gptlab.load(write(tmp_path, tensors)).model, original())
+
+
+def test_code_of_its_own_is_named(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"names code of its own \(auto_map\), which gptlab does not run"):
+        gptlab.load(write(tmp_path, auto_map={"AutoModelForCausalLM": "modeling_x.X"}))
 
 
 def test_an_untied_head_is_read(tmp_path: Path) -> None:
@@ -285,6 +333,35 @@ def test_every_tensor_is_accounted_for(
     tmp_path: Path, change: Callable[[dict[str, Tensor]], Any], complaint: str
 ) -> None:
     assert complaint in refusal(write(tmp_path, spoil(change)))
+
+
+@pytest.mark.parametrize("config", [True, False], ids=["with config.json", "without"])
+def test_an_adapter_alone_is_called_that(tmp_path: Path, config: bool) -> None:
+    (write(tmp_path) / "model.safetensors").unlink()
+    if not config:
+        (tmp_path / "config.json").unlink()
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "openai-community/gpt2"}')
+    save_file({"base_model.model.lora_A.weight": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
+    assert "a LoRA adapter alone, not a model: what peft trained beside the weights of openai-community/gpt2;" in (
+        refusal(tmp_path)
+    )
+
+
+def test_the_parent_of_a_trainers_checkpoints_names_them(tmp_path: Path) -> None:
+    for step in (500, 1500, 1000):
+        write(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-best").mkdir()
+    last = tmp_path / "checkpoint-1500"
+    assert f"the last is {last}, the first {tmp_path / 'checkpoint-500'}" in refusal(tmp_path)
+    assert_same(gptlab.load(last).model, original())
+    (write(tmp_path) / "model.safetensors").unlink()  # some leave a config.json there
+    assert f"the last is {last}" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tf_model.h5", "flax_model.msgpack", "weights.safetensors"])
+def test_weights_of_another_kind_are_named(tmp_path: Path, name: str) -> None:
+    (write(tmp_path) / "model.safetensors").rename(tmp_path / name)
+    assert f"has only {name}" in refusal(tmp_path)
 
 
 def test_a_directory_without_weights_says_what_it_needs(tmp_path: Path) -> None:

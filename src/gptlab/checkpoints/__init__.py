@@ -13,9 +13,11 @@ from typing import Protocol
 import torch
 
 from gptlab.checkpoints import huggingface, native
+from gptlab.checkpoints.diagnosis import diagnose
 from gptlab.checkpoints.files import Checkpoint
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
+from gptlab.placeholders import refuse_placeholder
 
 __all__ = ["FORMATS", "Checkpoint", "Format", "format_of", "read", "read_config"]
 
@@ -54,9 +56,12 @@ def format_of(path: Path) -> Format:
             return candidate
     readable = "; ".join(candidate.ABOUT for candidate in FORMATS.values())
     if path.is_file():
+        refuse_placeholder(path)
         raise GptlabError(f"{path} is a file that gptlab cannot read; it reads {readable}")
     if not path.is_dir():
         raise GptlabError(f"no file or directory {path}; check the path")
+    if found := diagnose(path):
+        raise GptlabError(found)
     raise GptlabError(
         f"{path} is no model directory: it has no config.json; name a model such as 'pocket' or 'gpt2', or {readable}"
     )

@@ -21,6 +21,7 @@ _SAFE = [
     "special_tokens_map.json",
     "tokenizer_config.json",
     "generation_config.json",
+    "adapter_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
 ]
@@ -38,8 +39,9 @@ def locate(name: str) -> Path:
 
     Args:
         name: a built-in model, a directory, a file, a training run (``runs/a`` is its best checkpoint,
-            ``runs/a@last`` the last), ``gpt2`` ... ``gpt2-xl``, or ``owner/name``. What is here comes before a name
-            on the hub; built-in names come first (write ``./pocket`` for a directory).
+            ``runs/a@last`` the last), ``gpt2`` ... ``gpt2-xl``, or ``owner/name``, both with ``@revision`` (a branch,
+            a tag or a commit) where another than the main one is meant. What is here comes before a name on the hub;
+            built-in names come first (write ``./pocket`` for a directory).
 
     Raises:
         GptlabError: nothing of that name, or the hub cannot be reached.
@@ -55,10 +57,11 @@ def locate(name: str) -> Path:
         return model_of(Path(name)) if is_run(Path(name)) else Path(name)
     if Path(name).exists():
         return Path(name)
-    if name in ORIGINALS:
-        return download(name, ORIGINALS[name])
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        return download(name, name)
+    plain, _, revision = name.partition("@")
+    if plain in ORIGINALS:
+        return download(plain, ORIGINALS[plain], revision or None)
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", plain) and ("@" not in name or revision):
+        return download(plain, plain, revision or None)
     if "/" in name or name.startswith("."):
         raise GptlabError(f"no file or directory {name}; check the path")
     known = [*built_in(), *ORIGINALS]
@@ -67,34 +70,70 @@ def locate(name: str) -> Path:
     )
 
 
-def download(name: str, repository: str) -> Path:
+def download(name: str, repository: str, revision: str | None = None) -> Path:
     """Fetch a model from the hub, or find it in the hub's cache; shows a progress bar.
+
+    Where the hub cannot be reached, whatever model the cache holds of the revision is enough, even where another
+    program fetched it with fewer files than would be fetched here. The cache is where `huggingface_hub` has it
+    (``HF_HOME``, ``HF_HUB_CACHE``); ``HF_HUB_OFFLINE=1`` keeps it from asking.
 
     Raises:
         GptlabError: `huggingface_hub` is missing, the hub cannot be reached, or it has no such model.
     """
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import RepositoryNotFoundError
     except ImportError:
         raise GptlabError(
             f"{name} is on the Hugging Face hub, which needs huggingface_hub: pip install 'gptlab[hub]'"
         ) from None
-    folder = Path(name.split("/")[-1])
-    by_hand = (
-        f"to use it offline, put config.json, model.safetensors, vocab.json and merges.txt of {repository} into the"
-        f" folder {folder} and run the same command with ./{folder} for the model; the built-in model 'pocket' needs"
-        " no network"
-    )
     try:
-        directory = Path(snapshot_download(repository, allow_patterns=_SAFE))
+        directory = Path(snapshot_download(repository, revision=revision, allow_patterns=_SAFE))
         if not list(directory.glob("model*.safetensors")):
-            directory = Path(snapshot_download(repository, allow_patterns=[*_SAFE, *_PICKLED]))
-    except RepositoryNotFoundError:
-        raise GptlabError(f"there is no directory {name} here and no public model {repository} on the hub") from None
-    except Exception as error:  # whatever the network libraries below raise, the way out is the same
-        here = "" if name in ORIGINALS else f"there is no directory {name} here, and "
-        raise GptlabError(
-            f"{here}the Hugging Face hub cannot be reached for {repository} ({type(error).__name__}); {by_hand}"
-        ) from None
+            patterns = [*_SAFE, *_PICKLED]
+            directory = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # whatever the network libraries below raise, there are only so many ways out
+        cached = _cached(repository, revision)
+        if cached is None:
+            raise _refusal(name, repository, revision, error) from None
+        return cached
     return directory
+
+
+def _cached(repository: str, revision: str | None) -> Path | None:
+    """The snapshot of a revision in the hub's cache, where it holds at least a configuration and weights."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repository, "config.json", revision=revision)
+    if not isinstance(config, str):
+        return None
+    snapshot = Path(config).parent
+    weights = [path for pattern in ("model*.safetensors", "pytorch_model*.bin") for path in snapshot.glob(pattern)]
+    return snapshot if any(path.exists() for path in weights) else None
+
+
+def _refusal(name: str, repository: str, revision: str | None, error: Exception) -> GptlabError:
+    """The sentence for what went wrong between here and the hub."""
+    from huggingface_hub import errors
+
+    here = "" if name in ORIGINALS else f"there is no directory {name} here, and "
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    if isinstance(error, errors.GatedRepoError) or status in (401, 403):
+        return GptlabError(
+            f"{here}the Hugging Face hub lets nobody have {repository} without permission, or has no model of that"
+            f" name; ask for it on https://huggingface.co/{repository} and log in with `hf auth login`"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return GptlabError(f"there is no directory {name} here and no public model {repository} on the hub")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return GptlabError(
+            f"{here}{repository} on the hub has no revision {revision!r}; its branches, tags and commits are at"
+            f" https://huggingface.co/{repository}/commits/main"
+        )
+    folder = Path(name.split("/")[-1])
+    why = f"{type(error).__name__}, status {status}" if status else type(error).__name__
+    return GptlabError(
+        f"{here}the Hugging Face hub cannot be reached for {repository} ({why}); to use it offline, put config.json,"
+        f" model.safetensors, vocab.json and merges.txt of {repository} into the folder {folder} and run the same"
+        f" command with ./{folder} for the model; the built-in model 'pocket' needs no network"
+    )

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from gptlab.checkpoints.diagnosis import diagnose
 from gptlab.checkpoints.files import Lazy, open_safetensors, read_json
 from gptlab.checkpoints.pickles import open_pickle
 from gptlab.errors import GptlabError
@@ -57,7 +58,7 @@ def open_weights(directory: Path) -> Lazy:
     if aside:
         tasks = " and ".join(dict.fromkeys(aside.values()))
         warnings.warn(
-            f"{directory} has a head for {tasks} ({', '.join(aside)}), which is left aside: the language model alone"
+            f"{directory} has a head for {tasks} ({', '.join(sorted(aside))}), which is left aside: the language model alone"
             " is read",
             stacklevel=4,
         )
@@ -73,6 +74,8 @@ def _open_files(directory: Path) -> Lazy:
         return open_pickle(directory / "pytorch_model.bin")
     if (directory / "pytorch_model.bin.index.json").exists():
         return _merge(directory, "pytorch_model.bin.index.json", open_pickle)
+    if found := diagnose(directory):
+        raise GptlabError(found)
     there = [f"{name} ({whose} own format)" for name, whose in _OTHERS.items() if (directory / name).exists()]
     there += [path.name for path in sorted(directory.glob("*.safetensors"))]
     raise GptlabError(
