@@ -58,8 +58,8 @@ def open_weights(directory: Path) -> Lazy:
     if aside:
         tasks = " and ".join(dict.fromkeys(aside.values()))
         warnings.warn(
-            f"{directory} has a head for {tasks} ({', '.join(sorted(aside))}), which is left aside: the language model alone"
-            " is read",
+            f"{directory} has a head for {tasks} ({', '.join(sorted(aside))}), which is left aside: the language model"
+            " alone is read",
             stacklevel=4,
         )
     return tensors
