@@ -18,6 +18,7 @@ FLOORS = {
     "errors": 1,
     "formatting": 1,
     "placeholders": 1.5,
+    "devices": 2,
     "config": 2,
     "text": 2,
     "model": 3,

@@ -86,18 +86,34 @@ def test_sampling_values_reach_the_sampler(lm):
     assert lm.generate(PROMPTS, max_new_tokens=15, seed=1) != greedy
 
 
-@pytest.mark.parametrize("values", [{"temperature": -1}, {"top_k": 0}, {"top_p": 2.0}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "values",
+    [{"temperature": -1}, {"top_k": -1}, {"top_p": 2.0}, {"seed": -1}, {"min_p": 2}, {"repetition_penalty": 0}],
+)
 def test_absurd_sampling_values_are_refused_at_once(lm, values):
     for function in (lm.generate, lm.stream):
         with pytest.raises(GptlabError, match=next(iter(values))):
             function("a", **values)
 
 
-@pytest.mark.parametrize("n", [0, -3])
+@pytest.mark.parametrize("n", [0, -3, 1.5, "9", None, True])
 def test_a_number_of_tokens_below_one_is_refused(lm, n):
     for function in (lm.generate, lm.stream):
-        with pytest.raises(GptlabError, match=f"max_new_tokens must be at least 1, got {n}"):
+        with pytest.raises(GptlabError, match=f"max_new_tokens must be at least 1, got {n!r}"):
             function("a", max_new_tokens=n)
+
+
+@pytest.mark.parametrize(("stop", "said"), [(3, "int 3"), (b"a", "int 97"), (None, "NoneType"), (["a", 3], "int 3")])
+def test_stop_strings_of_a_wrong_type_are_refused(lm, stop, said):
+    for function in (lm.generate, lm.stream):
+        with pytest.raises(GptlabError, match=f"stop must be a text or a list of texts, got {said}"):
+            function("a", stop=stop)
+
+
+@pytest.mark.parametrize("prompt", [3, b"a", None, ["a", 3], {"a": 1}, object(), 2.5, [[1.5]], [["a"]]], ids=repr)
+def test_prompts_of_a_wrong_type_are_refused(lm, prompt):
+    with pytest.raises(GptlabError, match="a prompt is a text or a list of token ids, got"):
+        lm.generate(prompt)
 
 
 def test_an_empty_prompt_is_refused(lm):
@@ -216,6 +232,56 @@ def test_dropout_is_off_while_generating():
     assert lm.generate(PROMPTS, max_new_tokens=15, temperature=0) == expected
 
 
+@pytest.fixture
+def mixed():
+    """A model that is trained but for one frozen block."""
+    lm = make_lm(dropout=0.5)
+    lm.model.train()
+    lm.model.h[0].eval()
+    return lm
+
+
+def modes(lm):
+    return [module.training for module in lm.model.modules()]
+
+
+def test_generating_leaves_every_module_in_its_mode(mixed):
+    before = modes(mixed)
+    text = mixed.generate("a", max_new_tokens=5, temperature=0)
+    assert modes(mixed) == before
+    pieces = []
+    for piece in mixed.stream("a", max_new_tokens=5, temperature=0):
+        assert modes(mixed) == before  # between two pieces as well
+        pieces.append(piece)
+    assert ["".join(pieces)] == text
+    abandoned = mixed.stream("a", max_new_tokens=5)
+    next(abandoned)
+    assert modes(mixed) == before  # and for as long as nobody takes the next
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_error_leaves_every_module_in_its_mode(mixed, error):
+    before = modes(mixed)
+
+    def fail(*_):
+        raise error
+
+    mixed.model.h[1].register_forward_hook(fail)
+    with pytest.raises(error):
+        mixed.generate("a")
+    assert modes(mixed) == before
+
+
+def test_a_model_that_is_switched_to_training_between_pieces_still_generates_without_dropout():
+    lm, expected = make_lm(dropout=0.5), make_lm().generate("a", max_new_tokens=9, temperature=0)
+    pieces = []
+    for piece in lm.stream("a", max_new_tokens=9, temperature=0):
+        lm.model.train()
+        pieces.append(piece)
+    assert ["".join(pieces)] == expected
+    assert lm.model.training
+
+
 def test_a_model_can_be_trained_on_after_it_generated():
     lm = make_lm()
     lm.generate("a", max_new_tokens=3)
@@ -259,6 +325,43 @@ def test_an_unknown_tokenizer_name_is_refused(lm, tmp_path):
     gptlab.save(lm, tmp_path)
     with pytest.raises(GptlabError, match=r"unknown tokenizer 'gpt3'.*did you mean 'gpt2'"):
         gptlab.load(tmp_path, tokenizer="gpt3")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"dtype": "float23"}, "dtype must be one of .*got 'float23' .did you mean 'float32'"),
+        ({"dtype": torch.int64}, "dtype must be one of .*got torch.int64"),
+        ({"dtype": 32}, "dtype must be one of .*got 32"),
+        ({"device": "gpu"}, "no device 'gpu' here"),
+        ({"device": "cuda:99"}, "no device 'cuda:99' here"),
+        ({"device": "meta"}, "no device 'meta' here"),
+        ({"device": 1.5}, "no device '1.5' here"),
+    ],
+)
+def test_no_such_dtype_or_device(lm, tmp_path, values, said):
+    with pytest.raises(GptlabError, match=said):
+        gptlab.load("pocket", **values)
+    if "dtype" in values:
+        with pytest.raises(GptlabError, match=said):
+            gptlab.save(lm, tmp_path, **values)
+        assert not list(tmp_path.iterdir())
+
+
+def test_load_and_save_refuse_what_is_no_name_and_no_model(lm, tmp_path):
+    for name in (None, 3, b"pocket"):
+        with pytest.raises(GptlabError, match="the model must be a name or a directory, got"):
+            gptlab.load(name)
+    with pytest.raises(GptlabError, match="save takes a LanguageModel, got GPT; wrap a GPT"):
+        gptlab.save(lm.model, tmp_path)
+    for place in (None, 3, ""):
+        with pytest.raises(GptlabError, match="the path of a directory, got"):
+            gptlab.save(lm, place)
+
+
+def test_a_dtype_may_be_named(lm, tmp_path):
+    gptlab.save(lm, tmp_path, dtype="bfloat16")
+    assert gptlab.load(tmp_path, dtype="bfloat16").model.wte.weight.dtype == torch.bfloat16
 
 
 def test_half_precision_generates_too(lm, tmp_path):

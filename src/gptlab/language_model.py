@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from gptlab import checkpoints
 from gptlab.checkpoints import hub, native
 from gptlab.checkpoints.runs import is_run, model_of
+from gptlab.devices import find_device, find_dtype
 from gptlab.errors import GptlabError
 from gptlab.generation.continuation import Continuation
 from gptlab.generation.engine import decode
@@ -51,6 +54,8 @@ class LanguageModel:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         special: bool = False,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
     ) -> list[str]:
         """Continue each prompt; all go through the model as one batch.
 
@@ -58,22 +63,24 @@ class LanguageModel:
             prompts: one text or several, of any lengths up to the model's context; in place of a text the ids of its
                 tokens, which are taken as they are. What the tokenizer's template puts around a text is put there.
             max_new_tokens: most tokens to add to each.
-            temperature: 0 is greedy; see `Sampling` for this and the next two.
-            top_k: draw from the k best tokens only.
+            temperature: 0 is greedy; see `Sampling` for this and all that says how to draw.
+            top_k: draw from the k best tokens only; 0 or None: from all.
             top_p: draw from the best tokens that make up p of the probability only.
             seed: the same seed gives the same texts; None takes a new one.
             stop: end a text before any of these strings.
             special: read special tokens such as ``<|endoftext|>`` in prompts as what they are, not as text.
+            min_p: draw only from tokens with at least p times the probability of the best.
+            repetition_penalty: above 1, tokens that stand in the text already are less likely.
 
         Returns:
             The continuations, without their prompts, in the order of the prompts.
 
         Raises:
             GptlabError: no tokenizer, an empty or too long prompt, ids that the model does not have, a character that
-                the tokenizer cannot write, impossible sampling values.
+                the tokenizer cannot write, impossible sampling values, more memory needed than there is.
         """
         rows = _as_prompts(prompts)
-        sampling = Sampling(temperature, top_k, top_p, secrets.randbits(32) if seed is None else seed)
+        sampling = Sampling(temperature, top_k, top_p, _seed(seed), min_p, repetition_penalty)
         continuations = self.new_continuations(len(rows), stop)
         for _ in self.continue_all(rows, continuations, sampling, max_new_tokens, special=special):
             pass
@@ -90,16 +97,18 @@ class LanguageModel:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         special: bool = False,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
     ) -> Iterator[str]:
         """Yield the continuation of one prompt piece by piece, in whole characters. Arguments as `generate`."""
-        sampling = Sampling(temperature, top_k, top_p, secrets.randbits(32) if seed is None else seed)
+        sampling = Sampling(temperature, top_k, top_p, _seed(seed), min_p, repetition_penalty)
         continuations = self.new_continuations(1, stop)
         pieces = self.continue_all([prompt], continuations, sampling, max_new_tokens, special=special)
         return (piece for _, piece in pieces if piece)
 
     def new_continuations(self, n: int, stop: str | Sequence[str] = ()) -> list[Continuation]:
         """Return ``n`` empty continuations for `continue_all`."""
-        words = [stop] if isinstance(stop, str) else list(stop)
+        words = _stop_strings(stop)
         if "" in words:
             raise GptlabError("a stop string is empty; leave it out")
         return [Continuation(self.needs_tokenizer(), words) for _ in range(n)]
@@ -119,10 +128,9 @@ class LanguageModel:
         `generate`.
         """
         tokenizer = self.needs_tokenizer()
-        if max_new_tokens < 1:
-            raise GptlabError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if not isinstance(max_new_tokens, Integral) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+            raise GptlabError(f"max_new_tokens must be at least 1, got {max_new_tokens!r}")
         rows = [self._prompt_ids(tokenizer, prompt, special) for prompt in prompts]
-        self.model.eval()
         return decode(
             self.model,
             rows,
@@ -169,7 +177,7 @@ class LanguageModel:
         try:
             ids = [operator.index(token) for token in prompt]
         except TypeError:
-            raise GptlabError(f"a prompt is a text or a list of token ids, got {prompt!r}") from None
+            raise GptlabError(f"a prompt is a text or a list of token ids, got {prompt!s:.40}") from None
         for token in ids:
             if not 0 <= token < self.config.vocab_size:
                 raise GptlabError(
@@ -182,17 +190,30 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Return several prompts: ids are one prompt, as a text is."""
     if isinstance(prompts, str):
         return [prompts]
-    if isinstance(prompts, bytes) or not hasattr(prompts, "__len__"):
-        raise GptlabError(f"a prompt is a text or a list of token ids, got {prompts!r}")
-    rows: list[Any] = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)  # arrays and tensors too
+    values: Any = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # arrays and tensors too
+    if not isinstance(values, Iterable) or isinstance(values, (bytes, bytearray, Mapping)):
+        raise GptlabError(f"a prompt is a text or a list of token ids, got {type(values).__name__} {values!s:.40}")
+    rows: list[Any] = list(values)
     several = all(hasattr(row, "__len__") and not isinstance(row, bytes) for row in rows)
     return rows if several else [rows]
+
+
+def _stop_strings(stop: Any) -> list[str]:
+    words = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, Iterable) else [stop]
+    for word in words:
+        if not isinstance(word, str):
+            raise GptlabError(f"stop must be a text or a list of texts, got {type(word).__name__} {word!s:.40}")
+    return words
+
+
+def _seed(seed: int | None) -> int:
+    return secrets.randbits(32) if seed is None else seed
 
 
 def load(
     name: str | Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     tokenizer: str | Tokenizer | None = None,
 ) -> LanguageModel:
@@ -203,13 +224,19 @@ def load(
             ``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``, or ``owner/name`` on the Hugging Face hub. A `Path`
             is always a place on disk. The directory of a training run stands for its best checkpoint,
             ``"runs/a@last"`` for the last.
-        dtype: of the weights in memory; norms, softmax and logits are computed in float32 in any case.
-        device: where to put the model.
+        dtype: of the weights in memory, ``torch.bfloat16`` or ``"bfloat16"``; norms, softmax and logits are computed in
+            float32 in any case.
+        device: where to put the model: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...
         tokenizer: ``"gpt2"``, ``"bytes"`` or a `Tokenizer`, in place of the one beside the weights.
 
     Raises:
-        GptlabError: nothing of that name, no network, or a checkpoint that is damaged or does not fit.
+        GptlabError: nothing of that name, no network, a checkpoint that is damaged or does not fit, a dtype or a device
+            that is not there.
     """
+    name = Path(name) if isinstance(name, os.PathLike) else name
+    if not isinstance(name, (str, Path)):
+        raise GptlabError(f"the model must be a name or a directory, got {type(name).__name__} {name!s:.40}")
+    dtype, device = find_dtype(dtype), find_device(device)
     if isinstance(name, Path) and is_run(name):
         name = model_of(name)
     checkpoint = checkpoints.read(name if isinstance(name, Path) else hub.locate(name), dtype)
@@ -231,7 +258,7 @@ def save(
     lm: LanguageModel,
     directory: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Save a model and its tokenizer in gptlab's own format; `load` gives the same model back.
@@ -245,10 +272,15 @@ def save(
         files: to be written beside them, by name.
 
     Raises:
-        GptlabError: the directory cannot be written, or the disk is full.
+        GptlabError: the directory cannot be written, the disk is full, or something is not what it should be.
     """
+    if not isinstance(lm, LanguageModel):
+        raise GptlabError(f"save takes a LanguageModel, got {type(lm).__name__}; wrap a GPT in LanguageModel(model)")
+    if not isinstance(directory, (str, os.PathLike)) or not str(directory):
+        raise GptlabError(f"the place to save to must be the path of a directory, got {directory!r}")
+    stored = None if dtype is None else find_dtype(dtype)
     state = {
-        name: tensor if dtype is None or name in SCALES else tensor.to(dtype)
+        name: tensor if stored is None or name in SCALES else tensor.to(stored)
         for name, tensor in lm.model.tensors().items()
     }
     native.write(Path(directory), checkpoints.Checkpoint(lm.config, state, lm.tokenizer), files)

@@ -6,7 +6,7 @@ import torch
 
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
-from gptlab.generation import engine
+from gptlab.generation import engine, memory
 from gptlab.generation.continuation import Continuation
 from gptlab.generation.engine import decode, last_logits, pad_left
 from gptlab.generation.sampling import Sampling
@@ -314,6 +314,138 @@ def test_learned_positions_end_with_their_context_whatever_the_window(switches):
         run(model, [[1] * 65])
 
 
+# How the cache grows
+
+
+def caches_of(model, monkeypatch):
+    caches, make_cache = [], model.make_cache
+    monkeypatch.setattr(
+        model, "make_cache", lambda *args, **rest: caches.append(make_cache(*args, **rest)) or caches[-1]
+    )
+    return caches
+
+
+@pytest.mark.parametrize("switches", [{}, *SWITCHES, ENDLESS, {"position": "rope", "window": 200}], ids=str)
+def test_a_cache_that_grows_gives_the_same_bits(switches, monkeypatch):
+    model = make_model(context_length=400, **switches)
+    prompts, sampling = [*PROMPTS[:3], [3] * 40], Sampling(1.0, seed=4)
+    seen = {}
+    for reserve in (0, 1, 64, 10**6):
+        monkeypatch.setattr(engine, "RESERVE", reserve)
+        logits = seen.setdefault(reserve, [])
+        hook = model.lm_head.register_forward_hook(lambda _, __, out, logits=logits: logits.append(out))
+        logits.append(tokens(run(model, prompts, sampling, n=150)))
+        hook.remove()
+    for logits in seen.values():
+        assert logits[-1] == seen[64][-1]
+        assert all(torch.equal(a, b) for a, b in zip(logits[:-1], seen[64][:-1], strict=True))
+
+
+@pytest.mark.parametrize("n", [100_000, 10**9, 10**30])
+def test_a_long_text_that_ends_early_takes_little_memory(n, monkeypatch):
+    model = make_model(position="rope")
+    caches = caches_of(model, monkeypatch)
+    ends = tokens(run(model, [[5]], Sampling(1.0, seed=1), n=5))[0][-1]
+    (grown,) = run(model, [[5]], Sampling(1.0, seed=1), n=n, tokenizer=Numbers(end_of_text=ends))
+    assert grown.finish == "end_of_text"
+    assert caches[1].nbytes == 2 * 2 * (1 + engine.RESERVE) * 4 * 8 * 4  # k and v, layers, slots, heads, width, bytes
+
+
+def test_a_cache_grows_seldom_and_to_at_most_twice_what_it_holds(monkeypatch):
+    model = make_model(position="rope")
+    caches, sizes = caches_of(model, monkeypatch), []
+    model.register_forward_hook(lambda *_: sizes.append(caches[0].layers[0].k.shape[2]))
+    run(model, [[5]], n=1000)
+    assert sorted(set(sizes)) == [65, 130, 260, 520, 1001]
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize(
+    ("free", "n_rows", "said"),
+    [
+        (0, 1, "1 text at once, 1 tokens each to begin with, takes about 0.0 GiB of memory, and 0.0 GiB are free;"),
+        (2**32, 10**9, "1,000,000,000 texts at once, 1 tokens each to begin with, take about .* GiB of memory"),
+    ],
+)
+def test_a_batch_that_memory_cannot_hold_is_refused_before_the_work(free, n_rows, said, monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda device: free)
+    model = make_model(position="rope")
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the work has begun"))
+    with pytest.raises(GptlabError, match=f"{said}.*continue fewer texts"):
+        engine.check_batch(model, n_rows, 1)
+    if n_rows == 1:
+        with pytest.raises(GptlabError, match=said):
+            run(model, [[5]])
+
+
+def test_a_text_that_outgrows_the_memory_ends_in_a_sentence(monkeypatch):
+    model = make_model(position="rope")
+    (grown,) = [Continuation(Numbers())]
+    pieces = decode(model, [[5]], [grown], sampling=GREEDY, max_new_tokens=10**9, vocab_size=VOCAB)
+    next(pieces)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 1000)
+    with pytest.raises(GptlabError, match="going on after 65 tokens takes about"):
+        for _ in pieces:
+            pass
+    assert len(grown.tokens) == 65
+
+
+def test_an_allocation_that_fails_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda device: None)
+    model = make_model(position="rope")
+    model.register_forward_hook(lambda *_: torch.empty(2**60))  # what this machine cannot have
+    with pytest.raises(GptlabError, match="the memory does not suffice to go on; continue fewer texts"):
+        run(model, [[5]])
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs /proc")
+def test_the_available_memory_is_what_psutil_says():
+    psutil = pytest.importorskip("psutil")
+    free = memory.available_memory(torch.device("cpu"))
+    assert 0 < free <= psutil.virtual_memory().available * 1.2
+
+
+# Repetition penalty and min-p
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+@pytest.mark.parametrize("n_samples", [1, 3])
+def test_a_repetition_penalty_gives_the_greedy_text_of_transformers(penalty, n_samples):
+    transformers = pytest.importorskip("transformers")
+    model = make_model()
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4, eos_token_id=None)
+    ).eval()
+    turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    state = {name: t.T if name.endswith(turned) else t for name, t in model.tensors().items()}
+    theirs.transformer.load_state_dict(state)
+    prompt = PROMPTS[1]
+    expected = theirs.generate(
+        torch.tensor([prompt]), max_new_tokens=40, do_sample=False, repetition_penalty=penalty, pad_token_id=0
+    )[0, len(prompt) :].tolist()
+    sampling = Sampling(0, repetition_penalty=penalty)
+    # Rows that were penalised otherwise, and leave at another time, change nothing.
+    prompts = [prompt, [1] * 30, [2]][:n_samples]
+    assert tokens(run(model, prompts, sampling, n=40))[0] == expected
+    assert expected != tokens(run(model, [prompt], n=40))[0]
+
+
+def test_min_p_of_one_is_greedy_and_penalties_follow_rows_that_stay():
+    model = make_model()
+    assert tokens(run(model, PROMPTS, Sampling(1.0, seed=3, min_p=1.0))) == tokens(run(model, PROMPTS))
+    sampling = Sampling(0, repetition_penalty=1.5)
+    alone = [tokens(run(model, [prompt], sampling, n=30))[0] for prompt in PROMPTS]
+    end = alone[0][2]
+    expected = [ids[: ids.index(end)] if end in ids else ids for ids in alone]
+    assert tokens(run(model, PROMPTS, sampling, n=30, tokenizer=Numbers(end_of_text=end))) == expected
+
+
+@pytest.mark.parametrize("prompt", [[5, VOCAB], [-1]])
+def test_ids_that_the_model_lacks_are_refused(model, prompt):
+    with pytest.raises(GptlabError, match=f"the prompt has the id {prompt[-1]}, the model has 0 to 256"):
+        run(model, [[1], prompt])
+
+
 def resident():
     """Bytes of memory that this process holds."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -338,8 +470,8 @@ def test_rope_with_a_window_generates_for_ever_in_constant_memory(monkeypatch):
     assert len(grown.tokens) == n
     assert grown.finish is None
     assert len(caches) == 1
-    assert sizes[0] == sizes[-1]
-    assert all(size == sizes[0] for size in sizes)
+    full = sizes[engine.CHUNK // 50 + 1 :]  # until then the rings are not full, and grow
+    assert all(size == full[0] for size in full)
     assert (
         caches[0].nbytes == 2 * 2 * (15 + engine.CHUNK + 2) * 2 * 8 * 4
     )  # k and v, layers, slots, heads, width, bytes

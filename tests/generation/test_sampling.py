@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gptlab.errors import GptlabError
-from gptlab.generation.sampling import Sampling, draw, probabilities
+from gptlab.generation.sampling import Sampling, draw, penalised, probabilities
 
 LAST_UNIFORM = math.nextafter(1.0, 0.0)  # the largest number below 1
 
@@ -14,7 +14,7 @@ def random_logits(seed, *shape, scale=4.0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
 
 
-def judged(logits, temperature, top_k, top_p):
+def judged(logits, temperature, top_k, top_p, min_p=None):
     """The same distribution by transformers' logits warpers, in the order of its `generate`."""
     transformers = pytest.importorskip("transformers")
     scores = transformers.TemperatureLogitsWarper(temperature)(None, logits)
@@ -22,6 +22,8 @@ def judged(logits, temperature, top_k, top_p):
         scores = transformers.TopKLogitsWarper(top_k)(None, scores)
     if top_p is not None:
         scores = transformers.TopPLogitsWarper(top_p)(None, scores)
+    if min_p is not None:
+        scores = transformers.MinPLogitsWarper(min_p)(None, scores)
     return torch.softmax(scores, -1)
 
 
@@ -33,6 +35,28 @@ def test_probabilities_equal_transformers(temperature, top_k, top_p):
     logits = random_logits(int(temperature * 10), 8, 300)
     ours = probabilities(logits, Sampling(temperature, top_k, top_p))
     torch.testing.assert_close(ours, judged(logits, temperature, top_k, top_p), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+@pytest.mark.parametrize("top_k", [None, 0, 20])
+@pytest.mark.parametrize("top_p", [None, 0.9])
+@pytest.mark.parametrize("min_p", [0, 1e-3, 0.05, 0.5, 1.0])
+def test_min_p_equals_transformers(temperature, top_k, top_p, min_p):
+    logits = random_logits(9, 8, 300)
+    ours = probabilities(logits, Sampling(temperature, top_k, top_p, min_p=min_p))
+    torch.testing.assert_close(ours, judged(logits, temperature, top_k or None, top_p, min_p), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.0, 1.3, 10.0])
+def test_the_repetition_penalty_equals_transformers(penalty):
+    transformers = pytest.importorskip("transformers")
+    logits = random_logits(10, 4, 50).float()
+    logits[:, 3], logits[:, 4] = 0.0, -math.inf
+    ids = torch.randint(50, (4, 30), generator=torch.Generator().manual_seed(1))
+    present = torch.zeros(4, 50, dtype=torch.bool).scatter_(1, ids, True)
+    before, expected = logits.clone(), transformers.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
+    assert torch.equal(penalised(logits, present, penalty), expected)
+    assert torch.equal(logits, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -145,13 +169,22 @@ def test_draws_have_the_frequencies_of_the_distribution():
         ({"temperature": -0.1}, "temperature must be 0 .greedy. or a positive number, got -0.1"),
         ({"temperature": math.nan}, "temperature must be"),
         ({"temperature": math.inf}, "temperature must be"),
-        ({"top_k": 0}, "top_k must be at least 1, got 0; leave it out"),
-        ({"top_k": -5}, "top_k must be at least 1, got -5"),
+        ({"top_k": -5}, "top_k must be a whole number, 0 to allow every token, got -5"),
+        ({"top_k": 2.5}, "top_k must be"),
+        ({"top_k": True}, "top_k must be"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0; leave it out"),
         ({"top_p": 1.0001}, "top_p must be"),
         ({"top_p": -1}, "top_p must be"),
         ({"top_p": math.nan}, "top_p must be"),
-        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"min_p": -0.1}, "min_p must be 0 to 1, 0 to allow every token, got -0.1"),
+        ({"min_p": 1.01}, "min_p must be"),
+        ({"min_p": math.nan}, "min_p must be"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0, 1 for none, got 0.0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty must be"),
+        ({"repetition_penalty": "strong"}, "repetition_penalty must be above 0, 1 for none, got 'strong'"),
+        ({"temperature": "hot"}, "temperature must be .* got 'hot'"),
+        ({"seed": -1}, "seed must be a whole number of at least 0 and below 2..63, got -1"),
+        ({"seed": 1.5}, "seed must be"),
         ({"seed": 2**63}, "seed must be"),
     ],
 )

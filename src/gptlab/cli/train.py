@@ -87,11 +87,11 @@ def _start(plan: Recipe, data: Path | None, corpus: list[str], run: Path, device
     from gptlab.checkpoints.runs import is_run
     from gptlab.cli.prepare import prepare_with_progress
     from gptlab.cli.progress import Progress
+    from gptlab.devices import find_device
     from gptlab.text.shards import open_dataset
     from gptlab.training.budget import with_count
     from gptlab.training.lock import locked
     from gptlab.training.loop import train as run_training
-    from gptlab.training.parallel import find_device
     from gptlab.training.schedules import check_schedules
 
     if is_run(run):

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptlab.errors import GptlabError
 from gptlab.generation.continuation import Continuation
-from gptlab.generation.sampling import Sampling, draw, probabilities
+from gptlab.generation.memory import check_memory, is_shortage
+from gptlab.generation.sampling import Sampling, draw, penalised, probabilities
+from gptlab.model.cost import cache_bytes
 from gptlab.model.gpt import GPT
 from gptlab.model.linear import Linear
 from gptlab.model.masks import PADDING
 
 CHUNK = 512
 """Tokens of a prompt that are read at once."""
+RESERVE = 64
+"""New tokens that a cache has room for from the start; it grows with the text."""
+FEWER = "continue fewer texts at a time, or shorter prompts"
 
 
 def last_logits(hidden: Tensor, lm_head: Linear) -> Tensor:
@@ -39,6 +46,50 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
     return ids, torch.tensor(positions, device=device)
 
 
+@contextlib.contextmanager
+def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Switch dropout off inside the ``with`` block; every module is left as it was. Cheap: it runs once a token."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _shortage_in_words() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
+        raise GptlabError(f"the memory does not suffice to go on; {FEWER}") from None
+
+
+def check_batch(model: GPT, n_rows: int, n_tokens: int) -> None:
+    """Refuse a batch whose beginning alone needs more memory than there is.
+
+    Args:
+        model: what is to generate.
+        n_rows: texts at a time.
+        n_tokens: of the longest prompt.
+
+    Raises:
+        GptlabError: too many texts or tokens, with an estimate from below of the memory that they take.
+    """
+    weight, config = model.wte.weight, model.config
+    held = n_rows * cache_bytes(config, n_tokens + 1, weight.element_size(), chunk=CHUNK)
+    # One chunk of the prompt passes through a layer, then the logits through the sampling, which is in float64.
+    layer = n_rows * min(n_tokens, CHUNK) * (config.n_embd + config.inner) * 4
+    logits = n_rows * config.vocab_size * 3 * 8
+    texts = "1 text" if n_rows == 1 else f"{n_rows:,} texts"
+    said = f"{texts} at once, {n_tokens:,} tokens each to begin with, take{'s' * (n_rows == 1)}"
+    check_memory(held + max(layer, logits), weight.device, said, FEWER)
+
+
 @torch.inference_mode()
 def decode(
     model: GPT,
@@ -52,11 +103,14 @@ def decode(
 ) -> Iterator[tuple[int, str]]:
     """Continue all prompts together; yield (row, new text) as text appears.
 
-    A row draws from a random stream of its own, made of the seed and the row's number, so its text does not
-    depend on the others. Finished rows leave the batch.
+    A row draws from a random stream of its own, made of the seed and the row's number, and finished rows leave the
+    batch: in float32 its text does not depend on the others. In bfloat16 products of other shapes round otherwise, and
+    a sampled text may part from what it is in other company (docs/generation.md).
+
+    The model computes in eval mode and is left in its own after every token. The cache grows with the text.
 
     Args:
-        model: in eval mode.
+        model: what computes the logits.
         prompts: token ids of each row, at least one each.
         continuations: what grows, one a row; each ends with its `finish` set.
         sampling: how to choose tokens.
@@ -65,37 +119,54 @@ def decode(
         never: ids below that which it cannot decode; they are not sampled either.
 
     Raises:
-        GptlabError: an empty prompt, or one longer than the context.
+        GptlabError: an empty prompt, one longer than the context, ids that the model does not have, or more memory
+            needed than there is.
     """
     if not prompts:
         return
     # A table of positions ends; rotary ones do not, nor does a model without any.
     limit = model.config.context_length if model.config.has_table else sys.maxsize
     for prompt in prompts:
-        if not prompt:
-            raise GptlabError("the prompt is empty; give at least one token of text")
-        if len(prompt) > limit:
-            raise GptlabError(
-                f"the prompt has {len(prompt)} tokens, the model's context holds {limit}; shorten the prompt"
-            )
-    ids, positions = pad_left(prompts, model.wte.weight.device)
-    longest = ids.shape[1]
-    cache = model.make_cache(len(prompts), min(longest + max_new_tokens, limit), chunk=CHUNK)
+        _check_prompt(prompt, limit, model.config.vocab_size)
+    longest = max(map(len, prompts))
+    device = model.wte.weight.device
+    check_batch(model, len(prompts), longest)
+    modules = list(model.modules())
+
+    def forward(ids: Tensor, positions: Tensor | None, head: Any) -> Any:
+        if more := cache.growth(ids.shape[1]):
+            said = f"going on after {cache.layers[0].seen:,} tokens takes"
+            check_memory(more, device, said, FEWER)
+        with evaluating(modules), _shortage_in_words():
+            return model(ids, positions=positions, cache=cache, head=head)
+
+    with _shortage_in_words():
+        ids, positions = pad_left(prompts, device)
+        length = min(longest + max_new_tokens, limit)
+        cache = model.make_cache(len(prompts), length, chunk=CHUNK, reserve=longest + RESERVE)
     streams = [np.random.default_rng([sampling.seed, row]) for row in range(len(prompts))]
     active = list(range(len(prompts)))
+    present = _present(prompts, model.config.vocab_size, device) if sampling.repetition_penalty != 1 else None
 
     for start in range(0, longest - CHUNK, CHUNK):
         part = slice(start, start + CHUNK)
-        model(ids[:, part], positions=None if positions is None else positions[:, part], cache=cache, head=nothing)
+        forward(ids[:, part], None if positions is None else positions[:, part], nothing)
     rest = (longest - 1) // CHUNK * CHUNK
     ids, positions = ids[:, rest:], None if positions is None else positions[:, rest:]
 
     for _ in range(max_new_tokens):
-        logits = model(ids, positions=positions, cache=cache, head=last_logits)[:, :vocab_size]  # (B, V)
-        if never:
-            logits[:, list(never)] = -torch.inf
-        uniforms = torch.tensor([streams[row].random() for row in active], dtype=torch.float64, device=logits.device)
-        chosen = draw(probabilities(logits, sampling), uniforms)
+        logits = forward(ids, positions, last_logits)  # (B, V)
+        with _shortage_in_words():
+            if present is not None:
+                logits = penalised(logits, present, sampling.repetition_penalty)
+            logits = logits[:, :vocab_size]
+            if never:
+                logits[:, list(never)] = -torch.inf
+            numbers = [streams[row].random() for row in active]
+            uniforms = torch.tensor(numbers, dtype=torch.float64, device=device)
+            chosen = draw(probabilities(logits, sampling), uniforms)
+        if present is not None:
+            present.scatter_(1, chosen[:, None], True)
         for row, token in zip(active, chosen.tolist(), strict=True):
             yield row, continuations[row].add(token)
             # The token just drawn must itself be read before another can follow it.
@@ -107,7 +178,29 @@ def decode(
         if len(staying) < len(active):
             active = [active[i] for i in staying]
             chosen = chosen[staying]
+            present = None if present is None else present[staying]
             cache.keep(staying)
         ids, positions = chosen[:, None], None
     for row in active:
         yield row, continuations[row].close("length")
+
+
+def _check_prompt(prompt: Sequence[int], limit: int, vocab_size: int) -> None:
+    if not prompt:
+        raise GptlabError("the prompt is empty; give at least one token of text")
+    if len(prompt) > limit:
+        raise GptlabError(f"the prompt has {len(prompt)} tokens, the model's context holds {limit}; shorten the prompt")
+    low, high = min(prompt), max(prompt)
+    if low < 0 or high >= vocab_size:
+        raise GptlabError(
+            f"the prompt has the id {low if low < 0 else high}, the model has 0 to {vocab_size - 1};"
+            " encode it with the model's own tokenizer"
+        )
+
+
+def _present(prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:
+    """Return (B, V) bool: is the token in the prompt?"""
+    present = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
+    for row, prompt in zip(present, prompts, strict=True):
+        row[list(prompt)] = True
+    return present.to(device)

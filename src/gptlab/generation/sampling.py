@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,32 +15,63 @@ from gptlab.errors import GptlabError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose: temperature, then top-k, then top-p.
+    """How to choose: repetition penalty, temperature, top-k, top-p, min-p, in this order, as transformers has it.
 
     Attributes:
         temperature: divides the logits; 0 is greedy.
-        top_k: only the k best tokens; those that tie with the k-th stay. None: all.
+        top_k: only the k best tokens; those that tie with the k-th stay. None or 0: all.
         top_p: only the smallest set of best tokens whose probabilities reach p (Holtzman et al. 2020). The
             token that crosses p stays, as in Hugging Face's library; OpenAI's GPT-2 code drops it. None: all.
         seed: the same seed gives the same text.
+        min_p: only tokens with at least p times the probability of the best (Nguyen et al. 2024). None or 0: all.
+        repetition_penalty: positive logits of tokens that the prompt or the new text has already are divided by it,
+            negative ones multiplied (Keskar et al. 2019, *CTRL*); greedy choices are penalised too. 1: none.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise GptlabError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise GptlabError(f"top_k must be at least 1, got {self.top_k}; leave it out to allow every token")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
+        if not (_is_number(self.temperature) and self.temperature >= 0):
+            raise GptlabError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature!r}")
+        if self.top_k is not None and not (_is_whole(self.top_k) and self.top_k >= 0):
+            raise GptlabError(f"top_k must be a whole number, 0 to allow every token, got {self.top_k!r}")
+        if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise GptlabError(
-                f"top_p must be above 0 and at most 1, got {self.top_p}; leave it out to allow every token"
+                f"top_p must be above 0 and at most 1, got {self.top_p!r}; leave it out to allow every token"
             )
-        if not 0 <= self.seed < 2**63:
-            raise GptlabError(f"seed must be a whole number of at least 0, got {self.seed}")
+        if self.min_p is not None and not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
+            raise GptlabError(f"min_p must be 0 to 1, 0 to allow every token, got {self.min_p!r}")
+        if not (_is_number(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise GptlabError(f"repetition_penalty must be above 0, 1 for none, got {self.repetition_penalty!r}")
+        if not (_is_whole(self.seed) and 0 <= self.seed < 2**63):
+            raise GptlabError(f"seed must be a whole number of at least 0 and below 2**63, got {self.seed!r}")
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _is_whole(x: Any) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def penalised(logits: Tensor, present: Tensor, penalty: float) -> Tensor:
+    """Make tokens that are there already less likely, or more likely with a penalty below 1.
+
+    Args:
+        logits: (B, V).
+        present: (B, V) bool, the tokens of the prompt and of the new text.
+        penalty: as `Sampling.repetition_penalty`.
+
+    Returns:
+        (B, V) in the dtype of the logits.
+    """
+    return torch.where(present, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -51,7 +84,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     # Against the largest, so that a tiny temperature cannot overflow.
     logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+    if sampling.top_k and sampling.top_k < logits.shape[-1]:
         kth = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
     weights = torch.softmax(logits, dim=-1)
@@ -60,6 +93,9 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         better = ordered.cumsum(-1) - ordered  # probability of all better tokens
         dropped = torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, better >= sampling.top_p)
         weights = weights.masked_fill(dropped, 0.0)
+        weights = weights / weights.sum(-1, keepdim=True)
+    if sampling.min_p:
+        weights = weights.masked_fill(weights < sampling.min_p * weights.amax(-1, keepdim=True), 0.0)
         weights = weights / weights.sum(-1, keepdim=True)
     return weights
 

@@ -30,6 +30,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gptlab.errors import GptlabError
 from gptlab.model.masks import PADDING, Tokens, Visibility
@@ -38,27 +39,35 @@ from gptlab.model.masks import PADDING, Tokens, Visibility
 class Full:
     """The keys and values of one layer that sees the whole past.
 
+    Args:
+        capacity: slots that a row may have.
+        reserve: slots that it has from the start; more come as they are needed, each time twice as many. None: all.
+
     Attributes:
-        k, v: (B, H_kv, capacity, D).
-        positions: (B, capacity) int64, `PADDING` for an empty slot.
+        k, v: (B, H_kv, S, D), S being the slots so far.
+        positions: (B, S) int64, `PADDING` for an empty slot.
         counts: (B,) int64, the real tokens read in each row.
         used: a number of slots that no row exceeds.
     """
 
     def __init__(
-        self, batch: int, n_kv_head: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        batch: int,
+        n_kv_head: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        reserve: int | None = None,
     ) -> None:
-        self.k = torch.zeros(batch, n_kv_head, capacity, head_dim, dtype=dtype, device=device)
+        slots = capacity if reserve is None else min(max(reserve, 1), capacity)
+        self.capacity = capacity
+        self.k = torch.zeros(batch, n_kv_head, slots, head_dim, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
-        self.positions = torch.full((batch, capacity), PADDING, device=device)
+        self.positions = torch.full((batch, slots), PADDING, device=device)
         self.counts = torch.zeros(batch, dtype=torch.int64, device=device)
         self.seen = 0
         self.plain = True
-
-    @property
-    def capacity(self) -> int:
-        """How many tokens a row can hold."""
-        return self.k.shape[2]
 
     @property
     def used(self) -> int:
@@ -75,6 +84,8 @@ class Full:
             raise GptlabError("documents= and cache= cannot be combined: a cache continues one document a row")
         first, n_new = self.seen, k.shape[2]
         self.check_room(n_new)
+        if missing := self.missing(n_new):
+            self._grow(missing)
         self.seen += n_new
         self.plain &= tokens.plain
         k, v = k.to(self.k.dtype), v.to(self.v.dtype)
@@ -98,6 +109,16 @@ class Full:
                 f"the cache has {self.capacity} slots and {self.seen} are used: no room for {n} more tokens;"
                 " make it with a larger length"
             )
+
+    def missing(self, n: int) -> int:
+        """Return how many slots will be added before ``n`` more tokens are stored: 0, or enough to double them."""
+        slots, needed = self.k.shape[2], min(self.seen + n, self.capacity)
+        return 0 if needed <= slots else min(max(needed, 2 * slots), self.capacity) - slots
+
+    def _grow(self, n: int) -> None:
+        """Add ``n`` empty slots. Until all are there a ring has not come round: no token moves."""
+        self.k, self.v = (F.pad(x, (0, 0, 0, n)) for x in (self.k, self.v))
+        self.positions = F.pad(self.positions, (0, n), value=PADDING)
 
     def _slots(self, numbers: Tensor) -> Tensor:
         """Where the tokens of these running numbers live."""
@@ -155,11 +176,12 @@ class Ring(Full):
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        reserve: int | None = None,
         *,
         sinks: int,
         chunk: int,
     ) -> None:
-        super().__init__(batch, n_kv_head, capacity, head_dim, dtype, device)
+        super().__init__(batch, n_kv_head, capacity, head_dim, dtype, device, reserve)
         self.sinks, self.chunk = sinks, chunk
         self.written = torch.zeros_like(self.counts)  # tokens that ever took a slot, padding and forgotten ones too
 
@@ -211,6 +233,7 @@ class Cache:
         dtype: of keys and values.
         device: where they live.
         scales: those of a model between learned and rotary positions, as its keys are turned by them.
+        reserve: tokens to make room for at once; the rest of ``length`` when it is needed. None: all of it.
 
     Attributes:
         layers: one `Full` or `Ring` per block.
@@ -228,12 +251,13 @@ class Cache:
         dtype: torch.dtype,
         device: torch.device,
         scales: Mapping[str, Tensor] = {},
+        reserve: int | None = None,
     ) -> None:
         self.layers: list[Full] = []
         self.scales = {name: scale.clone() for name, scale in scales.items()}
         for visibility in visibilities:
             capacity = visibility.capacity(length, chunk)
-            shape = (batch, n_kv_head, capacity, head_dim, dtype, device)
+            shape = (batch, n_kv_head, capacity, head_dim, dtype, device, reserve)
             ring = capacity < length
             self.layers.append(Ring(*shape, sinks=visibility.sinks, chunk=chunk) if ring else Full(*shape))
 
@@ -263,6 +287,16 @@ class Cache:
         for layer in self.layers:
             layer.check_room(n)
 
+    def growth(self, n: int) -> int:
+        """Return the bytes that must be free before ``n`` more tokens can be stored: mostly 0."""
+        added, copied = 0, 0
+        for layer in self.layers:
+            if missing := layer.missing(n):
+                held = layer.k.nbytes + layer.v.nbytes
+                added += held // layer.k.shape[2] * missing
+                copied = max(copied, held)  # one layer after the other is there twice, for a moment
+        return added + copied
+
     def truncate(self, n: int) -> None:
         """Forget the last ``n`` tokens of every row, in every layer or, when one refuses, in none."""
         for layer in self.layers:
@@ -277,5 +311,5 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by keys and values."""
+        """Bytes held by keys and values so far."""
         return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers)

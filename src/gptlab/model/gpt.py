@@ -23,6 +23,7 @@ from gptlab.config import ModelConfig, RopeConfig
 from gptlab.errors import GptlabError
 from gptlab.model.attention import CausalSelfAttention
 from gptlab.model.cache import Cache, Full
+from gptlab.model.checks import check_input
 from gptlab.model.kernels import attention_weights
 from gptlab.model.linear import Linear
 from gptlab.model.masks import Tokens
@@ -167,7 +168,9 @@ class GPT(nn.Module):
                 start = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
                 parameter.copy_(start.normal_(0.0, std, generator=generator))
 
-    def make_cache(self, batch: int, length: int, *, chunk: int = 512, dtype: torch.dtype | None = None) -> Cache:
+    def make_cache(
+        self, batch: int, length: int, *, chunk: int = 512, dtype: torch.dtype | None = None, reserve: int | None = None
+    ) -> Cache:
         """Return an empty cache for ``batch`` sequences of at most ``length`` tokens.
 
         Args:
@@ -175,6 +178,7 @@ class GPT(nn.Module):
             length: tokens of the longest; costs memory only in layers without a window.
             chunk: most tokens that one call may bring; counts only in layers with a window.
             dtype: of keys and values; None is the weights' own.
+            reserve: tokens to make room for at once, the rest when it is needed; None makes room for all of ``length``.
 
         Raises:
             GptlabError: learned positions, and a ``length`` that exceeds them.
@@ -194,6 +198,7 @@ class GPT(nn.Module):
             dtype=dtype or self.wte.weight.dtype,
             device=self.wte.weight.device,
             scales=dict(self.named_buffers()),
+            reserve=reserve,
         )
 
     def forward(
@@ -219,7 +224,8 @@ class GPT(nn.Module):
             (B, T, V) float32 logits, or whatever ``head`` returns.
 
         Raises:
-            GptlabError: ids of the wrong shape or type, more tokens than ``context_length``, a full cache.
+            GptlabError: ids of the wrong shape or type, none, or out of range (seen on the CPU only), more tokens than
+                learned positions, a full cache.
         """
         x, tokens, rotary = self._embed(ids, positions, documents, cache)
         for i, block in enumerate(self.blocks):
@@ -230,21 +236,10 @@ class GPT(nn.Module):
         self, ids: Tensor, positions: Tensor | None, documents: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor, Tokens, Rotary | None]:
         """Return the first residual stream (B, T, C) float32, where its tokens stand, and their rotation."""
-        if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
-            raise GptlabError(
-                f"ids must be (batch, tokens) of int64, got shape {tuple(ids.shape)} and {ids.dtype};"
-                " for one sequence use torch.tensor([ids])"
-            )
-        n_tokens, scales = ids.shape[1], dict(self.named_buffers(recurse=False))
+        check_input(self.config, ids, positions, documents, cache)
+        scales = dict(self.named_buffers(recurse=False))
         if cache is not None:
             cache.check_scales(scales)
-            cache.check_room(n_tokens)
-            n_tokens += cache.layers[0].seen
-        if self.config.has_table and n_tokens > self.config.context_length:
-            raise GptlabError(
-                f"{n_tokens} tokens exceed the context of {self.config.context_length}"
-                " learned positions; shorten the input"
-            )
         if positions is not None:
             tokens = Tokens(positions, documents)
         elif cache is not None:
@@ -268,8 +263,8 @@ class GPT(nn.Module):
             ids: (B, T) int64 token ids.
             layer: index of the block, from 0.
         """
-        if not 0 <= layer < self.config.n_layer:
-            raise GptlabError(f"layer must be 0 to {self.config.n_layer - 1}, got {layer}")
+        if not isinstance(layer, int) or layer not in range(self.config.n_layer):
+            raise GptlabError(f"layer must be 0 to {self.config.n_layer - 1}, got {layer!r}")
         x, tokens, rotary = self._embed(ids, None, None, None)
         for block in self.blocks[:layer]:
             x = block(x, tokens, rotary)

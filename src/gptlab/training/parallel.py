@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gptlab.errors import GptlabError
+from gptlab.devices import find_device
 from gptlab.model.gpt import GPT
 
 
@@ -56,22 +56,6 @@ class Group:
     def share(self, n: int) -> slice:
         """Return this process's part of ``n`` rows."""
         return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
-
-
-def find_device(name: str | None) -> torch.device:
-    """Return a device by name; None takes a GPU where there is one.
-
-    Raises:
-        GptlabError: it is not here.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # not every name of torch's is a device that computes
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]
-        raise GptlabError(f"no device {name!r} here ({reason}); leave --device out") from None
-    return device
 
 
 @contextlib.contextmanager

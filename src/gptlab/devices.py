@@ -1,0 +1,47 @@
+"""Where to compute and in which numbers, by the names that users give."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gptlab.errors import GptlabError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Those that a model's weights may have in memory."""
+
+
+def find_device(device: Any) -> torch.device:
+    """Return a device by name (``cpu``, ``cuda``, ``cuda:1``, ``mps``); None takes a GPU where there is one.
+
+    Raises:
+        GptlabError: it is not here.
+    """
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).item()  # not every name of torch's is a device that computes
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise GptlabError(f"no device {str(device)!r} here ({reason}); 'cpu' is always there") from None
+    return found
+
+
+def find_dtype(dtype: Any) -> torch.dtype:
+    """Return one of `DTYPES`, given by name or as torch's own.
+
+    Raises:
+        GptlabError: another, or none.
+    """
+    import torch
+
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES or not isinstance(dtype, (str, torch.dtype)):
+        raise GptlabError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{nearest(name, DTYPES)}")
+    found: torch.dtype = getattr(torch, name)
+    return found
