@@ -273,7 +273,7 @@ def text(tmp_path: Path) -> Path:
 
 def test_rows_are_spread_over_the_text(text: Path) -> None:
     tokenizer = byte_tokenizer()
-    ids = [*tokenizer.encode(text.read_text()), tokenizer.end_of_text]
+    ids = [tokenizer.end_of_text, *tokenizer.encode(text.read_text())]
     assert torch.equal(
         torch.stack(calibration_rows(tokenizer, 100, 10_000, text)), torch.tensor(ids[:1000]).view(10, 100)
     )

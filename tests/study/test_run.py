@@ -506,7 +506,7 @@ def test_keys_and_damaged_results(tmp_path: Path, monkeypatch: Any) -> None:
     torch.set_num_threads(threads + 1)
     assert one != stages.key("train", a=1, b={"x": [1, 2], "y": None})
     torch.set_num_threads(threads)
-    monkeypatch.setitem(stages.CODE, "train", 2)
+    monkeypatch.setitem(stages.CODE, "train", stages.CODE["train"] + 1)
     assert one != stages.key("train", a=1, b={"x": [1, 2], "y": None})
     made = []
 

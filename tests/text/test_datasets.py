@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from gptlab.errors import GptlabError
 from gptlab.text.datasets import Dataset, Shard, Split, open_dataset
 from gptlab.text.documents import documents_of
-from gptlab.text.shards import prepare
+from gptlab.text.shards import append, prepare
 from gptlab.text.tokenizers import GPT2Tokenizer, byte_tokenizer, char_tokenizer
 
 TEXTS = [f"document {i} of some\n" * (1 + i % 3) for i in range(40)]
@@ -74,6 +75,48 @@ def test_what_was_prepared_is_found_again(made: Dataset) -> None:
         assert (split.document_ends.dtype, split.document_ends.shape) == (np.int64, (split.n_documents,))
         assert np.array_equal(split.document_ends, np.asarray(other.document_ends))
     again.verify()
+
+
+def write_first_version(folder: Path, parts: dict[str, list[str]]) -> Path:
+    """A dataset as version 1 of the format had it: a mark after each document, none before the first."""
+    folder.mkdir()
+    tokenizer, splits = byte_tokenizer(), {}
+    for name, content in tokenizer.files().items():
+        (folder / name).write_bytes(content)
+    for name, texts in parts.items():
+        ids = [i for text in texts for i in [*text.encode(), 256]]
+        contents = {
+            f"{name}-00000.bin": np.array(ids, "<u2").tobytes(),
+            f"{name}-ends-00000.bin": np.cumsum([len(text) + 1 for text in texts]).astype("<i8").tobytes(),
+        }
+        files = []
+        for file, content in contents.items():
+            (folder / file).write_bytes(content)
+            files.append({"file": file, "sha256": hashlib.sha256(content).hexdigest()})
+        splits[name] = {"tokens": len(ids), "documents": len(texts), "bytes": len(ids) - len(texts)}
+        splits[name] |= {"shards": [files[0] | {"tokens": len(ids)}], "ends": files[1]}
+    index = {"format": "gptlab-tokens", "version": 1, "name": "old", "items": False, "held_out": 0.5, "forced": None}
+    index |= {"tokenizer": {"sha256": tokenizer.sha256, "vocab_size": 257}, "dtype": "uint16", "splits": splits}
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_the_first_version_of_the_format_is_read_and_added_to(tmp_path: Path) -> None:
+    old = open_dataset(write_first_version(tmp_path / "old", {"training": ["one", "two "], "validation": ["three"]}))
+    old.verify()
+    assert [bytes(ids.tolist()) for ids in old.training.documents()] == [b"one", b"two "]
+    assert old.training.read(0, 9).tolist() == [*b"one", 256, *b"two ", 256]
+    # A mark opens the document after it, as in data of today.
+    assert old.training.owners(np.arange(9)).tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 2]
+    texts = [f"more {i}" for i in range(20)]
+    new = append(documents_of("more", texts), tmp_path / "old")
+    new.verify()
+    found = [[bytes(ids.tolist()).decode() for ids in split.documents()] for split in (new.training, new.validation)]
+    assert (found[0][:2], found[1][:1]) == (["one", "two "], ["three"])
+    # The rule of that version: by the hash of the text as it is.
+    held = [t for t in texts if int.from_bytes(hashlib.sha256(t.encode()).digest()[:8], "big") / 2**64 < 0.5]
+    assert found[1][1:] == held
+    assert sorted(found[0][2:] + held) == sorted(texts)
 
 
 def test_a_path_may_be_a_string(made: Dataset) -> None:
@@ -141,7 +184,7 @@ def change(**values: Any) -> Callable[[dict[str, Any]], Any]:
 @pytest.mark.parametrize(
     ("edit", "complaint"),
     [
-        (change(version=2), "version 2; this program reads version 1"),
+        (change(version=3), "version 3; this program reads versions 1 and 2"),
         (change(format="parquet"), "format 'parquet'"),
         (lambda index: index.pop("format"), "is damaged"),
         (lambda index: index.pop("dtype"), "is damaged"),

@@ -37,19 +37,22 @@ TEXTS = [f"document {i}: naïve café 東京 🙂 <|endoftext|> they'll\n\n  sit
 def texts_of(dataset: Dataset, split: Split) -> list[str]:
     """The documents that the ids and the ends stand for."""
     assert split.document_ends is not None
-    last = int(dataset.tokenizer.end_of_text is not None)
-    starts = [0, *split.document_ends[:-1].tolist()]
+    mark = dataset.tokenizer.end_of_text
+    last = int(mark is not None)
     ends = split.document_ends.tolist()
+    starts = [last, *ends[:-1]]
     if last:
-        assert all(split.read(end - 1, end).tolist() == [dataset.tokenizer.end_of_text] for end in ends)
+        assert all(split.read(place - 1, place).tolist() == [mark] for place in [1, *ends])
     assert ends[-1] == len(split)
-    return [dataset.tokenizer.decode(split.read(start, end - last)) for start, end in zip(starts, ends, strict=True)]
+    texts = [dataset.tokenizer.decode(split.read(start, end - last)) for start, end in zip(starts, ends, strict=True)]
+    assert texts == [dataset.tokenizer.decode(ids) for ids in split.documents()]
+    return texts
 
 
 def ids_of(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
-    """One stream, as the first training loop made it."""
-    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    return [i for ids in tokenizer.encode_batch(texts) for i in ids + end]
+    """One stream: the mark before each document, and after the last."""
+    mark = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    return [i for ids in tokenizer.encode_batch(texts) for i in mark + ids] + mark
 
 
 def split_of(documents: Documents, held_out: float) -> tuple[list[str], list[str]]:
@@ -100,7 +103,7 @@ def test_the_ids_are_tiktokens(tmp_path: Path, gpt2_tokenizer: GPT2Tokenizer, sh
     training, validation = split_of(documents, 0.1)
     for split, texts in ((dataset.training, training), (dataset.validation, validation)):
         batch = gpt2_tokenizer._encoding.encode_ordinary_batch(texts, num_threads=1)
-        assert split.read(0, len(split)).tolist() == [i for ids in batch for i in [*ids, 50256]]
+        assert split.read(0, len(split)).tolist() == [i for ids in batch for i in [50256, *ids]] + [50256]
 
 
 def test_one_document_longer_than_several_pieces(tmp_path: Path, gpt2_tokenizer: GPT2Tokenizer) -> None:
@@ -110,7 +113,7 @@ def test_one_document_longer_than_several_pieces(tmp_path: Path, gpt2_tokenizer:
     dataset = prepare(documents_of("long", [text]), gpt2_tokenizer, tmp_path / "data", held_out=0.01)
     cut = text.rfind("\n", 0, int(len(text) * 0.99)) + 1
     for split, part in ((dataset.training, text[:cut]), (dataset.validation, text[cut:])):
-        assert split.read(0, len(split)).tolist() == [*gpt2_tokenizer._encoding.encode_ordinary(part), 50256]
+        assert split.read(0, len(split)).tolist() == [50256, *gpt2_tokenizer._encoding.encode_ordinary(part), 50256]
         assert (split.n_documents, split.n_bytes) == (1, len(part.encode()))
 
 

@@ -120,6 +120,20 @@ def test_each_token_knows_its_document(tmp_path: Path) -> None:
     assert torch.cat([d.flatten() for d in in_order if d is not None]).tolist() == owner[:30]
 
 
+@pytest.mark.parametrize("length", [7, 10, 64])
+def test_a_mark_is_the_first_token_of_the_document_after_it(tmp_path: Path, length: int) -> None:
+    texts = ["one", "t", "three " * 5, "four\n"] * 3
+    data = make_dataset(tmp_path / "data", texts, "bytes")
+    rows = Windows(data.training, length, documents=True)
+    batches = list(rows.in_order(4))
+    ids = torch.cat([b.ids.flatten() for b in batches])
+    documents = torch.cat([b.documents.flatten() for b in batches if b.documents is not None])
+    assert ids[0] == 256  # the first document has one as well
+    assert torch.equal(documents, (ids == 256).cumsum(0) - 1)
+    predicted = torch.cat([b.targets.flatten() for b in batches])
+    assert predicted[-1] == 256  # and the last is seen to end
+
+
 def test_data_without_borders_cannot_keep_documents_apart(tmp_path: Path) -> None:
     with pytest.raises(gptlab.GptlabError, match=r"does not say where its documents end, so data\.documents has no"):
         Windows(stream(tmp_path, np.arange(31)), 10, documents=True)
@@ -166,7 +180,7 @@ def test_an_item_is_a_row_between_two_ends_of_text(names: Dataset) -> None:
     assert len(rows) == len(ends) == names.training.n_documents
     batch = rows.take(np.arange(len(rows)))
     assert batch.documents is None
-    starts = [0, *ends[:-1].tolist()]
+    starts = [1, *ends[:-1].tolist()]  # after the mark that opens the first
     for row, (start, stop) in enumerate(zip(starts, ends.tolist(), strict=True)):
         item = names.training.read(start, stop).tolist()
         assert item[-1] == end  # part of what is learned
@@ -174,7 +188,7 @@ def test_an_item_is_a_row_between_two_ends_of_text(names: Dataset) -> None:
         assert batch.ids[row, :n].tolist() == [end, *item[:-1]]
         assert batch.targets[row].tolist() == item + [IGNORED] * (6 - n)
         assert set(batch.ids[row, n:].tolist()) <= {end}  # any id that exists will do for padding
-    assert batch.n_targets == rows.n_targets == names.training.n_tokens
+    assert batch.n_targets == rows.n_targets == names.training.n_tokens - 1
     assert batch.origins.tolist() == list(range(len(rows)))
 
 

@@ -33,7 +33,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 def decoded(data: Dataset, part: str) -> set[str]:
     split = getattr(data, part)
     text = data.tokenizer.decode(split.read(0, split.n_tokens).tolist())
-    return set(text.split("<|endoftext|>")[:-1])
+    return set(text.split("<|endoftext|>")[1:-1])
 
 
 def test_what_is_new_is_counted(words: Dataset, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def calibration_rows(
 ) -> list[Tensor]:
     """Return rows of a text, spread evenly over it; all of them where it has fewer than asked for.
 
-    Documents follow each other with ``<|endoftext|>`` after each, where the tokenizer has it.
+    Each document is preceded by ``<|endoftext|>``, where the tokenizer has it, as in training.
 
     Args:
         tokenizer: the model's.
@@ -47,11 +47,11 @@ def calibration_rows(
     """
     if n_tokens < 1:
         raise GptlabError(f"a calibration text has at least 1 token, got {n_tokens}")
-    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    mark = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
     ids: list[int] = []
     left = MOST_CHARACTERS
     for document in open_documents([str(source)]):
-        ids += tokenizer.encode(document[:left]) + end
+        ids += mark + tokenizer.encode(document[:left])
         left -= len(document)
         if left <= 0:
             break

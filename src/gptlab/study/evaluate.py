@@ -205,8 +205,8 @@ class Questions:
 
     def _stream(self, tokenizer: Tokenizer) -> list[int]:
         """The documents one after the other, as in training."""
-        end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-        return [token for ids in tokenizer.encode_batch(list(self.documents)) for token in (*end, *ids)]
+        mark = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+        return [token for ids in tokenizer.encode_batch(list(self.documents)) for token in (*mark, *ids)]
 
 
 def check_settings(settings: EvaluationSettings, length: int, tokenizer: Tokenizer | None) -> None:
@@ -277,10 +277,8 @@ def write_held_out(settings: EvaluationSettings, dataset: Dataset | None, direct
 
 def _decoded(split: Split, tokenizer: Tokenizer) -> Iterable[str]:
     """The documents of a split; all of it where nobody wrote down where they end."""
-    ends = [len(split)] if split.document_ends is None else split.document_ends.tolist()
-    for start, end in zip([0, *ends], ends, strict=False):
-        ids = split.read(start, end).tolist()
-        yield tokenizer.decode([i for i in ids if i != tokenizer.end_of_text])
+    for ids in split.documents():
+        yield tokenizer.decode([i for i in ids.tolist() if i != tokenizer.end_of_text])
 
 
 def _result(values: dict[str, Any]) -> Result:

@@ -2,14 +2,18 @@
 
 A dataset is a directory with the tokenizer's files, raw little-endian ids in `training-00000.bin`,
 `validation-00000.bin` and so on, where each document ends in `training-ends-00000.bin` and `validation-ends-00000.bin`
-(int64, the first position after the document), and `index.json`, which says what belongs to it.
+(int64, the first position after the document and the mark that follows it), and `index.json`, which says what belongs
+to it.
+
+Where the tokenizer has ``<|endoftext|>``, each document is preceded by that mark, and the last one is followed by it:
+mark, text, mark, text, mark. A mark opens the document after it. Version 1 of the format lacks the very first mark.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +26,9 @@ from gptlab.text.splits import SPLITS
 from gptlab.text.tokenizers import GPT2Tokenizer, Tokenizer, read_tokenizer
 
 FORMAT = "gptlab-tokens"
-VERSION = 1
+VERSION = 2
+VERSIONS = (1, 2)
+"""Those that can be read."""
 INDEX = "index.json"
 
 _HEADER = 256  # int32 values before the ids in a file of llm.c
@@ -42,10 +48,12 @@ class Split:
     """The ids of one part of a dataset, one after the other, read from disk where they are asked for.
 
     Attributes:
-        n_tokens: ids in all, the ends of documents among them.
+        n_tokens: ids in all, the marks between documents among them.
         n_documents: documents; 0 where the format does not say.
         n_bytes: bytes of UTF-8 text, or None where the format does not say.
         dtype: of the ids.
+        marked: a mark (``<|endoftext|>``) follows each document.
+        first: where the first document's text begins: 1 where a mark precedes it.
     """
 
     def __init__(
@@ -57,10 +65,13 @@ class Split:
         n_documents: int = 0,
         n_bytes: int | None = None,
         ends: Shard | None = None,
+        marked: bool = False,
+        first: int = 0,
     ) -> None:
         self.shards, self.dtype, self.vocab_size = tuple(shards), dtype, vocab_size
         self.n_tokens = sum(shard.n_tokens for shard in shards)
         self.n_documents, self.n_bytes = n_documents, n_bytes
+        self.marked, self.first = marked, first
         self._ends = ends
         self._starts = np.cumsum([0, *(shard.n_tokens for shard in shards)])
         self._maps: dict[int, np.ndarray] = {}
@@ -88,8 +99,28 @@ class Split:
 
     @cached_property
     def document_ends(self) -> np.ndarray | None:
-        """The position after each document's last token (n_documents,), int64, on disk; None where nobody wrote it."""
+        """The position after each document and its mark (n_documents,), int64, on disk; None where nobody wrote it."""
         return None if self._ends is None else _mapped(self._ends, np.dtype("<i8"))
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """Yield the ids of each document's text, without the marks; all ids at once where nobody wrote the ends."""
+        if self.document_ends is None:
+            yield self.read(0, self.n_tokens)
+            return
+        start = self.first
+        for end in self.document_ends.tolist():
+            yield self.read(start, end - self.marked)
+            start = end
+
+    def owners(self, places: np.ndarray) -> np.ndarray:
+        """Return which document each place is in, int64; a mark is in the document that it opens.
+
+        Raises:
+            GptlabError: nobody wrote down where documents end.
+        """
+        if self.document_ends is None:
+            raise GptlabError("the data does not say where its documents end; prepare it with gptlab prepare")
+        return np.searchsorted(self.document_ends, places + self.marked, side="right").astype(np.int64)
 
     def verify(self) -> None:
         """Read everything and compare it with its checksums.
@@ -185,10 +216,10 @@ def read_index(path: Path) -> dict[str, Any]:
         raise GptlabError(f"{path / INDEX} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, LookupError) as error:
         raise GptlabError(f"{path / INDEX} is damaged ({error}); prepare the data again") from None
-    if not known or version != VERSION:
+    if not known or version not in VERSIONS:
         raise GptlabError(
-            f"{path / INDEX} is of format {values['format']!r}, version {version!r}; this program reads version"
-            f" {VERSION} of {FORMAT!r}: install a newer gptlab, or prepare the data again"
+            f"{path / INDEX} is of format {values['format']!r}, version {version!r}; this program reads versions"
+            f" {' and '.join(map(str, VERSIONS))} of {FORMAT!r}: install a newer gptlab, or prepare the data again"
         )
     return values
 
@@ -202,15 +233,23 @@ def _open_own(path: Path) -> Dataset:
         if _sha256(path / "tokenizer.json") != values["tokenizer"]["sha256"]:
             raise GptlabError(f"{path / 'tokenizer.json'} is not the one that made the ids; prepare the data again")
         dtype = np.dtype(values["dtype"]).newbyteorder("<")
-        splits = []
+        splits, marked = [], tokenizer.end_of_text is not None
         for split in (values["splits"][name] for name in SPLITS):
             shards = [Shard(path / s["file"], int(s["tokens"]), 0, s["sha256"]) for s in split["shards"]]
             ends = Shard(path / split["ends"]["file"], int(split["documents"]), 0, split["ends"]["sha256"])
             for shard, itemsize in [*((shard, dtype.itemsize) for shard in shards), (ends, 8)]:
                 _check_size(shard, itemsize)
-            n_documents, n_bytes = int(split["documents"]), int(split["bytes"])
             splits.append(
-                Split(shards, dtype, tokenizer.vocab_size, n_documents=n_documents, n_bytes=n_bytes, ends=ends)
+                Split(
+                    shards,
+                    dtype,
+                    tokenizer.vocab_size,
+                    n_documents=int(split["documents"]),
+                    n_bytes=int(split["bytes"]),
+                    ends=ends,
+                    marked=marked,
+                    first=int(marked and values["version"] > 1),
+                )
             )
         return Dataset(
             path,

@@ -25,7 +25,7 @@ class Encoded(NamedTuple):
     """What a job gives for one split.
 
     Attributes:
-        ids: of its texts, with the ends of documents.
+        ids: of its texts, each document followed by the mark that opens the next.
         ends: places in ``ids`` after each document that ends there, int64.
         n_bytes: of UTF-8 text.
     """
@@ -97,6 +97,7 @@ class SplitWriter:
         name: of the split.
         dtype: of the ids.
         shard_tokens: most ids in a file.
+        mark: the id that precedes the first document, or None; it is the one that follows every document.
         entry: what the index says of the split that this one continues; its shards stay where they are.
         document_ends: of that split.
     """
@@ -107,6 +108,7 @@ class SplitWriter:
         name: str,
         dtype: np.dtype[Any],
         shard_tokens: int,
+        mark: int | None = None,
         entry: dict[str, Any] | None = None,
         document_ends: np.ndarray | None = None,
     ) -> None:
@@ -120,13 +122,17 @@ class SplitWriter:
         self._ends = _HashedFile(folder / f"{name}-ends-{len(self._shards):05d}.bin")
         if document_ends is not None:
             self._ends.write(document_ends)
+        if entry is None and mark is not None:
+            self._write_ids(np.array([mark], dtype))
 
     def write(self, encoded: Encoded) -> None:
         self._ends.write(encoded.ends + self.n_tokens)
         self.n_documents += len(encoded.ends)
         self.n_bytes += encoded.n_bytes
-        self.n_tokens += len(encoded.ids)
-        ids = encoded.ids
+        self._write_ids(encoded.ids)
+
+    def _write_ids(self, ids: np.ndarray) -> None:
+        self.n_tokens += len(ids)
         while len(ids):
             if self._shard is None:
                 self._shard = _HashedFile(self._folder / f"{self.name}-{len(self._shards):05d}.bin")

@@ -62,7 +62,7 @@ def prepare(
     shard_tokens: int = SHARD_TOKENS,
     report: Report = lambda row: None,
 ) -> Dataset:
-    """Turn documents into a dataset; each is followed by the end of text where the tokenizer has one.
+    """Turn documents into a dataset; ``<|endoftext|>`` precedes each where the tokenizer has it, and ends the last.
 
     Args:
         documents: read two or three times; `divide` says which are held out.
@@ -89,7 +89,7 @@ def prepare(
         for name, content in tokenizer.files().items():
             _write_file(folder / name, content)
         dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-        writers = [SplitWriter(folder, name, dtype, shard_tokens) for name in SPLITS]
+        writers = [SplitWriter(folder, name, dtype, shard_tokens, tokenizer.end_of_text) for name in SPLITS]
         index = {
             "format": FORMAT,
             "version": VERSION,
@@ -146,7 +146,14 @@ def append(
         found = survey(documents, report)
         division = divide_alike(documents, found, old.held_out, old.forced)
         writers = [
-            SplitWriter(folder, name, split.dtype, shard_tokens, index["splits"][name], split.document_ends)
+            SplitWriter(
+                folder,
+                name,
+                split.dtype,
+                shard_tokens,
+                entry=index["splits"][name],
+                document_ends=split.document_ends,
+            )
             for name, split in zip(SPLITS, (old.training, old.validation), strict=True)
         ]
         splits = _write_splits(old.tokenizer, division, writers, old.training.dtype, found.n_bytes, report)

@@ -53,7 +53,8 @@ class Windows:
     Args:
         split: the stream.
         length: tokens of a window that are predicted, T.
-        documents: tell which document each token is in, so that attention can stay inside.
+        documents: tell which document each token is in, so that attention can stay inside. The mark before a
+            document's text is its first token: what generation and evaluation begin with is seen in training.
 
     Raises:
         GptlabError: documents asked for where the data does not say where they end.
@@ -61,8 +62,8 @@ class Windows:
 
     def __init__(self, split: Split, length: int, documents: bool = False) -> None:
         self.split, self.length = split, length
-        self.ends = split.document_ends if documents else None
-        if documents and self.ends is None:
+        self.documents = documents
+        if documents and split.document_ends is None:
             raise GptlabError(
                 "the data does not say where its documents end, so data.documents has no effect;"
                 " prepare it with gptlab prepare, or leave the setting out"
@@ -101,9 +102,8 @@ class Windows:
         rows = np.stack([self.split.read(int(start), int(start) + length + 1) for start in starts])
         tokens = torch.from_numpy(rows.astype(np.int64))
         documents = None
-        if self.ends is not None:
-            places = starts[:, None] + np.arange(length)
-            documents = torch.from_numpy(np.searchsorted(self.ends, places, side="right").astype(np.int64))
+        if self.documents:
+            documents = torch.from_numpy(self.split.owners(starts[:, None] + np.arange(length)))
         return Batch(tokens[:, :-1], tokens[:, 1:], documents, torch.from_numpy(starts.astype(np.int64)))
 
 
@@ -126,7 +126,7 @@ class Items:
             )
         self.split, self.length, self.end_of_text = split, length, end_of_text
         self.ends = np.asarray(split.document_ends)
-        self.starts = np.concatenate([[0], self.ends[:-1]])
+        self.starts = np.concatenate([[split.first], self.ends[:-1]])
         sizes = self.ends - self.starts
         if len(sizes) and sizes.max() > length:
             raise GptlabError(
@@ -141,7 +141,7 @@ class Items:
     @property
     def n_targets(self) -> int:
         """Tokens that `in_order` predicts: those of every item and its end."""
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return int(self.ends[-1]) - self.split.first if len(self.ends) else 0
 
     def take(self, which: np.ndarray) -> Batch:
         """Return the items of these numbers, (B,) int64."""

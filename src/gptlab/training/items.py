@@ -26,13 +26,9 @@ def novelty(lm: LanguageModel, dataset: Dataset, n: int, seed: int) -> dict[str,
     for _ in lm.continue_all([None] * n, continuations, Sampling(1.0, None, None, seed), lm.config.context_length - 1):
         pass
     samples = [continuation.text for continuation in continuations]
-    known = []
-    for split in (dataset.training, dataset.validation):
-        ids, ends = split.read(0, split.n_tokens), split.document_ends
-        starts = [] if ends is None else [0, *ends[:-1].tolist()]
-        stops = [] if ends is None else ends.tolist()
-        # Without its end of text, which is the item's last token.
-        known.append({tokenizer.decode(ids[a : b - 1].tolist()) for a, b in zip(starts, stops, strict=True)})
+    known = [
+        {tokenizer.decode(ids.tolist()) for ids in split.documents()} for split in (dataset.training, dataset.validation)
+    ]
     return {
         "sampled": n,
         "new_share": sum(sample not in known[0] for sample in samples) / n,
