@@ -54,6 +54,7 @@ def test_lines(run: Run, tmp_path: Path) -> None:
     code, out, _ = run(tmp_path / "names.txt", "--per-line", "--tokenizer", "chars", "--out", tmp_path / "data")
     assert code == 0
     assert re.search(r"training +\d+ tokens, 2 lines\n", out)
+    assert re.search(r"held out +\d bytes, \d+\.\d+% of the text; 1\.000% was asked for\n", out)
     assert "gptlab train names --data" in out
     assert open_dataset(tmp_path / "data").items
 

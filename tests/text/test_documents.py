@@ -17,7 +17,7 @@ import pytest
 
 from gptlab.errors import GptlabError
 from gptlab.text.documents import Documents, documents_of, open_documents
-from gptlab.text.pieces import PIECE
+from gptlab.text.segmentation import PIECE
 
 JSON_LINES = '{"text": "one\\nline"}\n\n{"text": " "}\n{"id": 3, "text": "naïve \\u2028 🌹"}\n'
 FROM_JSON = ["one\nline", "naïve \u2028 🌹"]
@@ -47,8 +47,8 @@ def test_a_file_is_one_document(tmp_path: Path) -> None:
 
 
 def test_lines_of_end_of_text_separate_documents(tmp_path: Path) -> None:
-    text = "one\n<|endoftext|>\ntwo <|endoftext|> of two\n\n<|endoftext|>\n<|endoftext|>\n \n<|endoftext|>\nlast"
-    assert read(write(tmp_path, {"a.txt": text}) / "a.txt") == ["one\n", "two <|endoftext|> of two\n\n", "last"]
+    text = "one\n<|endoftext|>\ntwo '<|endoftext|>' of two\n\n<|endoftext|>\n<|endoftext|>\n \n<|endoftext|>\nlast"
+    assert read(write(tmp_path, {"a.txt": text}) / "a.txt") == ["one\n", "two '<|endoftext|>' of two\n\n", "last"]
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"], ids=ascii)

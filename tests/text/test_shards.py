@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -55,6 +56,10 @@ def ids_of(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
     return [i for ids in tokenizer.encode_batch(texts) for i in mark + ids] + mark
 
 
+def rank(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
 def split_of(documents: Documents, held_out: float) -> tuple[list[str], list[str]]:
     division = divide(documents, survey(documents), held_out)
     parts: tuple[list[str], list[str]] = ([], [])
@@ -62,6 +67,20 @@ def split_of(documents: Documents, held_out: float) -> tuple[list[str], list[str
         assert ends
         parts[side].append(text)
     return parts
+
+
+def check_complete(dataset: Dataset, texts: Sequence[str]) -> None:
+    """Each text is on one side, or its beginning is trained on and its end held out."""
+    parts = [texts_of(dataset, split) for split in (dataset.training, dataset.validation)]
+    for text in texts:
+        side = next((part for part in parts if text in part), None)
+        if side is not None:
+            side.remove(text)
+        else:
+            head, tail = next((a, b) for a in parts[0] for b in parts[1] if a + b == text)
+            parts[0].remove(head)
+            parts[1].remove(tail)
+    assert parts == [[], []]
 
 
 def everything(directory: Path) -> dict[str, bytes]:
@@ -156,11 +175,12 @@ def test_a_tokenizer_that_may_not_be_cut_gets_whole_documents(tmp_path: Path) ->
     tokenizer = FileTokenizer(engine)
     assert not tokenizer.splits_as_gpt2
     text = "word " * 300_000
-    dataset = prepare(documents_of("long", [text, "short"]), tokenizer, tmp_path / "data")
-    split = max(dataset.training, dataset.validation, key=len)
+    dataset = prepare(
+        documents_of("long", [text]), tokenizer, tmp_path / "data", validation=documents_of("other", ["short"])
+    )
     # One space was put before the document, not one before every piece, and no merge was cut.
-    assert len(split) == 1 + 4 * 300_000
-    assert split.read(0, len(split)).tolist() == tokenizer.encode(text)
+    assert len(dataset.training) == 1 + 4 * 300_000
+    assert dataset.training.read(0, len(dataset.training)).tolist() == tokenizer.encode(text)
 
 
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -261,10 +281,9 @@ def test_added_documents_join_their_sides(tmp_path: Path, n_first: int) -> None:
     after = [texts_of(new, new.training), texts_of(new, new.validation)]
     for texts, fewer in zip(after, before, strict=True):
         assert texts[: len(fewer)] == fewer
-    assert sorted(after[0] + after[1]) == sorted(TEXTS)
-    if n_first > 2:  # of two, one was held out by force
-        together = split_of(documents_of("c", TEXTS), 0.2)
-        assert after == list(together)
+    check_complete(new, TEXTS)
+    for texts, fewer, side in zip(after, before, (False, True), strict=True):
+        assert texts[len(fewer) :] == [text for text in TEXTS[n_first:] if (rank(text) < 0.2) == side]
     assert new.training.n_bytes == sum(len(text.encode()) for text in after[0])
     assert new.sha256 != old.sha256
     new.verify()
@@ -281,7 +300,7 @@ def test_added_again_and_again(tmp_path: Path) -> None:
         append(documents_of("c", TEXTS[i : i + 1]), tmp_path / "data")
     dataset = open_dataset(tmp_path / "data")
     dataset.verify()
-    assert sorted(texts_of(dataset, dataset.training) + texts_of(dataset, dataset.validation)) == sorted(TEXTS)
+    check_complete(dataset, TEXTS)
 
 
 def test_tokenizers_are_not_mixed(tmp_path: Path, gpt2_tokenizer: GPT2Tokenizer) -> None:
@@ -339,7 +358,7 @@ def test_two_additions_at_a_time(tmp_path: Path) -> None:
         append(documents_of("d", TEXTS[20:]), tmp_path / "data", report=meanwhile)
     dataset = open_dataset(tmp_path / "data")
     dataset.verify()
-    assert dataset.training.n_documents + dataset.validation.n_documents == 21
+    check_complete(dataset, [*TEXTS[:20], "another one\n"])
 
 
 # --- full disks and killed processes --------------------------------------------------------------------------

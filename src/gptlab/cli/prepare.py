@@ -33,7 +33,10 @@ def prepare(
         str | None, typer.Option(help="gpt2 (the default), bytes, chars, bpe (trained), or a model's directory.")
     ] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Ids of a bpe tokenizer (default 4096).")] = None,
-    held_out: Annotated[float | None, typer.Option(help="Share of the documents to hold out (default 0.01).")] = None,
+    held_out: Annotated[float | None, typer.Option(help="Share of the text to hold out (default 0.01).")] = None,
+    validation: Annotated[
+        list[str] | None, typer.Option(help="A text of one's own to hold out; may be given several times.")
+    ] = None,
     per_line: Annotated[
         bool, typer.Option("--per-line", help="Every line is a document, as in a list of names.")
     ] = False,
@@ -48,6 +51,8 @@ def prepare(
         raise GptlabError("--vocab-size has an effect with --tokenizer bpe only; leave it out")
     if append:
         same = None if tokenizer is None else _tokenizer(tokenizer, 4096)
+        if validation:
+            raise GptlabError("--append divides by the rule of the data that are there; leave --validation out")
         if held_out is not None or isinstance(same, shards.NewTokenizer):
             raise GptlabError("--append takes the tokenizer and the share to hold out from the data; leave them out")
         with _progress() as report:
@@ -55,8 +60,11 @@ def prepare(
             dataset = shards.append(documents, out, tokenizer=same, report=report)
         _summarise(dataset)
     else:
+        if validation and held_out is not None:
+            raise GptlabError("--held-out has no effect with --validation; leave one of them out")
         choice = _tokenizer(tokenizer or "gpt2", vocab_size or 4096)
-        dataset = prepare_with_progress(sources, choice, out, 0.01 if held_out is None else held_out, per_line)
+        share = 0.01 if held_out is None else held_out
+        dataset = prepare_with_progress(sources, choice, out, share, per_line, validation or ())
     print(f"train on it: gptlab train {'names' if dataset.items else 'pocket'} --data {out} --out runs/{out.name}")
 
 
@@ -66,15 +74,28 @@ def prepare_with_progress(
     out: Path,
     held_out: float,
     per_line: bool = False,
+    validation: Sequence[str] = (),
 ) -> Dataset:
     """Do what `gptlab.text.shards.prepare` does, show how far it is, and print what came out."""
     from gptlab.text import shards
     from gptlab.text.documents import open_documents
 
+    shared = 0
+
+    def take(row: dict[str, Any]) -> None:
+        nonlocal shared
+        if row["event"] == "shared":
+            shared = row["documents"]
+        else:
+            report(row)
+
     with _progress() as report:
         documents = open_documents(sources, per_line=per_line, report=report)
-        dataset = shards.prepare(documents, tokenizer, out, held_out=held_out, report=report)
+        other = open_documents(validation, per_line=per_line, report=report) if validation else None
+        dataset = shards.prepare(documents, tokenizer, out, held_out=held_out, validation=other, report=take)
     _summarise(dataset)
+    if shared:
+        print(f"note: {shared:,} of the documents to train on are in the validation text too")
     return dataset
 
 
@@ -110,8 +131,21 @@ def _summarise(dataset: Dataset) -> None:
         f"{dataset.directory}: {dataset.name}, {n_bytes / 1e6:,.1f} MB, {dataset.tokenizer.vocab_size:,} ids in the"
         f" vocabulary, {n_bytes / n_tokens:.2f} bytes a token\n"
         f"training    {len(training):>14,} tokens, {training.n_documents:,} {unit}\n"
-        f"validation  {len(validation):>14,} tokens, {validation.n_documents:,} {unit}"
+        f"validation  {len(validation):>14,} tokens, {validation.n_documents:,} {unit}\n"
+        f"held out    {_held_out(dataset)}"
     )
+
+
+def _held_out(dataset: Dataset) -> str:
+    """What the validation part is, in words."""
+    training, validation, rule = dataset.training.n_bytes or 0, dataset.validation.n_bytes or 0, dataset.rule
+    words = f"{validation:,} bytes, {validation / (training + validation):.3%} of the text"
+    if rule is None:
+        return words
+    words += f"; {rule.held_out:.3%} was asked for" if rule.held_out else ": the validation text given"
+    if rule.cut is None:
+        return words
+    return f"{words}; of the longest document the first {rule.cut.n_bytes:,} bytes are trained on, the end is held out"
 
 
 @contextmanager

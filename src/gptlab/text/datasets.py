@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptlab.errors import GptlabError
-from gptlab.text.splits import SPLITS
+from gptlab.text.splits import SPLITS, Cut, Rule
 from gptlab.text.tokenizers import GPT2Tokenizer, Tokenizer, read_tokenizer
 
 FORMAT = "gptlab-tokens"
@@ -154,8 +154,7 @@ class Dataset:
         training: to learn from.
         validation: held out.
         items: each document is an item to be learned and sampled as a whole, as a name is.
-        held_out: the share of documents that goes to the validation part, or None in other programs' formats.
-        forced: the rank of a document that is on the other side than its rank says, so that neither side is empty.
+        rule: which says what is held out, or None in other programs' formats.
         tokenizer_sha256: as the index has it; another version of a library may write the same tokenizer otherwise.
     """
 
@@ -165,9 +164,13 @@ class Dataset:
     training: Split
     validation: Split
     items: bool = False
-    held_out: float | None = None
-    forced: float | None = None
+    rule: Rule | None = None
     tokenizer_sha256: str = ""
+
+    @property
+    def held_out(self) -> float | None:
+        """The share that was to be held out; 0 where the validation text is another, None in other programs' formats."""
+        return None if self.rule is None else self.rule.held_out
 
     @cached_property
     def sha256(self) -> str:
@@ -258,14 +261,22 @@ def _open_own(path: Path) -> Dataset:
             splits[0],
             splits[1],
             bool(values["items"]),
-            float(values["held_out"]),
-            values["forced"],
+            _rule(values),
             values["tokenizer"]["sha256"],
         )
     except (ValueError, TypeError, LookupError) as error:
         if isinstance(error, GptlabError):
             raise
         raise GptlabError(f"{path / INDEX} is damaged ({error!r}); prepare the data again") from None
+
+
+def _rule(values: dict[str, Any]) -> Rule:
+    held_out = float(values["held_out"])
+    if values["version"] == 1:
+        return Rule(held_out, () if values["forced"] is None else (float(values["forced"]),), exact=True)
+    cut = values["cut"]
+    moved = tuple(map(float, values["moved"]))
+    return Rule(held_out, moved, None if cut is None else Cut(float(cut["rank"]), int(cut["bytes"])))
 
 
 def _open_nanogpt(path: Path) -> Dataset:

@@ -23,7 +23,7 @@ from typing import IO, Any, cast
 
 from gptlab.errors import GptlabError, nearest
 from gptlab.text import downloads
-from gptlab.text.pieces import PIECE, Piece, document_pieces, in_pieces, line_pieces
+from gptlab.text.segmentation import PIECE, Piece, document_pieces, in_pieces, line_pieces
 from gptlab.text.tokenizers import refuse_surrogates
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")

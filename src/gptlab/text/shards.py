@@ -25,8 +25,8 @@ from gptlab.errors import GptlabError
 from gptlab.text.datasets import FORMAT, INDEX, VERSION, Dataset, Split, open_dataset, read_index
 from gptlab.text.documents import Documents
 from gptlab.text.encoding import SplitWriter, encode
-from gptlab.text.pieces import in_pieces
-from gptlab.text.splits import SPLITS, Division, divide, divide_alike, survey
+from gptlab.text.segmentation import in_pieces
+from gptlab.text.splits import SPLITS, Division, divide, divide_alike, divide_between, survey
 from gptlab.text.tokenizers import Tokenizer, make_tokenizer
 
 __all__ = ["Dataset", "NewTokenizer", "Split", "TokenizerChoice", "append", "open_dataset", "prepare"]
@@ -59,6 +59,7 @@ def prepare(
     out: Path,
     *,
     held_out: float = 0.01,
+    validation: Documents | None = None,
     shard_tokens: int = SHARD_TOKENS,
     report: Report = lambda row: None,
 ) -> Dataset:
@@ -69,9 +70,11 @@ def prepare(
         tokenizer: one to use, or what to make: ``bpe`` is trained on the training part, the alphabet of ``chars`` is
             that of both parts.
         out: the directory to make; it appears when all of it is on disk.
-        held_out: share of the documents, between 0 and 1.
+        held_out: share of the bytes, between 0 and 1.
+        validation: a text of one's own to hold out; all of ``documents`` is then trained on.
         shard_tokens: most ids in a file.
-        report: called with plain values as the work goes on.
+        report: called with plain values as the work goes on; ``{"event": "shared", "documents": n}`` says that n
+            documents to train on are in ``validation`` too.
 
     Raises:
         GptlabError: ``out`` exists or cannot be written, no text, too little of it for two parts, an unknown tokenizer,
@@ -83,23 +86,33 @@ def prepare(
         raise GptlabError(f"{out} exists already; choose another place, or add to the data there with --append")
     with _workplace(out, "nothing was left there") as folder:
         found = survey(documents, report)
-        division = divide(documents, found, held_out)
+        n_bytes = found.n_bytes
+        if validation is None:
+            division = divide(documents, found, held_out)
+        else:
+            other = survey(validation, report)
+            n_bytes += other.n_bytes
+            if shared := int(np.isin(found.ranks, other.ranks).sum()):
+                report({"event": "shared", "documents": shared})
+            division = divide_between(documents, validation)
         if not isinstance(tokenizer, Tokenizer):
-            tokenizer = _make(tokenizer, documents, division, report)
+            tokenizer = _make(tokenizer, division, report)
         for name, content in tokenizer.files().items():
             _write_file(folder / name, content)
         dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         writers = [SplitWriter(folder, name, dtype, shard_tokens, tokenizer.end_of_text) for name in SPLITS]
+        rule = division.rule
         index = {
             "format": FORMAT,
             "version": VERSION,
             "name": documents.name,
             "items": documents.items,
-            "held_out": held_out,
-            "forced": division.forced,
+            "held_out": rule.held_out,
+            "moved": list(rule.moved),
+            "cut": None if rule.cut is None else {"rank": rule.cut.rank, "bytes": rule.cut.n_bytes},
             "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
             "dtype": dtype.name,
-            "splits": _write_splits(tokenizer, division, writers, dtype, found.n_bytes, report),
+            "splits": _write_splits(tokenizer, division, writers, dtype, n_bytes, report),
         }
         _write_file(folder / INDEX, _json(index))
         _sync(folder)
@@ -132,7 +145,7 @@ def append(
             ``out`` cannot be written. The dataset is then as it was.
     """
     old = open_dataset(out)
-    if old.held_out is None:
+    if old.rule is None:
         raise GptlabError(f"{out} was made by another program; add only to what gptlab prepare made")
     if tokenizer is not None and tokenizer.sha256 != old.tokenizer.sha256:
         raise GptlabError(
@@ -143,8 +156,8 @@ def append(
         raise GptlabError(f"{out} holds {kinds[0]}, these are {kinds[1]}; give --per-line for both or for neither")
     index = read_index(out)
     with _workplace(out, "what was there before is unchanged") as folder:
-        found = survey(documents, report)
-        division = divide_alike(documents, found, old.held_out, old.forced)
+        found = survey(documents, report, exact=old.rule.exact)
+        division = divide_alike(documents, found, old.rule)
         writers = [
             SplitWriter(
                 folder,
@@ -168,13 +181,13 @@ def append(
     return open_dataset(out)
 
 
-def _make(choice: TokenizerChoice, documents: Documents, division: Division, report: Report) -> Tokenizer:
+def _make(choice: TokenizerChoice, division: Division, report: Report) -> Tokenizer:
     report({"event": "tokenizer", "kind": choice.kind})
     texts: Iterable[str]
     if choice.kind == "bpe":
         texts = _small(text for text, _, split in division.parted() if SPLITS[split] == "training")
     else:
-        texts = (text for text, _ in documents.pieces())
+        texts = (text for text, _, _ in division.parted())
     return make_tokenizer(choice.kind, texts, choice.vocab_size)
 
 

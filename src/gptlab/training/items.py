@@ -27,7 +27,8 @@ def novelty(lm: LanguageModel, dataset: Dataset, n: int, seed: int) -> dict[str,
         pass
     samples = [continuation.text for continuation in continuations]
     known = [
-        {tokenizer.decode(ids.tolist()) for ids in split.documents()} for split in (dataset.training, dataset.validation)
+        {tokenizer.decode(ids.tolist()) for ids in split.documents()}
+        for split in (dataset.training, dataset.validation)
     ]
     return {
         "sampled": n,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptlab.text.pieces import _CUT, Piece, document_pieces, in_pieces, line_pieces
+from gptlab.text.segmentation import _CUT, Piece, document_pieces, in_pieces, line_pieces
 from gptlab.text.tokenizers import END_OF_TEXT, GPT2Tokenizer, Tokenizer, byte_tokenizer, train_bpe
 
 many = settings(max_examples=150, derandomize=True, deadline=None, database=None)
@@ -75,9 +75,9 @@ def test_the_whole_piece_is_searched_for_a_cut() -> None:
     assert [piece.text for piece in in_pieces(text, 9002)] == ["a", " b" + "c" * 9000, " d"]
 
 
-def old_documents(text: str) -> list[str]:
-    """The rule in one regular expression: a line of its own ends a document, blank ones are left out."""
-    end = re.compile(rf"^{re.escape(END_OF_TEXT)}(?:\n|\Z)", re.MULTILINE)
+def judged_documents(text: str) -> list[str]:
+    """The rule in one regular expression; blank documents are left out."""
+    end = re.compile(rf"{re.escape(END_OF_TEXT)}(?:[ \t]+\n?|\n|\Z)")
     return [part for part in end.split(text) if part.strip()]
 
 
@@ -91,7 +91,11 @@ def joined(pieces: Iterable[Piece]) -> Iterator[str]:
     assert not parts, "the last document does not end"
 
 
-separated = st.lists(st.sampled_from((END_OF_TEXT, END_OF_TEXT, "\n", "\n", "\n", " ", "a", "bc ", "<|end", "x" * 30)))
+separated = st.lists(
+    st.sampled_from(
+        (END_OF_TEXT, END_OF_TEXT, "\n", "\n", "\n", " ", "\t", "a", "bc ", "<|end", "<|endoftext|", "x" * 30)
+    )
+)
 
 
 @many
@@ -100,7 +104,7 @@ def test_documents_do_not_depend_on_chunks_and_pieces(parts: list[str], chunk: i
     text = "".join(parts)
     chunks = [text[i : i + chunk] for i in range(0, len(text), chunk)]
     pieces = list(document_pieces(chunks, size))
-    assert list(joined(pieces)) == old_documents(text)
+    assert list(joined(pieces)) == judged_documents(text)
     assert all(len(piece.text) <= size for piece in pieces)
 
 
@@ -109,8 +113,24 @@ def test_documents_do_not_depend_on_chunks_and_pieces(parts: list[str], chunk: i
 def test_lines_do_not_depend_on_chunks(parts: list[str], chunk: int) -> None:
     text = "".join(parts)
     chunks = [text[i : i + chunk] for i in range(0, len(text), chunk)]
-    expected = [line for line in text.split("\n") if line.strip() and line != END_OF_TEXT]
+    expected = [document for line in text.split("\n") for document in judged_documents(line)]
     assert list(joined(line_pieces(chunks))) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "documents"),
+    [
+        ("story<|endoftext|>\nnext", ["story", "next"]),
+        ("story\n<|endoftext|> \nnext", ["story\n", "next"]),
+        ("one <|endoftext|> two <|endoftext|>", ["one ", "two "]),
+        ("one<|endoftext|>\n\nTitle", ["one", "\nTitle"]),
+        ("split('<|endoftext|>') and <|endoftext|>: words", ["split('<|endoftext|>') and <|endoftext|>: words"]),
+        ("a<|endoftext|>b", ["a<|endoftext|>b"]),
+    ],
+)
+def test_what_ends_a_document(text: str, documents: list[str]) -> None:
+    assert list(joined(document_pieces([text]))) == documents
+    assert list(joined(document_pieces(text))) == documents  # a character at a time
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "trained", "bytes"])
