@@ -40,7 +40,9 @@ def run_key(recipe: Recipe, dataset: Dataset, device: str) -> str:
     values = stages.plain(recipe)
     del values["model"], values["tokenizer"], values["data"]["corpus"]
     config = recipe.model_for(dataset.tokenizer.vocab_size).to_dict()
-    return stages.key("train", recipe=values, model=config, data=dataset.sha256, device=device)
+    # Since the mark before a document is the document's own, runs that keep documents apart give other numbers.
+    marks = {"marks": 2} if recipe.data.documents else {}
+    return stages.key("train", recipe=values, model=config, data=dataset.sha256, device=device, **marks)
 
 
 def finished(run: Path) -> Path | None:

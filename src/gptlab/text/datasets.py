@@ -169,7 +169,7 @@ class Dataset:
 
     @property
     def held_out(self) -> float | None:
-        """The share that was to be held out; 0 where the validation text is another, None in other programs' formats."""
+        """The share to be held out; 0 where the validation text is another, None in other programs' formats."""
         return None if self.rule is None else self.rule.held_out
 
     @cached_property

@@ -66,7 +66,7 @@ def document_pieces(chunks: Iterable[str], size: int = PIECE) -> Iterator[Piece]
 
 
 def line_pieces(chunks: Iterable[str]) -> Iterator[Piece]:
-    """Yield each line that is not blank, without its end, as a document; see `document_pieces` for ``<|endoftext|>``."""
+    """Yield each line that is not blank, without its end, as a document; ``<|endoftext|>`` as in `document_pieces`."""
     for line in _lines(chunks):
         if END_OF_TEXT not in line:
             documents = [line]
