@@ -146,3 +146,18 @@ def test_a_saved_model_with_another_models_ends_is_refused(tmp_path: Path) -> No
     (tmp_path / "saved" / "generation_config.json").write_text('{"eos_token_id": 7}')
     with pytest.raises(GptlabError, match="belong to different saves"):
         gptlab.load(tmp_path / "saved")
+
+
+def test_a_model_without_a_row_for_its_padding_token_can_be_trained(tmp_path: Path) -> None:
+    from gptlab.text.documents import open_documents
+    from gptlab.training.begin import first_model
+    from gptlab.training.recipe import Recipe
+
+    directory = fine_tuned(tmp_path / "model", added_tokens={"[PAD]": ROWS}, special_tokens_map={"pad_token": "[PAD]"})
+    lm = gptlab.load(directory)
+    assert lm.tokenizer is not None
+    assert lm.tokenizer.vocab_size == ROWS + 1
+    (tmp_path / "a.txt").write_text("".join(f"the cat[PAD] {i}\n<|endoftext|>\n" for i in range(50)))
+    dataset = prepare(open_documents([str(tmp_path / "a.txt")]), lm.tokenizer, tmp_path / "d", held_out=0.2)
+    assert dataset.training.read(0, dataset.training.n_tokens).max() == END
+    assert first_model(Recipe.model_validate({"budget": {"steps": 1}}), dataset, lm) is lm.model

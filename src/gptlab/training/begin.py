@@ -19,6 +19,7 @@ from gptlab.errors import GptlabError
 from gptlab.language_model import LanguageModel
 from gptlab.model.gpt import GPT
 from gptlab.text.shards import Dataset
+from gptlab.text.tokenizers import Tokenizer
 from gptlab.training import state
 from gptlab.training.distill import Teacher
 from gptlab.training.parallel import Group
@@ -50,7 +51,7 @@ def first_model(recipe: Recipe, dataset: Dataset, base: LanguageModel | None) ->
                 f"the data {dataset.name} was prepared with another tokenizer than {recipe.base} has; prepare it"
                 f" again with --tokenizer {recipe.base}"
             )
-        known, needed = base.config.vocab_size, dataset.tokenizer.vocab_size
+        known, needed = base.config.vocab_size, _ids_in_texts(dataset.tokenizer)
         if needed > known:
             raise GptlabError(
                 f"{recipe.base} knows {known:,} ids, the tokenizer of the data {dataset.name} has {needed:,}; prepare"
@@ -143,3 +144,12 @@ def read_saved(run: Path, recipe: Recipe, dataset: Dataset, note: Callable[[str]
         was = ", ".join(f"{name} {before.get(name)} before, {now[name]} now" for name in different)
         note(f"not bit for bit what an uninterrupted run would give: {was}")
     return saved
+
+
+def _ids_in_texts(tokenizer: Tokenizer) -> int:
+    """Return how many ids a model needs for prepared texts.
+
+    Many a fine-tuned model has no row for a padding token that its tokenizer has, and no text holds one.
+    """
+    unused = set(tokenizer.special_tokens.values()) - {tokenizer.end_of_text}
+    return 1 + max(token for token in tokenizer.known_ids(tokenizer.vocab_size) if token not in unused)
