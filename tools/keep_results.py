@@ -22,7 +22,7 @@ from gptlab.checkpoints.files import write_files
 from gptlab.errors import GptlabError
 from gptlab.study.results import Results, read_results, read_timings
 
-MOST_BYTES = 400_000
+MOST_BYTES = 450_000
 """Of a file; git keeps every version."""
 
 

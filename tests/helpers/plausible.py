@@ -11,8 +11,9 @@ from typing import Any
 
 from gptlab.config import ModelConfig
 from gptlab.model import cost
+from gptlab.report.view import Study
 from gptlab.study import roofline
-from gptlab.study.results import TIMINGS_FORMAT
+from gptlab.study.results import TIMINGS_FORMAT, Results, Timings
 from gptlab.study.statistics import factorial, seeds_interval
 
 FACTORS: dict[str, dict[str, Any]] = {
@@ -111,6 +112,9 @@ def variant(factors: Sequence[str], seeds: Sequence[int] = (0, 1, 2), **more: An
     values: dict[str, Any] = {
         "label": " + ".join(LABELS[f] for f in factors) or "GPT-2",
         "changes": changes,
+        "kinds": list(factors),
+        "reference": None,
+        "difference": None,
         "factors": list(factors),
         "config": config.to_dict(),
         "source": "trained",
@@ -151,10 +155,10 @@ def variant(factors: Sequence[str], seeds: Sequence[int] = (0, 1, 2), **more: An
             ],
             "trained_length": length,
         },
-        "copy": copies,
+        "copying": copies,
         "induction": {"first": 9.8, "second": 9.4, "best_head_score": 0.07, "best_head": [2, 5], "period": 64},
         "heads": heads(config),
-        "attention_maps": {
+        "attention_map": {
             "layer": 1,
             "head": 3,
             "tokens": [f"w{i} " for i in range(48)],
@@ -175,11 +179,12 @@ def results(cells: Sequence[Sequence[str]] | None = None, seeds: Sequence[int] =
         cells = [c for size in range(4) for c in itertools.combinations(FACTORS, size)]
     named = {"-".join(factors) or "base": tuple(factors) for factors in cells}
     losses = {name: {seed: loss(factors, seed) for seed in seeds} for name, factors in named.items()}
-    comparisons = {
-        name: {"validation_loss": interval([losses[name][s] - losses["base"][s] for s in seeds])}
-        for name in named
-        if name != "base"
-    }
+
+    def versus(name: str) -> dict[str, Any]:
+        if name == "base":
+            return {}
+        return {"reference": "base", "difference": interval([losses[name][s] - losses["base"][s] for s in seeds])}
+
     contrasts = factorial(named)
     effects = None
     if contrasts is not None:
@@ -208,12 +213,11 @@ def results(cells: Sequence[Sequence[str]] | None = None, seeds: Sequence[int] =
             "quick": False,
             "made_with": {"torch": "2.13.0", "threads": 2},
         },
-        "variants": {name: variant(factors, seeds) for name, factors in named.items()},
-        "comparisons": comparisons,
+        "variants": {name: variant(factors, seeds, **versus(name)) for name, factors in named.items()},
         "effects": effects,
         "four_sizes": {size: {name: counterpart(size, f) for name, f in named.items()} for size in ("gpt2", "gpt2-xl")},
         "race": None,
-        "claims": None,
+        "claims": [],
     }
 
 
@@ -245,6 +249,14 @@ def race(seed: int = 0) -> dict[str, Any]:
         racers[name] |= {"parameters": whole["parameters"]["total"], "run": whole["runs"][0]}
     corpus = {"name": "pydoc", "sha256": "0" * 64}
     return {"label": "a race", "base": "base", "corpus": corpus, "tokens": TOKENS, "recipe": {}, "variants": racers}
+
+
+def study(found: dict[str, Any], timed: dict[str, Any] | None = None) -> Study:
+    """The files as the report reads them."""
+    return Study(
+        Results.model_validate_json(json.dumps(found)),
+        Timings.model_validate_json(json.dumps(timed)) if timed else None,
+    )
 
 
 def timings(found: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from gptlab.config import ModelConfig
 from gptlab.model import cost
 from helpers import plausible
 
+FIELDS = {"rope": "position", "gqa": "n_kv_head", "swa": "window"}
 SHARES = (0.0, 0.01, 0.05)
 OF, LOSS = 8_192_000, (4.4, 4.39, 4.38)
 MADE: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
@@ -28,7 +29,7 @@ def found(only: tuple[str, ...] = tuple(MADE), uptrained: bool = True) -> dict[s
     """`results.json` of a study of conversions; as the runner writes it, by name."""
     results = plausible.results([()])
     shares = SHARES if uptrained else SHARES[:1]
-    for name in sorted(only):
+    for name in only:
         changes, added = MADE[name]
         fields = {key: value for key, value in changes.items() if key != "method"}
         config = ModelConfig.preset("pocket", **fields)
@@ -41,21 +42,23 @@ def found(only: tuple[str, ...] = tuple(MADE), uptrained: bool = True) -> dict[s
             look = {"share": share, "tokens": int(share * OF), "nats_per_token": LOSS[i] + added[i]}
             looks.append({**look, "by_run": [LOSS[i] + added[i]], "difference": gap, "rivals": rivals})
         values = plausible.variant((), label=f"by {name}", source="converted", changes=fields, config=config.to_dict())
-        about = {"changes": changes, "steps": ["a -> b"] if changes else [], "uptrain": [], "looks": looks}
+        about = {"changes": changes, "steps": ["a -> b"] if changes else [], "settings": [], "checkpoints": looks}
         values |= {
-            "conversion": {**about, "moved": 0.5, "moved_tokens": 8000},
+            "conversion": {**about, "divergence": 0.5, "divergence_tokens": 8000},
             "parameters": {**parts, "total": sum(parts.values())},
             "tokens_trained": OF + looks[-1]["tokens"],
+            "kinds": [kind for kind, field in FIELDS.items() if field in changes],
+            "reference": "longer" if uptrained and name != "longer" else "base",
+            "difference": interval(added[len(shares) - 1]),
         }
         results["variants"][name] = values
-        results["comparisons"][name] = {"validation_loss": interval(added[len(shares) - 1])}
     recipe = {"schedule": {"kind": "cosine"}, "budget": {"steps": 1}}
     results["study"] |= {
         "name": "mine",
         "conversion": {
             "calibration": "about 30 tokens of a text",
-            "yardstick": "longer" if uptrained else None,
-            "of": OF if uptrained else None,
+            "reference": "longer" if uptrained else None,
+            "pretraining_tokens": OF if uptrained else None,
             "recipe": recipe if uptrained else None,
         },
     }

@@ -14,11 +14,11 @@ from gptlab.report.blocks import Bullets, Section, Table, to_plain
 from gptlab.report.conversion import conversion
 from gptlab.report.page import outline, write_report
 from gptlab.report.summary import in_brief
-from gptlab.report.view import Study, read_study
+from gptlab.report.view import read_study
 
 
 def section(results: dict[str, Any]) -> Section:
-    return conversion(Study(results, None, list(MADE)))
+    return conversion(plausible.study(results))
 
 
 def sentences(part: Section) -> str:
@@ -57,19 +57,19 @@ def test_sentences_are_made_of_numbers() -> None:
 
 @pytest.mark.usefixtures("no_drawing")
 def test_one_that_was_not_trained_on_is_compared_where_it_can_be() -> None:
-    results = found(("longer", "mean", "svd"))
+    results = found(("longer", "svd", "mean"))
     about = results["variants"]["mean"]["conversion"]
-    ended = {**results["variants"]["mean"], "label": "early", "conversion": {**about, "looks": about["looks"][:2]}}
-    still = {**results["variants"]["mean"], "label": "still", "conversion": {**about, "looks": about["looks"][:1]}}
-    results["variants"] |= {"early": ended, "still": still}
-    whole = conversion(Study(results, None, [*MADE, "early", "still"]))
+    for name, n in (("early", 2), ("still", 1)):
+        shorter = {"label": name, "conversion": {**about, "checkpoints": about["checkpoints"][:n]}}
+        results["variants"][name] = results["variants"]["mean"] | shorter
+    whole = conversion(plausible.study(results))
     heads = sentences(whole.parts[0])
     assert "Right after conversion by svd has the lowest loss of 4 ways to the same architecture." in heads
     assert "After 5% by svd has the lowest loss of 2 ways to the same architecture." in heads
     assert "After 1%" not in heads.partition("After 5% by svd has")[2]
     assert "still (not trained on). Right after conversion loss 0.200 nats" in heads
     assert "early. Right after" in heads
-    brief = in_brief(Study(results, None, [*MADE, "early", "still"]))
+    brief = in_brief(plausible.study(results))
     said = [item.partition(".**")[0].strip("*") for item in brief.blocks[0].items]  # type: ignore[union-attr]
     assert [name for name in said if name in ("by svd", "by mean", "early", "still (not trained on)")] == [
         "by svd", "by mean", "early",
@@ -92,9 +92,9 @@ def test_a_failed_conversion_has_no_row(tmp_path: Path) -> None:
     results = found(("longer", "mean", "svd"))
     failed = {"seed": 0, "status": "failed", "error": "it is singular", "key": "k", "curve": [], "validation_curve": []}
     results["variants"]["mean"] |= {"runs": [{**failed, "validation_loss": None}], "quality": None}
-    results["variants"]["mean"]["conversion"] |= {"looks": [], "moved": None}
-    results["comparisons"]["mean"] = {}
-    for look in results["variants"]["svd"]["conversion"]["looks"]:
+    results["variants"]["mean"]["conversion"] |= {"checkpoints": [], "divergence": None}
+    results["variants"]["mean"]["difference"] = None
+    for look in results["variants"]["svd"]["conversion"]["checkpoints"]:
         look["rivals"] = {}
     directory = plausible.write(tmp_path / "study", results)
     write_report(directory)
@@ -109,7 +109,7 @@ def test_the_rest_of_the_report_compares_like_with_like(tmp_path: Path) -> None:
     study = read_study(directory)
     assert study.reference("mean") == "longer"
     assert study.reference("longer") == "base"
-    assert study.drawn == ["base", "all", "mean", "rope", "swa"]  # svd and longer have the architecture of others
+    assert study.drawn == ["base", "svd", "rope", "swa", "all"]  # mean and longer have the architecture of others
     assert study.made("mean") == "by mean"
     titles = [part.title for part in outline(study) if not part.empty]
     assert titles[:4] == ["In brief", "Summary", "Quality", "Conversion"]
@@ -120,7 +120,7 @@ def test_the_rest_of_the_report_compares_like_with_like(tmp_path: Path) -> None:
 
 
 def test_the_curves_are_drawn(tmp_path: Path) -> None:
-    drawn = pictures.curves(Study(found(), None, list(MADE)))
+    drawn = pictures.curves(plausible.study(found()))
     assert [one.name for one in drawn] == [
         f"conversion-{kind}" for kind in ("heads", "positions", "windows", "several")
     ]

@@ -14,7 +14,7 @@ from helpers import plausible, plausible_conversions
 
 from gptlab.errors import GptlabError
 from gptlab.report.blocks import nats
-from gptlab.study.results import make_results
+from gptlab.study.results import Interval
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 if not TOOLS.is_dir():
@@ -99,11 +99,11 @@ def test_the_page_holds_the_results_own_figures(
         assert row[1] == f"{variant['parameters']['total']:,}"
         assert f"{variant['quality']['nats_per_token']:.3f}" in row
         if name != "base":
-            assert nats(found["comparisons"][name]["validation_loss"]) in row
+            assert nats(Interval(**variant["difference"])) in row
     for part in ("main", "interactions"):
         for term, one in found["effects"][part].items():
             (row,) = (r for r in rows if r[0].replace(" × ", "-").lower() == term.replace(" x ", "-"))
-            assert row[1] == nats(one)
+            assert row[1] == nats(Interval(**one))
     assert "**holds**" in by_name["A paper"]
     assert f"; {timed['machine']['date']}" in by_name["machine"][1]
     assert timed["machine"]["processor"] in by_name["machine"][1]
@@ -150,7 +150,7 @@ def test_what_is_kept_of_a_study(docs: ModuleType, tmp_path: Path, monkeypatch: 
     results, timings = keep(directory, docs, monkeypatch)
     assert (results.name, timings.name) == ("standard.json", "standard-timings.json")
     assert json.loads(timings.read_text()) == json.loads(json.dumps(timed))
-    expected = make_results(found).model_dump(mode="json")
+    expected = plausible.study(found).results.model_dump(mode="json")
     expected["study"]["recipe"]["data"]["corpus"] = ["enwiki.txt", "pydoc"]
     for variant in expected["variants"].values():
         variant["attention_map"] = None
@@ -186,14 +186,14 @@ def test_a_study_of_conversions_is_kept_and_shown(
 ) -> None:
     found = plausible_conversions.found()
     found["study"] |= {"name": "convert", "recipe": {}}
-    found["variants"]["svd"]["conversion"]["uptrain"] = ["distill.teacher=base"]
+    found["variants"]["svd"]["conversion"]["settings"] = ["distill.teacher=base"]
     directory = plausible.write(tmp_path / "study", found, plausible.timings(found))
     kept, _ = tool("keep_results", monkeypatch).keep(directory, "convert", docs.ROOT / "docs/results")
     values = json.loads(kept.read_text())
     assert {name: (one["heads"], one["samples"]) for name, one in values["variants"].items() if name != "base"} == {
         name: (None, []) for name in plausible_conversions.MADE
     }
-    expected = make_results(found).variants["svd"].conversion
+    expected = plausible.study(found).results.variants["svd"].conversion
     assert expected is not None
     assert values["variants"]["svd"]["conversion"] == expected.model_dump(mode="json")
     page = docs.ROOT / "docs/conversion_results.md"
@@ -210,7 +210,9 @@ def test_a_study_of_conversions_is_kept_and_shown(
 
 
 def test_the_headline_of_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = tool("conversion_tables", monkeypatch).headline(make_results(plausible_conversions.found()), "all")
+    said = tool("conversion_tables", monkeypatch).headline(
+        plausible.study(plausible_conversions.found()).results, "all"
+    )
     assert (
         "with 2 of its 6 key heads, rotary positions and a window of 128 needs 0.12 MiB of cache for 512 tokens" in said
     )
@@ -223,8 +225,12 @@ def test_the_headline_of_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_headline_inside_the_noise_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     found = plausible_conversions.found()
-    found["variants"]["all"]["conversion"]["looks"][-1]["difference"] |= {"mean": 0.003, "low": -0.001, "high": 0.007}
-    said = tool("conversion_tables", monkeypatch).headline(make_results(found), "all")
+    found["variants"]["all"]["conversion"]["checkpoints"][-1]["difference"] |= {
+        "mean": 0.003,
+        "low": -0.001,
+        "high": 0.007,
+    }
+    said = tool("conversion_tables", monkeypatch).headline(plausible.study(found).results, "all")
     assert "not to be told (+0.003 nats a token, −0.001 to +0.007) from that of the base trained on as long" in said
 
 

@@ -21,8 +21,8 @@ from gptlab.model import cost
 from gptlab.report import page as report
 from gptlab.report.blocks import Section, Table, in_noise, nats, to_html, to_plain, verdict
 from gptlab.report.page import write_report
-from gptlab.report.view import Study, read_study
-from gptlab.study.results import make_results, read_results
+from gptlab.report.view import read_study
+from gptlab.study.results import Interval
 
 Results = dict[str, Any]
 LADDER: list[tuple[str, ...]] = [(), ("rope",), ("gqa",), ("swa",), ("rope", "gqa"), ("rope", "gqa", "swa")]
@@ -118,10 +118,6 @@ def tables(sections: list[Section]) -> Iterator[Table]:
         yield from tables(list(section.parts))
 
 
-def study_of(found: Results, timed: Results | None = None) -> Study:
-    return Study(found, timed)
-
-
 def test_the_page_is_whole_and_needs_nothing_else(whole: Path) -> None:
     page = check_page(whole / "report.html")
     drawn = {path.stem for path in (whole / "figures").glob("*.svg")}
@@ -204,7 +200,7 @@ def test_the_calculator_works_in_a_browser(whole: Path, tmp_path: Path) -> None:
 
 def test_every_table_names_model_tokens_and_hardware(no_drawing: None) -> None:
     found = plausible.results(LADDER)
-    for table in tables(report.outline(study_of(found, plausible.timings(found)))):
+    for table in tables(report.outline(plausible.study(found, plausible.timings(found)))):
         model, trained, hardware = re.split("; ", table.setting, maxsplit=2)
         assert "GPT-2" in model
         assert "8.19M tokens trained, 3 seeds" in trained or trained == "untrained"
@@ -214,7 +210,7 @@ def test_every_table_names_model_tokens_and_hardware(no_drawing: None) -> None:
 def test_the_summary_holds_the_results_own_figures(no_drawing: None) -> None:
     found = plausible.results(LADDER)
     timed = plausible.timings(found)
-    (table,) = (t for t in tables(report.outline(study_of(found, timed))) if t.title == "Variants")
+    (table,) = (t for t in tables(report.outline(plausible.study(found, timed))) if t.title == "Variants")
     assert len(table.rows) == len(LADDER)
     for row, (name, variant) in zip(table.rows, found["variants"].items(), strict=True):
         config = ModelConfig.from_dict(variant["config"])
@@ -223,9 +219,9 @@ def test_the_summary_holds_the_results_own_figures(no_drawing: None) -> None:
         assert row[2] == f"{cost.cache_bytes_per_token(config, 2) / 1024:.2f}\u00a0KiB"
         assert row[4] == f"{point['tokens_per_second']:,.0f}"
         assert row[5] == f"{variant['quality']['nats_per_token']:.3f}"
-        gap = found["comparisons"].get(name, {}).get("validation_loss")
-        assert row[6] == ("base" if gap is None else nats(gap))
-        assert row[8] == gap
+        gap = variant["difference"]
+        assert row[6] == ("base" if gap is None else nats(Interval(**gap)))
+        assert row[8] == (None if gap is None else Interval(**gap))
 
 
 def test_the_four_sizes_are_gpt2s(written: Callable[..., tuple[Page, str]]) -> None:
@@ -251,17 +247,17 @@ def between(low: float | None, mean: float, high: float | None) -> dict[str, Any
     ],
 )
 def test_a_difference_in_words(interval: dict[str, Any], words: str) -> None:
-    assert verdict(interval) == words
-    assert in_noise(interval) is words.startswith("inside")
+    assert verdict(Interval(**interval)) == words
+    assert in_noise(Interval(**interval)) is words.startswith("inside")
 
 
 def test_direction_words_follow_the_sign(written: Callable[..., tuple[Page, str]]) -> None:
     found = plausible.results([(), ("rope",)])
-    found["comparisons"]["rope"]["validation_loss"] = between(-0.09, -0.08, -0.07)
+    found["variants"]["rope"]["difference"] = between(-0.09, -0.08, -0.07)
     assert "**RoPE.** Loss 0.080 nats a token lower" in written(found)[1]
-    found["comparisons"]["rope"]["validation_loss"] = between(0.07, 0.08, 0.09)
+    found["variants"]["rope"]["difference"] = between(0.07, 0.08, 0.09)
     assert "**RoPE.** Loss 0.080 nats a token higher" in written(found)[1]
-    found["comparisons"]["rope"]["validation_loss"] = between(-0.07, 0.01, 0.09)
+    found["variants"]["rope"]["difference"] = between(-0.07, 0.01, 0.09)
     text = written(found)[1]
     assert "**RoPE.** Loss inside the noise" in text
     assert not re.search(r"\b(lower|higher) \(", text)
@@ -322,32 +318,39 @@ def shipped_only(found: Results) -> None:
         variant.update(source="shipped", runs=[], tokens_trained=None)
 
 
+def undecided(found: Results) -> None:
+    found["effects"] = None
+    for variant in found["variants"].values():
+        variant["difference"] = None
+
+
 def no_quality(found: Results) -> None:
     for variant in found["variants"].values():
         for run in variant["runs"]:
             run.update(status="failed", error="out of memory", curve=[], validation_curve=[], validation_loss=None)
         variant.update(
-            quality=None, by_position=None, copy=[], induction=None, heads=None, attention_maps=None, samples=[]
+            quality=None, by_position=None, copying=[], induction=None, heads=None, attention_map=None, samples=[]
         )
-    found.update(comparisons={}, effects=None)
+    undecided(found)
 
 
 def single_seed(found: Results) -> None:
-    for one in found["comparisons"].values():
-        one["validation_loss"].update(low=None, high=None, n=1)
+    for variant in found["variants"].values():
+        if variant["difference"]:
+            variant["difference"].update(low=None, high=None, n=1)
     found["effects"] = None
 
 
 def only_the_base(found: Results) -> None:
     found["variants"] = {"base": found["variants"]["base"]}
-    found.update(comparisons={}, effects=None)
+    undecided(found)
 
 
 def base_failed(found: Results) -> None:
     for run in found["variants"]["base"]["runs"]:
         run.update(status="failed", error=None, curve=[], validation_curve=[], validation_loss=None)
-    found["variants"]["base"].update(quality=None, by_position=None, heads=None, attention_maps=None)
-    found.update(comparisons={}, effects=None)
+    found["variants"]["base"].update(quality=None, by_position=None, heads=None, attention_map=None)
+    undecided(found)
 
 
 MISSING: dict[str, Callable[[Results], None]] = {
@@ -361,8 +364,8 @@ MISSING: dict[str, Callable[[Results], None]] = {
     "sizes": lambda found: found.update(four_sizes={}),
     "cache": without("cache", value=[]),
     "heads": without("heads"),
-    "maps": without("attention_maps"),
-    "copy": without("copy", value=[]),
+    "maps": without("attention_map"),
+    "copy": without("copying", value=[]),
     "induction": without("induction"),
     "positions": without("by_position"),
     "samples": without("samples", value=[]),
@@ -418,8 +421,9 @@ def test_timings_that_lack_peaks_or_a_variant(written: Callable[..., tuple[Page,
 def test_several_variants_of_one_change_stand_in_one_table(written: Callable[..., tuple[Page, str]]) -> None:
     found = plausible.results([(), ("gqa",)])
     single = ModelConfig.preset("pocket", n_kv_head=1)
-    found["variants"]["mqa"] = plausible.variant(("gqa",), label="MQA", config=single.to_dict())
-    found["comparisons"]["mqa"] = {"validation_loss": between(0.01, 0.05, 0.09)}
+    found["variants"]["mqa"] = plausible.variant(
+        ("gqa",), label="MQA", config=single.to_dict(), difference=between(0.01, 0.05, 0.09)
+    )
     _, text = written(found, plausible.timings(found))
     here = text[text.index("### What it did here") : text.index("### At GPT-2's four sizes")]
     rows = [line for line in here.splitlines() if line.startswith("| **")]
@@ -443,7 +447,8 @@ def test_a_change_made_only_with_others_is_taken_alone_at_gpt2s_sizes(
 def test_a_base_that_has_a_change_already(written: Callable[..., tuple[Page, str]]) -> None:
     found = plausible.results([("swa",), ("rope", "swa"), ()], [0])
     found["study"]["base"] = "swa"
-    found["comparisons"] = {"base": {"validation_loss": between(-0.1, 0.0, 0.1)}}
+    for name, kinds in (("swa", []), ("rope-swa", ["rope"]), ("base", ["swa"])):
+        found["variants"][name].update(kinds=kinds, difference=between(-0.1, 0.0, 0.1) if kinds else None)
     _, text = written(found, plausible.timings(found))
     assert "**SWA with no window.** Loss inside the noise" in text
     assert text.index("| **SWA** |") < text.index("| **GPT-2** |")
@@ -483,7 +488,6 @@ def test_labels_may_hold_markup_in_drawings_too(tmp_path: Path) -> None:
         MISSING[lacking](found)
     found["variants"]["gqa"]["label"] = "<b>&\"'$x$"
     found["variants"]["../../gqa"] = found["variants"].pop("gqa")
-    found["comparisons"] = {}
     check_page(write_report(plausible.write(tmp_path / "study", found)))
     assert [path.name for path in tmp_path.iterdir()] == ["study"]
 
@@ -514,7 +518,7 @@ def damage(found: Results, *path: str | int, value: Any) -> Results:
         (("variants", "gqa", "runs", 0, "seed"), True, r"damaged: variants.gqa.runs\[0\].seed is not a whole number"),
         (("variants", "gqa", "quality"), {}, "damaged: variants.gqa.quality.protocol is not there"),
         (("variants", "gqa", "config", "n_head"), 5, "n_head=5"),
-        (("comparisons", "gqa", "validation_loss", "low"), "-1", "variants.gqa.difference.low is not a number"),
+        (("variants", "gqa", "difference", "low"), "-1", "variants.gqa.difference.low is not a number"),
     ],
 )
 def test_damaged_results_are_refused(path: tuple[str | int, ...], value: Any, message: str, tmp_path: Path) -> None:
@@ -551,7 +555,7 @@ def test_a_file_of_a_study_is_read_as_it_was_written(tmp_path: Path) -> None:
     found = plausible.results([(), ("rope",), ("swa",), ("rope", "swa")])
     timed = plausible.timings(found)
     study = read_study(plausible.write(tmp_path, found, timed))
-    assert read_results(tmp_path) == make_results(found)
+    assert study.results == plausible.study(found).results
     assert study.kinds == {
         "base": frozenset(),
         "rope": {"rope"},

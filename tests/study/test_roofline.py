@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from helpers import plausible
 
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.model import cost
 from gptlab.study import roofline
+from gptlab.study.results import Timings
 from gptlab.study.roofline import Machine, predict
 
 SMALL = ModelConfig(vocab_size=10, context_length=8, n_layer=2, n_head=2, n_embd=4, n_inner=12, bias=False)
@@ -80,7 +82,7 @@ def test_an_unknown_dtype_is_refused() -> None:
 
 
 def test_the_machine_is_that_of_the_dtype_that_was_timed() -> None:
-    peaks = {"bandwidth_bytes_per_second": 3e10, "flops": {"float32": 1e11, "bfloat16": 2e11}, "how": ""}
-    assert roofline.machine_of({"dtype": "float32", "peaks": peaks}) == Machine(3e10, 1e11)
-    assert roofline.machine_of({"dtype": "int8", "peaks": peaks}) is None
+    timed = plausible.timings({"variants": {}})
+    for dtype, machine in (("float32", Machine(3e10, 1e11)), ("bfloat16", Machine(3e10, 2e11)), ("int8", None)):
+        assert roofline.machine_of(Timings.model_validate({**timed, "dtype": dtype})) == machine
     assert roofline.machine_of(None) is None

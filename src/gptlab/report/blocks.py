@@ -14,9 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from gptlab.formatting import MINUS, signed
-
-Interval = dict[str, Any]
-"""A difference as `gptlab.study.results.Interval` has it."""
+from gptlab.study.results import Interval
 
 MARKUP = re.compile(r"\\(?P<itself>[\\`*_\[\]<>|#])|`(?P<code>[^`]+)`|\*\*(?P<strong>.+?)\*\*|\*(?P<em>.+?)\*")
 
@@ -71,11 +69,10 @@ class Table:
 
     def limits(self, column: int) -> tuple[float, float]:
         """Return the ends of the scale of a column of ranges, zero included."""
-        ends = [0.0]
-        for row in self.rows:
-            if row[column] is not None:
-                ends += [row[column][key] for key in ("mean", "low", "high") if row[column][key] is not None]
-        return min(ends), max(ends)
+        found = [0.0]
+        for one in (row[column] for row in self.rows if row[column] is not None):
+            found += [one.mean, *(ends(one) or ())]
+        return min(found), max(found)
 
 
 @dataclass(frozen=True)
@@ -152,23 +149,28 @@ def to_html(text: str) -> str:
     return "".join([*found, html.escape(text[end:])])
 
 
+def ends(interval: Interval) -> tuple[float, float] | None:
+    """The ends of an interval; None where it has none."""
+    return None if interval.low is None or interval.high is None else (interval.low, interval.high)
+
+
 def in_noise(interval: Interval) -> bool:
     """Whether an interval covers zero."""
-    return interval["low"] is not None and interval["low"] <= 0 <= interval["high"]
+    found = ends(interval)
+    return found is not None and found[0] <= 0 <= found[1]
 
 
 def nats(difference: float | Interval) -> str:
     """A difference of the loss with its sign, in as many decimals as it, or its interval, needs."""
-    if isinstance(difference, dict):
-        return signed(difference["mean"], _places(difference))
-    return signed(difference, _places({"mean": difference, "low": None}))
+    if isinstance(difference, Interval):
+        return signed(difference.mean, _places(difference.mean, ends(difference)))
+    return signed(difference, _places(difference, None))
 
 
 def span(interval: Interval) -> str:
     """The ends of an interval, or nothing where it has none."""
-    if interval["low"] is None:
-        return ""
-    return f"{signed(interval['low'], _places(interval))} to {signed(interval['high'], _places(interval))}"
+    found = ends(interval)
+    return "" if found is None else " to ".join(signed(end, _places(interval.mean, found)) for end in found)
 
 
 def verdict(interval: Interval) -> str:
@@ -177,15 +179,14 @@ def verdict(interval: Interval) -> str:
         return f"inside the noise, {nats(interval)} nats a token (95% interval {span(interval)})"
     size = nats(interval).lstrip(f"+{MINUS}")
     words = f"{size} nats a token {'lower' if interval['mean'] < 0 else 'higher'}"
-    if interval["low"] is None:
+    if interval.low is None:
         return f"{words}, without an interval: it may be noise"
     return f"{words} (95% interval {span(interval)})"
 
 
-def _places(interval: Interval) -> int:
+def _places(mean: float, found: tuple[float, float] | None) -> int:
     """Decimals, three to five, in which both the difference and the width of its interval have two digits."""
-    width = math.inf if interval["low"] is None else interval["high"] - interval["low"]
-    least = min(abs(interval["mean"]), width)
+    least = min(abs(mean), math.inf if found is None else found[1] - found[0])
     return next((n for n in (3, 4) if least >= 10 ** (1 - n)), 5)
 
 

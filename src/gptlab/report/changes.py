@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from gptlab.formatting import count, digits, listed, memory, percent
 from gptlab.report.blocks import (
     Block,
     Bullets,
     Column,
     Formula,
-    Interval,
     Paragraph,
     Section,
     Table,
@@ -24,12 +21,13 @@ from gptlab.report.pictures import term_words
 from gptlab.report.sizes import at_four_sizes, where_it_pays
 from gptlab.report.summary import common_point, compared, speed_words, weight
 from gptlab.report.texts import known
-from gptlab.report.view import CHANGES, Study, tokens
+from gptlab.report.view import NAMES, Study, tokens
+from gptlab.study.results import Interval
 
 
 def changes(study: Study) -> list[Section]:
     """The sections of all changes that the study makes."""
-    return [_change(study, change) for change in CHANGES if study.with_change(change)]
+    return [_change(study, change) for change in NAMES if study.with_change(change)]
 
 
 def _change(study: Study, change: str) -> Section:
@@ -58,11 +56,11 @@ def _here(study: Study, change: str) -> list[Block]:
     if not alone:
         together = listed([study.label(name) for name in study.with_change(change)])
         items.append(f"This study makes the change only together with others: {together}. See the summary.")
-    effects = study.results["effects"]
-    if effects and change in effects["main"]:
-        said = verdict(effects["main"][change])
+    effects = study.results.effects
+    if effects and change in effects.main:
+        said = verdict(effects.main[change])
         items.append(f"**Averaged over all combinations with the others.** Loss {said}.")
-        for term, one in effects["interactions"].items():
+        for term, one in effects.interactions.items():
             if change in term.split(" x ") and len(term.split(" x ")) == 2:
                 items.append(f"**Interaction {literal(term_words(term))}.** {_interaction(one)}")
     return [*blocks, Bullets(items)] if items else blocks
@@ -75,10 +73,10 @@ def _several(study: Study, names: list[str]) -> Table:
     rows = []
     for name in [study.base_name, *names]:
         made = study.label(name) if name == study.base_name else study.made(name)
-        row = [f"**{made}**", count(study.variants[name]["parameters"]["total"])]
+        row = [f"**{made}**", count(study.variants[name].parameters["total"])]
         row += [memory(study.cache(name, context) or 0)] if context else []
         row += [count(study.decode(name)[point]) if point in study.decode(name) else "-"] if point else []
-        loss, gap = study.loss(name), study.difference(name)
+        loss, gap = study.loss(name), study.variants[name].difference
         row += [f"{loss:.3f}" if loss is not None else "-", nats(gap) if gap else "", span(gap) if gap else ""]
         rows.append([*row, "" if gap is None else "inside the noise" if in_noise(gap) else _word(gap)])
     columns = [Column("variant", "text"), Column("parameters")]
@@ -91,25 +89,25 @@ def _several(study: Study, names: list[str]) -> Table:
 
 
 def _word(gap: Interval) -> str:
-    return "no interval" if gap["low"] is None else "lower loss" if gap["mean"] < 0 else "higher loss"
+    return "no interval" if gap.low is None else "lower loss" if gap.mean < 0 else "higher loss"
 
 
-def _interaction(one: dict[str, Any]) -> str:
-    if one["low"] is None or in_noise(one):
+def _interaction(one: Interval) -> str:
+    if one.low is None or in_noise(one):
         return f"{verdict(one)[0].upper()}{verdict(one)[1:]}."
-    better = "better" if one["mean"] < 0 else "worse"
+    better = "better" if one.mean < 0 else "worse"
     return f"Together they do {better} than apart would suggest: loss {verdict(one)}."
 
 
 def _measured(study: Study, name: str) -> list[tuple[str, str]]:
     """(subject, sentence) for everything that was measured of a variant, against the base."""
     found, base = [], study.base_name
-    gap = study.difference(name)
+    gap = study.variants[name].difference
     if gap is not None:
         found.append(("Quality", f"Loss {verdict(gap)}."))
     elif study.untrained(name):
         found.append(("Quality", "Unknown: every run failed."))
-    own, before = (study.variants[n]["parameters"]["total"] for n in (name, base))
+    own, before = (study.variants[n].parameters["total"] for n in (name, base))
     size = f"{count(own)} parameters instead of {count(before)} ({percent(own, before)})"
     found.append(("Size", f"{size}." if own != before else f"{count(own)} parameters, as in the base."))
     if study.contexts:
@@ -140,16 +138,15 @@ def _times_less(ratio: float) -> str:
 
 
 def _training(study: Study, name: str) -> list[tuple[str, str]]:
-    own, before = study.timed(name), study.timed(study.base_name)
-    found = []
-    rates = [side.get("training_tokens_per_second") or 0.0 for side in (own, before)]
-    if all(rates):
+    own, before, found = study.timed(name), study.timed(study.base_name), []
+    if own is None or before is None:
+        return []
+    rates = (own.training_tokens_per_second, before.training_tokens_per_second)
+    if rates[0] and rates[1]:
         said = f"{count(rates[0])} tokens/s instead of {count(rates[1])}: {compared(rates[0] / rates[1])}."
         found.append(("Training", said))
     for key, subject in (("training_memory_bytes", "in training"), ("decoding_memory_bytes", "in decoding")):
-        if own.get(key) and before.get(key):
-            words = (
-                f"{memory(own[key])} at the peak instead of {memory(before[key])} ({percent(own[key], before[key])})."
-            )
-            found.append((f"Memory {subject}", words))
+        a, b = getattr(own, key), getattr(before, key)
+        if a and b:
+            found.append((f"Memory {subject}", f"{memory(a)} at the peak instead of {memory(b)} ({percent(a, b)})."))
     return found

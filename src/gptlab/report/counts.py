@@ -7,6 +7,7 @@ from typing import Any
 from gptlab.formatting import count, memory, millions
 from gptlab.report.blocks import Block, Column, Paragraph, Section, Table
 from gptlab.report.view import Study
+from gptlab.study.results import CacheSize
 
 
 def counts(study: Study) -> Section:
@@ -22,7 +23,7 @@ def _counted(study: Study) -> list[tuple[str, Any]]:
 
 
 def _parameters(study: Study) -> Table:
-    found = {name: variant["parameters"] for name, variant in _counted(study)}
+    found = {name: variant.parameters for name, variant in _counted(study)}
     parts = list(dict.fromkeys(part for values in found.values() for part in values))
     rows = [
         [f"**{study.label(name)}**", *(count(values.get(part, 0)) for part in parts)] for name, values in found.items()
@@ -31,14 +32,14 @@ def _parameters(study: Study) -> Table:
 
 
 def _flops(study: Study) -> list[Block]:
-    forward = {name: variant["flops_per_token"].get("forward", {}) for name, variant in _counted(study)}
+    forward = {name: variant.flops_per_token.forward for name, variant in _counted(study)}
     contexts = sorted({int(context) for values in forward.values() for context in values})
     if not contexts:
         return []
     rows = []
     for name, values in forward.items():
         cells = [values.get(str(context)) for context in contexts]
-        cells.append(study.variants[name]["flops_per_token"].get("training"))
+        cells.append(study.variants[name].flops_per_token.training)
         rows.append([f"**{study.label(name)}**", *("-" if cell is None else millions(cell) for cell in cells)])
     columns = [Column("variant", "text"), *(Column(f"after {count(context)} tokens") for context in contexts)]
     note = "A multiplication and an addition are two. Generating one token after so many; and one token in training."
@@ -46,7 +47,7 @@ def _flops(study: Study) -> list[Block]:
 
 
 def _cache(study: Study) -> list[Block]:
-    entries = {(entry["context"], entry["batch"]) for entry in study.base["cache"]}
+    entries = {(entry.context, entry.batch) for entry in study.base.cache}
     if not entries:
         return []
     # One sequence at every context, and several where it is longest: bytes are proportional to them.
@@ -54,7 +55,7 @@ def _cache(study: Study) -> list[Block]:
     points = sorted(point for point in entries if point[1] == least or point[0] == longest)
     rows = []
     for name, variant in _counted(study):
-        found = {(entry["context"], entry["batch"]): entry for entry in variant["cache"]}
+        found = {(entry.context, entry.batch): entry for entry in variant.cache}
         rows.append([f"**{study.label(name)}**", *(_size(found.get(point)) for point in points)])
     columns = [Column(f"{count(context)} × {batch}") for context, batch in points]
     note = (
@@ -64,10 +65,10 @@ def _cache(study: Study) -> list[Block]:
     return [Table("Cache of keys and values", study.setting, [Column("variant", "text"), *columns], rows, note)]
 
 
-def _size(entry: dict[str, int | None] | None) -> str:
+def _size(entry: CacheSize | None) -> str:
     """Bytes counted, and bytes allocated where these differ."""
-    if entry is None or entry["bytes"] is None:
+    if entry is None:
         return "-"
-    allocated = entry["allocated"]
-    more = "" if allocated in (None, entry["bytes"]) else f" ({memory(allocated or 0)})"
+    allocated = entry.allocated
+    more = "" if allocated in (None, entry.bytes) else f" ({memory(allocated or 0)})"
     return f"{memory(entry['bytes'])}{more}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
 
 from gptlab.config import ModelConfig
 from gptlab.formatting import count, digits, listed, signed
@@ -11,6 +10,7 @@ from gptlab.report import pictures as pictures
 from gptlab.report import pictures_heads as of_heads
 from gptlab.report.blocks import Block, Bullets, Column, Paragraph, Picture, Pictures, Section, Table, nats
 from gptlab.report.view import Study, tokens
+from gptlab.study.results import Heads
 
 
 def operation(study: Study) -> Section:
@@ -40,16 +40,16 @@ def _row(found: list[Picture]) -> list[Block]:
 
 def _distances(study: Study) -> list[Block]:
     """How far back heads look in each layer."""
-    looked = {name: v["heads"] for name, v in study.variants.items() if v["heads"]}
+    looked = {name: v.heads for name, v in study.variants.items() if v.heads}
     if not looked:
         return []
     rows = [
-        [f"**{study.label(name)}**", *(digits(statistics.fmean(layer["distance"])) for layer in heads["layers"])]
+        [f"**{study.label(name)}**", *(digits(statistics.fmean(layer.distance)) for layer in heads.layers)]
         for name, heads in looked.items()
     ]
-    n = max(len(heads["layers"]) for heads in looked.values())
+    n = max(len(heads.layers) for heads in looked.values())
     rows = [row + [""] * (n + 1 - len(row)) for row in rows]
-    read = listed([count(n) for n in sorted({heads["tokens"] for heads in looked.values()})])
+    read = listed([count(n) for n in sorted({heads.tokens for heads in looked.values()})])
     columns = [Column("variant", "text"), *(Column(f"layer {i}") for i in range(n))]
     note = (
         "Mean number of tokens between a query and what it looks at, over all heads and the first"
@@ -62,7 +62,7 @@ def _groups(study: Study) -> list[Block]:
     """Are heads that share keys more alike than heads that do not?"""
     said = []
     for name in study.with_change("gqa"):
-        config, own, before = study.configs[name], study.variants[name]["heads"], study.base["heads"]
+        config, own, before = study.configs[name], study.variants[name].heads, study.base.heads
         if not own or not before or not 1 < config.kv_heads < config.n_head or len(study.kinds[name]) > 1:
             continue
         inside, across = _within(own, config)
@@ -77,14 +77,14 @@ def _groups(study: Study) -> list[Block]:
     return [Paragraph(" ".join(said))] if said else []
 
 
-def _within(heads: dict[str, Any], config: ModelConfig) -> tuple[float, float]:
+def _within(heads: Heads, config: ModelConfig) -> tuple[float, float]:
     """Mean divergence of two heads of one group, and of two heads of different groups."""
     size = config.n_head // config.kv_heads
     pairs = [(i, j) for i in range(config.n_head) for j in range(i)]
     found: tuple[list[float], list[float]] = ([], [])
-    for layer in heads["layers"]:
+    for layer in heads.layers:
         for i, j in pairs:
-            found[i // size != j // size].append(layer["divergence"][i][j])
+            found[i // size != j // size].append(layer.divergence[i][j])
     return statistics.fmean(found[0]), statistics.fmean(found[1])
 
 
@@ -93,11 +93,11 @@ def _beyond(study: Study) -> list[Block]:
     changes: dict[bool, list[float]] = {False: [], True: []}
     furthest = 0
     for name, variant in study.variants.items():
-        found = variant["by_position"]
+        found = variant.by_position
         if found:
-            ranges = list(zip(found["buckets"], found["nats"], strict=True))
-            inside = [nats for (_, last), nats in ranges if last <= found["trained_length"]]
-            outside = [nats for (first, _), nats in ranges if first > found["trained_length"]]
+            ranges = list(zip(found.buckets, found.nats, strict=True))
+            inside = [nats for (_, last), nats in ranges if last <= found.trained_length]
+            outside = [nats for (first, _), nats in ranges if first > found.trained_length]
             if inside and outside:
                 changes["swa" in study.kinds[name]].append(outside[-1] - inside[-1])
                 furthest = max(furthest, ranges[-1][0][1])
@@ -127,12 +127,10 @@ def _recall(study: Study) -> list[Block]:
     """How much the base and the windows gain from having read a string."""
     said = []
     for name, variant in study.variants.items():
-        found = sorted(variant["copy"], key=lambda one: one["distance"])
-        reach = variant["receptive_field"]
+        found = sorted(variant.copying, key=lambda one: one.distance)
+        reach = variant.receptive_field
         if found and study.kinds[name] <= {"swa"}:
-            near, far = (
-                (one["distance"], nats(one["logprob"] - one["baseline_logprob"])) for one in (found[0], found[-1])
-            )
+            near, far = ((one.distance, nats(one.logprob - one.baseline_logprob)) for one in (found[0], found[-1]))
             words = f"**{study.label(name)}** gains {near[1]} nats a token at {tokens(near[0])}"
             words += f", {far[1]} at {tokens(far[0])}"
             said.append(words + (f" (its layers together reach {tokens(reach)} back)" if reach else ""))
@@ -142,15 +140,15 @@ def _recall(study: Study) -> list[Block]:
 def _induction(study: Study) -> list[Block]:
     rows = []
     for name, variant in study.variants.items():
-        found = variant["induction"]
+        found = variant.induction
         if found:
-            layer, head = found["best_head"]
+            layer, head = found.best_head
             rows.append(
                 [
                     f"**{study.label(name)}**",
                     f"{found['first']:.2f}",
                     f"{found['second']:.2f}",
-                    nats(found["second"] - found["first"]),
+                    nats(found.second - found.first),
                     f"{found['best_head_score']:.3f}",
                     f"layer {layer}, head {head}",
                 ]

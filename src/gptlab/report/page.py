@@ -134,8 +134,8 @@ def render(
         json=lambda data: markupsafe.Markup(json.dumps(data).replace("<", "\\u003c")),
     )
     values = {
-        "title": study.about["title"],
-        "question": study.about["question"],
+        "title": study.about.title,
+        "question": study.about.question,
         "setting": study.setting,
         "sections": sections,
         "drawings": drawings,

@@ -12,12 +12,13 @@ from gptlab.model import cost
 from gptlab.plotting import lines, points, style
 from gptlab.plotting.lines import Series, merged
 from gptlab.plotting.style import Look
-from gptlab.report.blocks import Picture, literal
-from gptlab.report.view import NAMES, Study, make_config, tokens
+from gptlab.report.blocks import Picture, ends, literal
+from gptlab.report.view import NAMES, Study, tokens
 from gptlab.study import roofline
+from gptlab.study.results import Run
 from gptlab.training.curves import Array, smooth
 
-Runs = Mapping[str, tuple[str, Sequence[Mapping[str, Any]]]]
+Runs = Mapping[str, tuple[str, Sequence[Run]]]
 """Label and training runs of each variant."""
 
 
@@ -54,7 +55,7 @@ def losses(runs: Runs, base: str, how: Mapping[str, Look]) -> list[Picture]:
 def _training(runs: Runs, how: Mapping[str, Look]) -> list[Picture]:
     series, tops = [], []
     for name, (label, all_runs) in runs.items():
-        found = _common([run["curve"] for run in all_runs if run["status"] == "done"])
+        found = _common([run.curve for run in all_runs if run.status == "done"])
         if found is None or len(found[0]) < 3:
             continue
         across, values = found
@@ -97,8 +98,8 @@ def _banded(label: str, look: Look, across: Array, values: Array, *, marks: bool
     return Series(label, look, across.tolist(), values.mean(0).tolist(), low, high, marks=marks)
 
 
-def _by_seed(runs: Sequence[Mapping[str, Any]]) -> dict[int, list[list[float]]]:
-    return {run["seed"]: run["validation_curve"] for run in runs if run["status"] == "done"}
+def _by_seed(runs: Sequence[Run]) -> dict[int, list[tuple[int, float]]]:
+    return {run.seed: run.validation_curve for run in runs if run.status == "done"}
 
 
 def _paired(own: Sequence[Sequence[float]], before: Sequence[Sequence[float]]) -> list[list[float]]:
@@ -117,12 +118,12 @@ def _common(curves: Sequence[Sequence[Sequence[float]]]) -> tuple[Array, Array] 
 
 def effects(study: Study) -> list[Picture]:
     """Main effects and interactions of a factorial."""
-    found = study.results["effects"]
+    found = study.results.effects
     if not found:
         return []
-    terms = [*found["main"].items(), *found["interactions"].items()]
-    rows = [(term_words(term), one["mean"], one["low"], one["high"]) for term, one in terms]
-    drawing = points.intervals(rows, "change of the loss (nats a token)", len(found["main"]))
+    terms = [*found.main.items(), *found.interactions.items()]
+    rows = [(term_words(term), one.mean, one.low, one.high) for term, one in terms]
+    drawing = points.intervals(rows, "change of the loss (nats a token)", len(found.main))
     caption = (
         "Above, what each change does to the loss on average over all combinations of the others; below, how much the"
         " changes depend on each other. Left of zero the loss is lower. Lines are 95% intervals; what covers zero is"
@@ -145,17 +146,17 @@ def pareto(study: Study) -> list[Picture]:
         return []
     how, dots = looks(study), []
     for name, size in sizes.items():
-        gap, ends, base = study.difference(name), (None, None), study.loss(study.reference(name))
-        if gap is not None and gap["low"] is not None and base is not None:
-            ends = (base + gap["low"], base + gap["high"])
-        dots.append((name_of(study, name), how[name], float(size), losses[name], *ends))
+        gap, base = study.variants[name].difference, study.loss(study.reference(name))
+        around = ends(gap) if gap is not None and base is not None else None
+        low, high = (None, None) if around is None or base is None else (base + around[0], base + around[1])
+        dots.append((name_of(study, name), how[name], float(size), losses[name], low, high))
     front: list[int] = []
     for i in sorted(range(len(dots)), key=lambda i: dots[i][2:4]):
         if not front or dots[i][3] < dots[front[-1]][3]:
             front.append(i)
     drawing = points.scatter(dots, front, f"cache of one sequence of {tokens(context)}", "loss (nats a token)")
     caption = (
-        f"Quality against memory, {tokens(context)} in {study.base['cache'][0]['dtype']}: further down is better text,"
+        f"Quality against memory, {tokens(context)} in {study.base.cache[0].dtype}: further down is better text,"
         " further left a smaller cache. The grey line joins the variants that no other beats in both; bars are 95%"
         f" intervals of the difference to {study.label(study.base_name)}."
     )
@@ -166,7 +167,7 @@ def cache(study: Study) -> list[Picture]:
     """Bytes of the cache against context, from the configurations."""
     if not study.contexts:
         return []
-    size = roofline.BYTES[study.base["cache"][0]["dtype"]]
+    size = roofline.BYTES[study.base.cache[0].dtype]
     last = max(study.contexts[-1], 4 * study.configs[study.base_name].context_length)
     places = [2**i for i in range(4, last.bit_length())]
     how = looks(study)
@@ -176,7 +177,7 @@ def cache(study: Study) -> list[Picture]:
             for name, config in ((name, study.configs[name]) for name in study.drawn)
         ]
     )
-    dtype = study.base["cache"][0]["dtype"]
+    dtype = study.base.cache[0].dtype
     drawing = lines.draw(series, "tokens of context", f"cache of one sequence ({dtype})", powers=True, up="bytes")
     caption = "Grouped queries divide the cache at every length; a window stops its growth. Both axes are logarithmic."
     if not any("swa" in kinds for kinds in study.kinds.values()):
@@ -188,10 +189,10 @@ def by_position(study: Study) -> list[Picture]:
     """Loss by the number of tokens that the model has seen."""
     how, series = looks(study), []
     for name, variant in _drawn(study):
-        found = variant["by_position"]
-        if found and found["nats"]:
-            ends = [last for _, last in found["buckets"]]
-            series.append(Series(name_of(study, name), how[name], ends, found["nats"], marks=True))
+        found = variant.by_position
+        if found and found.nats:
+            ends = [last for _, last in found.buckets]
+            series.append(Series(name_of(study, name), how[name], ends, found.nats, marks=True))
     if not series:
         return []
     trained = study.configs[study.base_name].context_length
@@ -287,12 +288,10 @@ def copying(study: Study) -> list[Picture]:
     how = looks(study)
     series = []
     for name, variant in _drawn(study):
-        found = sorted(variant["copy"], key=lambda one: one["distance"])
+        found = sorted(variant.copying, key=lambda one: one.distance)
         if len(found) > 1:
-            gains = [one["logprob"] - one["baseline_logprob"] for one in found]
-            series.append(
-                Series(name_of(study, name), how[name], [one["distance"] for one in found], gains, marks=True)
-            )
+            gains = [one.logprob - one.baseline_logprob for one in found]
+            series.append(Series(name_of(study, name), how[name], [one.distance for one in found], gains, marks=True))
     if not series:
         return []
     title = "log-probability gained (nats a token)"
@@ -306,12 +305,12 @@ def copying(study: Study) -> list[Picture]:
 
 def race(study: Study) -> list[Picture]:
     """The curves of the race that was run while the study was made."""
-    found = study.results["race"]
+    found = study.results.race
     if not found:
         return []
-    racers = found["variants"]
-    whole = {name: make_config(racer["config"]) for name, racer in racers.items()}
+    racers = found.variants
+    whole = {name: racer.config for name, racer in racers.items()}
     kinds = [(str((c.kv_heads, c.window, c.sinks, c.dilation)), c.position == "rope") for c in whole.values()]
     how = dict(zip(racers, style.looks(kinds), strict=True))
-    runs = {name: (" ".join(racer["label"].split()), [racer["run"]]) for name, racer in racers.items()}
-    return [Picture(f"race-{one.name}", one.caption, one.drawing) for one in losses(runs, found["base"], how)]
+    runs = {name: (" ".join(racer.label.split()), [racer.run]) for name, racer in racers.items()}
+    return [Picture(f"race-{one.name}", one.caption, one.drawing) for one in losses(runs, found.base, how)]

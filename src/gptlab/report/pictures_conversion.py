@@ -32,8 +32,8 @@ def families(study: Study) -> dict[str, list[str]]:
     """Return the converted variants by family, those that have figures."""
     found: dict[str, list[str]] = {name: [] for name in FAMILIES}
     for name, variant in study.variants.items():
-        about = variant.get("conversion")
-        if about and about["looks"] and (kind := family(about["changes"])):
+        about = variant.conversion
+        if about and about.checkpoints and (kind := family(about.changes)):
             found[kind].append(name)
     return {kind: names for kind, names in found.items() if names}
 
@@ -45,8 +45,8 @@ def curves(study: Study) -> list[Picture]:
         series: list[Series] = []
         after: list[float] = []
         for name, look in zip(names, _looks(study, names), strict=True):
-            looks = study.variants[name]["conversion"]["looks"]
-            points = [(100 * one["share"], one["difference"]["mean"]) for one in looks if one["difference"]]
+            looks = study.checkpoints(name)
+            points = [(100 * one.share, one.difference.mean) for one in looks if one.difference]
             if len(points) < 2:
                 continue
             x, y = zip(*points, strict=True)

@@ -11,37 +11,45 @@ from gptlab.model import cost
 from gptlab.report.blocks import Block, Column, Paragraph, Table
 from gptlab.report.pictures import sequences
 from gptlab.report.texts import known
-from gptlab.report.view import FIELDS, NAMES, Study, make_config, tokens
+from gptlab.report.view import NAMES, Study, make_config, tokens
 from gptlab.study import roofline
 from gptlab.study.claims import TIE
+from gptlab.study.results import Counterpart
+from gptlab.study.variants import kinds_of
 
 CORNERS = ((128, 1), (1024, 1), (1024, 32), (16384, 1), (16384, 32))
 """Contexts and batches at which GPT-2 small is predicted: short and long, alone and many."""
 
 
-def _counterparts(study: Study, change: str) -> dict[str, dict[str, Any]]:
+def _counterparts(study: Study, change: str) -> dict[str, Counterpart]:
     """For each of GPT-2's sizes, this change alone, as the first variant that makes it would make it there."""
     found = {}
     names = [*study.alone(change), *study.with_change(change)]
-    for size, rows in study.results["four_sizes"].items():
+    for size, rows in study.results.four_sizes.items():
         name = next((name for name in names if name in rows), None)
         if name is None:
             continue
         row = rows[name]
         if name not in study.alone(change):
             # What else the variant changes is taken back.
-            own = {field: value for field, value in row["changes"].items() if FIELDS.get(field) == change}
+            own = {field: value for field, value in row.changes.items() if kinds_of([field]) == [change]}
             config = make_config({**ModelConfig.preset(size).to_dict(), **own})
-            cache = [{**e, "bytes": cost.cache_bytes(config, e["context"], 2, batch=e["batch"])} for e in row["cache"]]
-            row = {"changes": own, "parameters": sum(cost.parameters(config).values()), "cache": cache}
+            row = Counterpart(
+                changes=own,
+                parameters=sum(cost.parameters(config).values()),
+                cache=[
+                    e.model_copy(update={"bytes": cost.cache_bytes(config, e.context, 2, batch=e.batch)})
+                    for e in row.cache
+                ],
+                flops_per_token={},
+            )
         found[size] = row
     return found
 
 
-def _plain(study: Study, size: str) -> Mapping[str, Any] | None:
-    """The base at one of GPT-2's sizes: a dict as `four_sizes` has it."""
-    found: Mapping[str, Any] | None = study.results["four_sizes"][size].get(study.base_name)
-    return found
+def _plain(study: Study, size: str) -> Counterpart | None:
+    """The base at one of GPT-2's sizes."""
+    return study.results.four_sizes[size].get(study.base_name)
 
 
 def at_four_sizes(study: Study, change: str) -> list[Block]:
@@ -51,16 +59,16 @@ def at_four_sizes(study: Study, change: str) -> list[Block]:
         plain = _plain(study, size)
         if plain is None:
             continue
-        contexts = [entry["context"] for entry in own["cache"]]
-        how.append((size, _settings(own["changes"])))
-        caches = zip(own["cache"], plain["cache"], strict=True)
+        contexts = [entry.context for entry in own.cache]
+        how.append((size, _settings(own.changes)))
+        caches = zip(own.cache, plain.cache, strict=True)
         rows.append(
             [
                 f"**{size}**",
-                count(plain["parameters"]),
-                count(own["parameters"]),
-                percent(own["parameters"], plain["parameters"]),
-                *(_arrow(b["bytes"], a["bytes"]) for a, b in caches),
+                count(plain.parameters),
+                count(own.parameters),
+                percent(own.parameters, plain.parameters),
+                *(_arrow(b.bytes, a.bytes) for a, b in caches),
             ]
         )
     if not rows:
@@ -99,7 +107,7 @@ def where_it_pays(study: Study, change: str) -> list[Block]:
     plain = _plain(study, "gpt2") if own else None
     if own is None or plain is None:
         return blocks
-    configs = [make_config({**ModelConfig().to_dict(), **one["changes"]}) for one in (plain, own)]
+    configs = [make_config({**ModelConfig().to_dict(), **one.changes}) for one in (plain, own)]
     machine, rows, gains = study.machine, [], {}
     for context, batch in CORNERS:
         # Without a machine the bytes are still known.

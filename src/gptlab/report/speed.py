@@ -34,7 +34,7 @@ def speed(study: Study) -> Section:
     text, machine = known()["prediction"], study.machine
     blocks: list[Block] = []
     if machine is not None and study.timings:
-        how = study.timings["peaks"]["how"]
+        how = study.timings.peaks.how
         measured = (
             f"{text['where']} On this machine memory is read at {digits(machine.bandwidth / 1e9)} GB/s, and products in"
             f" {study.dtype} reach {digits(machine.flops / 1e9)} GFLOP/s ({literal(how)})."
@@ -51,11 +51,11 @@ def _fit(study: Study, machine: roofline.Machine) -> list[Block]:
     """How far the measured points are from the prediction."""
     shares, gaps = [], []
     for name, config in study.configs.items():
-        for point in study.timed(name).get("decode", []):
-            context, batch = point["context"], point["batch"]
+        for point in timed.decode if (timed := study.timed(name)) else ():
+            context, batch = point.context, point.batch
             limit = roofline.predict(config, machine, context=context, batch=batch, dtype=study.dtype).seconds
-            shares.append(1000 * limit / point["milliseconds"])
-            gaps.append(point["milliseconds"] - 1000 * limit)
+            shares.append(1000 * limit / point.milliseconds)
+            gaps.append(point.milliseconds - 1000 * limit)
     if not shares:
         return []
     small = statistics.median(shares) < 0.5
@@ -67,7 +67,7 @@ def _fit(study: Study, machine: roofline.Machine) -> list[Block]:
         leaves_out = known()["prediction"]["leaves_out"]
         said += f" A step takes {digits(middle, 2)} ms longer than predicted (median), for what the formula leaves out:"
         said += f" {leaves_out}. That is more than half of a step in models this small." if small else f" {leaves_out}."
-    smallest = min(v["parameters"]["total"] for v in study.variants.values())
+    smallest = min(v.parameters["total"] for v in study.variants.values())
     if above:
         size = memory(smallest * roofline.BYTES[study.dtype])
         said += (
@@ -124,14 +124,14 @@ def _timed(study: Study) -> list[Block]:
         "memory, training": ("training_memory_bytes", memory),
         "memory, decoding": ("decoding_memory_bytes", memory),
     }
-    titles = [title for title, (key, _) in makers.items() if any(study.timed(n).get(key) for n in names)]
+    titles = [title for title, (key, _) in makers.items() if any(getattr(study.timed(n), key) for n in names)]
     prefill, decode = common_point(study, "prefill"), common_point(study, "decode")
     rows = []
     for name in names:
         row = [f"**{study.label(name)}**"]
         for title in titles:
             key, write = makers[title]
-            value = study.timed(name).get(key)
+            value = getattr(study.timed(name), key)
             row.append(write(value) if value else "-")
         row += [count(study.rates(name, "prefill")[prefill])] if prefill else []
         row += [count(study.rates(name, "decode")[decode])] if decode else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from gptlab.formatting import count, listed, memory, percent, times
 from gptlab.report import pictures as pictures
@@ -11,7 +12,6 @@ from gptlab.report.blocks import (
     Block,
     Bullets,
     Column,
-    Interval,
     Paragraph,
     Picture,
     Pictures,
@@ -24,23 +24,24 @@ from gptlab.report.blocks import (
     verdict,
 )
 from gptlab.report.end import claim_words
-from gptlab.report.view import CHANGES, NAMES, Study, tokens
+from gptlab.report.view import NAMES, Study, tokens
 from gptlab.study.claims import TIE
+from gptlab.study.results import Effects, Interval
 
 
 def in_brief(study: Study) -> Section:
     """What each change did, in a sentence or two each, and what failed."""
-    items = [item for change in CHANGES for item in _finding(study, change)]
-    every = _best_first(study, [n for n in study.variants if len(study.kinds[n] & set(CHANGES)) == 3])
+    items = [item for change in NAMES for item in _finding(study, change)]
+    every = _best_first(study, [n for n in study.variants if len(study.kinds[n] & set(NAMES)) == 3])
     if every and "other" not in study.kinds[every[0]]:
-        converted = study.variants[every[0]]["source"] == "converted"
+        converted = study.variants[every[0]].source == "converted"
         name = study.made(every[0]) if converted else "All three together"  # there are several ways to convert
         items += [f"**{name}.** {_sentences(study, every[0])}"]
     items += [f"**Claims.** {claim_words(study)}."] if study.claims else []
     blocks: list[Block] = [Bullets(items)] if items else []
     blocks += [Paragraph(note, "note") for note in caveats(study)]
     if study.failures:
-        runs = sum(len(v["runs"]) for v in study.variants.values())
+        runs = sum(len(v.runs) for v in study.variants.values())
         failed = f"**{len(study.failures)} of {runs} runs failed**"
         text = f"{failed} and count in no figure: {'; '.join(study.failures)}."
         blocks.append(Paragraph(text, "warning"))
@@ -55,7 +56,7 @@ def _finding(study: Study, change: str) -> list[str]:
 
 def _best_first(study: Study, names: Sequence[str]) -> list[str]:
     """Where there are many ways to one change, those that were trained on, by their loss; else as they are."""
-    if any(study.variants[name]["source"] != "converted" for name in names):
+    if any(study.variants[name].source != "converted" for name in names):
         return list(names)
     names = [name for name in names if not study.as_converted(name)]
     return sorted(names, key=lambda name: loss if (loss := study.loss(name)) is not None else math.inf)
@@ -63,7 +64,7 @@ def _best_first(study: Study, names: Sequence[str]) -> list[str]:
 
 def _sentences(study: Study, name: str) -> str:
     """Quality, cache and speed of one variant against the base."""
-    parts, gap = [], study.difference(name)
+    parts, gap = [], study.variants[name].difference
     if gap is not None:
         parts.append(f"Loss {verdict(gap)}.")
     elif study.untrained(name):
@@ -100,10 +101,9 @@ def compared(ratio: float) -> str:
 def caveats(study: Study) -> list[str]:
     """What the reader must know before believing the figures."""
     notes: list[str] = []
-    found = study.results["comparisons"].values()
-    intervals = [one["validation_loss"] for one in found if "validation_loss" in one]
-    for method in sorted({one["method"] for one in intervals}):
-        ns = sorted({one["n"] for one in intervals if one["method"] == method})
+    intervals = [v.difference for v in study.variants.values() if v.difference is not None]
+    for method in sorted({one.method for one in intervals}):
+        ns = sorted({one.n for one in intervals if one.method == method})
         notes.append(f"Intervals are 95%, {literal(method)} (n = {', '.join(map(str, ns))}).")
         if "documents" in method:
             notes.append("They say how much the text matters; how much another training seed would is not in them.")
@@ -125,20 +125,20 @@ def summary(study: Study) -> Section:
     if speeds:
         columns += [Column("tokens/s")]
     has_loss = any(study.loss(n) is not None for n in study.variants)
-    has_gap = any(study.difference(n) for n in study.variants)
+    has_gap = any(study.variants[n].difference for n in study.variants)
     if has_loss:
         columns += [Column("loss")]
     if has_gap:
         columns += [Column("difference"), Column("95% interval"), Column("", "range")]
     rows = []
     for name in study.variants:
-        row: list[object] = [f"**{study.label(name)}**", count(study.variants[name]["parameters"]["total"])]
+        row: list[object] = [f"**{study.label(name)}**", count(study.variants[name].parameters["total"])]
         if contexts:
             row += [memory(study.per_token(name)), memory(study.cache(name, long) or 0)]
         if speeds:
             value = study.decode(name).get(speeds)
             row += [count(value) if value else "-"]
-        loss, gap = study.loss(name), study.difference(name)
+        loss, gap = study.loss(name), study.variants[name].difference
         if has_loss:
             row += [f"{loss:.3f}" if loss is not None else "-"]
         if has_gap:
@@ -148,7 +148,7 @@ def summary(study: Study) -> Section:
                 gap,
             ]
         rows.append(row)
-    dtypes = sorted({entry["dtype"] for entry in study.base["cache"]})
+    dtypes = sorted({entry.dtype for entry in study.base.cache})
     note = f"Cache of one sequence in {listed(dtypes)}." if dtypes else ""
     if has_loss:
         base = study.label(study.base_name)
@@ -165,7 +165,7 @@ def summary(study: Study) -> Section:
     return Section("summary", "Summary", [table, *_row(pictures.pareto(study) + pictures.cache(study))])
 
 
-def common_point(study: Study, what: str) -> tuple[int, int] | None:
+def common_point(study: Study, what: Literal["decode", "prefill"]) -> tuple[int, int] | None:
     """The heaviest (context, batch) at which ``decode`` or ``prefill`` was measured in all timed variants."""
     timed = [set(study.rates(n, what)) for n in study.variants if study.timed(n)]
     common = set.intersection(*timed) if timed else set()
@@ -179,33 +179,33 @@ def _row(found: list[Picture]) -> list[Block]:
 def quality(study: Study) -> Section:
     """Effects and interactions where there is a factorial, the ladder, and the curves."""
     blocks: list[Block] = []
-    found = study.results["effects"]
+    found = study.results.effects
     if found:
-        rows = [_effect(term, one, "lower loss", "higher loss") for term, one in found["main"].items()]
-        rows += [_effect(term, one, "better together", "worse together") for term, one in found["interactions"].items()]
+        rows = [_effect(term, one, "lower loss", "higher loss") for term, one in found.main.items()]
+        rows += [_effect(term, one, "better together", "worse together") for term, one in found.interactions.items()]
         columns = [Column("effect", "text"), Column("nats a token"), Column("95% interval"), Column("", "text")]
-        table = Table("Effects", study.setting, columns, rows, literal(found["definition"]))
+        table = Table("Effects", study.setting, columns, rows, literal(found.definition))
         blocks += [Paragraph(_interactions(found)), table, *_row(pictures.effects(study))]
     ladder = _ladder(study)
     if ladder:
         blocks.append(ladder)
-    trained = {n: v for n, v in study.variants.items() if v["source"] != "converted"}
-    runs = {n: (pictures.name_of(study, n), v["runs"]) for n, v in trained.items()}
+    trained = {n: v for n, v in study.variants.items() if v.source != "converted"}
+    runs = {n: (pictures.name_of(study, n), v.runs) for n, v in trained.items()}
     blocks += _row(pictures.losses(runs, study.base_name, pictures.looks(study)))
     return Section("quality", "Quality, and how the changes go together" if found else "Quality", blocks)
 
 
 def _effect(term: str, one: Interval, below: str, above: str) -> list[str]:
-    word = "no interval" if one["low"] is None else below if one["mean"] < 0 else above
+    word = "no interval" if one.low is None else below if one.mean < 0 else above
     row = [literal(pictures.term_words(term)), nats(one), span(one) or "-"]
     return [*row, "inside the noise" if in_noise(one) else word]
 
 
-def _interactions(found: dict[str, dict[str, Interval]]) -> str:
+def _interactions(found: Effects) -> str:
     """Which changes depend on each other, in words."""
-    if all(one["low"] is None for one in found["interactions"].values()):
+    if all(one.low is None for one in found.interactions.values()):
         return "Without intervals nothing can be said about how much the changes depend on each other."
-    certain = {t: one for t, one in found["interactions"].items() if one["low"] is not None and not in_noise(one)}
+    certain = {t: one for t, one in found.interactions.items() if one.low is not None and not in_noise(one)}
     if not certain:
         return (
             "No interaction stands out of the noise: as far as this study can tell, what one change does to the loss"
@@ -221,16 +221,16 @@ def _interactions(found: dict[str, dict[str, Interval]]) -> str:
 def _ladder(study: Study) -> Table | None:
     """One change after the other: the base, with RoPE, with GQA as well, with all three."""
     steps, done = [study.base_name], set()
-    for change in CHANGES:
+    for change in NAMES:
         done.add(change)
         steps += [name for name, kinds in study.kinds.items() if kinds == done][:1]
     losses = [loss for name in steps if (loss := study.loss(name)) is not None]
-    if len(losses) < len(CHANGES) + 1:
+    if len(losses) < len(NAMES) + 1:
         return None
     context, rows = study.contexts[-1] if study.contexts else 0, []
     for i, name in enumerate(steps):
-        totals = [study.variants[n]["parameters"]["total"] for n in steps[max(i - 1, 0) : i + 1]]
-        row = [f"+ {NAMES[CHANGES[i - 1]]}" if i else study.label(name), count(totals[-1])]
+        totals = [study.variants[n].parameters["total"] for n in steps[max(i - 1, 0) : i + 1]]
+        row = [f"+ {list(NAMES.values())[i - 1]}" if i else study.label(name), count(totals[-1])]
         row += [percent(totals[-1], totals[0]) if i else ""]
         row += [memory(study.cache(name, context) or 0)] if context else []
         rows.append([*row, f"{losses[i]:.3f}", nats(losses[i] - losses[i - 1]) if i else ""])

@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.formatting import NBSP, count, listed, millions
 from gptlab.model import cost
-from gptlab.report.blocks import Interval, literal
+from gptlab.report.blocks import literal
 from gptlab.study import roofline
-from gptlab.study.files import read_study as read_file
-from gptlab.study.files import study_names
-from gptlab.study.orders import read_order
-from gptlab.study.results import RESULTS, TIMINGS, downgraded, read_results, read_timings
-from gptlab.study.variants import study_order
+from gptlab.study.results import (
+    RESULTS,
+    TIMINGS,
+    Checkpoint,
+    Claim,
+    Results,
+    Timings,
+    Variant,
+    VariantTimings,
+    read_results,
+    read_timings,
+)
 
-CHANGES = ("rope", "gqa", "swa")
-"""The three changes that the report has a section for."""
 NAMES = {"rope": "RoPE", "gqa": "GQA", "swa": "SWA"}
-FIELDS = {
-    "position": "rope",
-    "rope": "rope",
-    "n_kv_head": "gqa",
-    "window": "swa",
-    "sinks": "swa",
-    "dilation": "swa",
-}
-"""To which change each field of `ModelConfig` belongs."""
+"""The three changes that the report has a section for."""
 
 
 class Study:
@@ -41,24 +38,21 @@ class Study:
     Attributes:
         results: `results.json`.
         timings: `timings.json`, or None where a study has none yet.
-        variants: of the results, by name, the base first, then as the study's file has them.
-        base_name: the variant that the others are compared with.
+        about: the study as a whole.
+        variants: of the results, by name, the base first.
+        base_name: the variant that the others change.
         configs: the architecture of each variant.
+        kinds: which changes each variant makes to the base.
     """
 
-    def __init__(
-        self, results: Mapping[str, Any], timings: Mapping[str, Any] | None, order: Sequence[str] = ()
-    ) -> None:
-        self.results, self.timings = results, timings
-        self.about: Mapping[str, Any] = results["study"]
-        self.base_name: str = self.about["base"]
-        place = {name: i for i, name in enumerate(order)}
-        names = sorted(results["variants"], key=lambda n: (n != self.base_name, place.get(n, len(place))))
-        self.variants: dict[str, Any] = {name: results["variants"][name] for name in names}
-        self.configs = {name: make_config(variant["config"]) for name, variant in self.variants.items()}
+    def __init__(self, results: Results, timings: Timings | None) -> None:
+        self.results, self.timings, self.about, self.variants = results, timings, results.study, results.variants
+        self.base_name = self.about.base
+        self.configs = {name: variant.config for name, variant in self.variants.items()}
+        self.kinds = {name: frozenset(variant.kinds) for name, variant in self.variants.items()}
 
     @property
-    def base(self) -> Mapping[str, Any]:
+    def base(self) -> Variant:
         """The base's results."""
         return self.variants[self.base_name]
 
@@ -68,17 +62,17 @@ class Study:
 
     def name_of(self, name: str) -> str:
         """A variant's name in words, for a drawing, which knows no markup."""
-        own = " ".join(self.variants[name]["label"].split())
+        own = " ".join(self.variants[name].label.split())
         return f"{own} (not trained on)" if self.as_converted(name) else own
 
     def as_converted(self, name: str) -> bool:
         """Was it left as it came out of the conversion, where others were trained on?"""
-        made, about = self.variants[name].get("conversion"), self.about.get("conversion")
-        return bool(made and about and about["recipe"] and [look["share"] for look in made["looks"]] == [0])
+        made, about = self.variants[name].conversion, self.about.conversion
+        return bool(made and about and about.recipe and [at.share for at in made.checkpoints] == [0])
 
     def made(self, name: str) -> str:
         """A variant's changes in words: GQA with 2 of 6 key/value heads."""
-        if self.variants[name]["source"] == "converted":
+        if self.variants[name].source == "converted":
             return self.label(name)  # there may be others of this architecture
         config, kinds = self.configs[name], self.kinds[name]
         words = {
@@ -86,7 +80,7 @@ class Study:
             "gqa": f"GQA with {config.kv_heads} key/value head{'s' * (config.kv_heads != 1)} for {config.n_head}",
             "swa": f"SWA with {_windows(config)}",
         }
-        return listed([words[change] for change in CHANGES if change in kinds]) if kinds else self.label(name)
+        return listed([words[change] for change in NAMES if change in kinds]) if kinds else self.label(name)
 
     @cached_property
     def drawn(self) -> list[str]:
@@ -96,9 +90,9 @@ class Study:
         """
         found: list[str] = []
         for name, variant in self.variants.items():
-            if variant["source"] == "converted":
+            if variant.source == "converted":
                 alike = [n for n in self.variants if self.configs[n] == self.configs[name]]
-                if any(self.variants[n]["source"] != "converted" for n in alike) or name != min(alike, key=self._rank):
+                if any(self.variants[n].source != "converted" for n in alike) or name != min(alike, key=self._rank):
                     continue
             found.append(name)
         return found
@@ -109,19 +103,12 @@ class Study:
 
     def reference(self, name: str) -> str:
         """The variant that another is compared with: the base, or for what was trained on the base trained on."""
-        about = self.about.get("conversion") or {}
-        yardstick = about.get("yardstick")
-        looks = (self.variants[name].get("conversion") or {}).get("looks", ())
-        return yardstick if yardstick and name != yardstick and len(looks) > 1 else self.base_name
+        return self.variants[name].reference or self.base_name
 
-    @cached_property
-    def kinds(self) -> dict[str, frozenset[str]]:
-        """Which changes each variant makes to the base: of `CHANGES`, or ``other``."""
-        before = self.configs[self.base_name].to_dict()
-        return {
-            name: frozenset(FIELDS.get(f, "other") for f, value in config.to_dict().items() if value != before.get(f))
-            for name, config in self.configs.items()
-        }
+    def checkpoints(self, name: str) -> list[Checkpoint]:
+        """Where a converted variant was evaluated; empty for others."""
+        conversion = self.variants[name].conversion
+        return conversion.checkpoints if conversion else []
 
     def alone(self, change: str) -> list[str]:
         """The variants that make this change and no other."""
@@ -131,22 +118,23 @@ class Study:
         """The variants that make this change, perhaps among others."""
         return [name for name, kinds in self.kinds.items() if change in kinds]
 
-    def difference(self, name: str) -> Interval | None:
-        """The loss of a variant on the held-out text less that of its `reference`; None where it cannot be told."""
-        return self.results["comparisons"].get(name, {}).get("validation_loss")
-
     def loss(self, name: str) -> float | None:
         """Nats a token on the held-out text."""
-        quality = self.variants[name]["quality"]
-        return None if quality is None else quality["nats_per_token"]
+        quality = self.variants[name].quality
+        return None if quality is None else quality.nats_per_token
 
-    def timed(self, name: str) -> Mapping[str, Any]:
-        """What was timed of a variant; empty where nothing was."""
-        return self.timings["variants"].get(name, {}) if self.timings else {}
+    def timed(self, name: str) -> VariantTimings | None:
+        """What was timed of a variant."""
+        return self.timings.variants.get(name) if self.timings else None
 
-    def rates(self, name: str, what: str) -> dict[tuple[int, int], float]:
-        """Measured tokens per second of ``decode`` or ``prefill`` by (context, batch)."""
-        return {(p["context"], p["batch"]): p["tokens_per_second"] for p in self.timed(name).get(what, [])}
+    def rates(self, name: str, what: Literal["decode", "prefill"]) -> dict[tuple[int, int], float]:
+        """Measured tokens per second by (context, batch)."""
+        timed = self.timed(name)
+        if timed is None:
+            return {}
+        return {
+            (p.context, p.batch): p.tokens_per_second for p in (timed.decode if what == "decode" else timed.prefill)
+        }
 
     def decode(self, name: str) -> dict[tuple[int, int], float]:
         """Measured tokens per second of decoding by (context, batch)."""
@@ -160,23 +148,23 @@ class Study:
     @property
     def dtype(self) -> str:
         """In which the timings were taken; where there are none, that of the caches counted."""
-        return self.timings["dtype"] if self.timings else "bfloat16"
+        return self.timings.dtype if self.timings else "bfloat16"
 
     @property
     def model_words(self) -> str:
         """The base model in a few words."""
         c = self.configs[self.base_name]
-        size = millions(self.base["parameters"]["total"])
+        size = millions(self.base.parameters["total"])
         return f"GPT-2 with {c.n_layer} layers, {c.n_head} heads, width {c.n_embd} ({size} parameters)"
 
     @property
     def trained_words(self) -> str:
         """How long the variants were trained."""
-        tokens = sorted({v["tokens_trained"] for v in self.variants.values() if v["tokens_trained"]})
+        tokens = sorted({v.tokens_trained for v in self.variants.values() if v.tokens_trained})
         if not tokens:
             return "tokens trained: not recorded"
         amount = millions(tokens[0]) if len(tokens) == 1 else f"{millions(tokens[0])} to {millions(tokens[-1])}"
-        seeds = max(len(v["runs"]) for v in self.variants.values())
+        seeds = max(len(v.runs) for v in self.variants.values())
         return f"{amount} tokens trained" + (f", {seeds} seed{'s' * (seeds > 1)}" if seeds else "")
 
     @property
@@ -184,10 +172,10 @@ class Study:
         """The hardware in a few words."""
         if not self.timings:
             return "hardware: not timed"
-        m = self.timings["machine"]
-        threads = f"{m['threads']} thread{'s' * (m['threads'] != 1)}"
-        where = literal(m["processor"]) + (f", {threads}" if m["device"] == "cpu" else f", {literal(m['device'])}")
-        return f"{where}, torch{NBSP}{literal(m['torch'])}"
+        m = self.timings.machine
+        threads = f"{m.threads} thread{'s' * (m.threads != 1)}"
+        where = literal(m.processor) + (f", {threads}" if m.device == "cpu" else f", {literal(m.device)}")
+        return f"{where}, torch{NBSP}{literal(m.torch)}"
 
     @property
     def setting(self) -> str:
@@ -198,36 +186,36 @@ class Study:
     def failures(self) -> list[str]:
         """Every run that failed, with the reason."""
         return [
-            f"{self.label(name)}, seed {run['seed']}: {literal(run['error'] or 'no reason was recorded')}"
+            f"{self.label(name)}, seed {run.seed}: {literal(run.error or 'no reason was recorded')}"
             for name, variant in self.variants.items()
-            for run in variant["runs"]
-            if run["status"] == "failed"
+            for run in variant.runs
+            if run.status == "failed"
         ]
 
     def untrained(self, name: str) -> bool:
         """Whether a variant was to be trained and no run came to its end."""
-        runs = self.variants[name]["runs"]
-        return bool(runs) and all(run["status"] == "failed" for run in runs)
+        runs = self.variants[name].runs
+        return bool(runs) and all(run.status == "failed" for run in runs)
 
     @property
-    def claims(self) -> list[Mapping[str, Any]]:
+    def claims(self) -> list[Claim]:
         """Papers' claims, those about quality before those that a clock decides."""
-        return [*(self.results["claims"] or []), *((self.timings or {}).get("claims") or [])]
+        return [*self.results.claims, *(self.timings.claims if self.timings else ())]
 
     @property
     def text(self) -> str:
         """What the loss was measured on, in words."""
-        named = dict.fromkeys(v["quality"]["text"] for v in self.variants.values() if v["quality"])
+        named = dict.fromkeys(v.quality.text for v in self.variants.values() if v.quality)
         return listed([literal(text) for text in named]) if named else "no text"
 
     @property
     def contexts(self) -> list[int]:
         """Contexts at which the base's cache was counted, ascending."""
-        return sorted({entry["context"] for entry in self.base["cache"]})
+        return sorted({entry.context for entry in self.base.cache})
 
     def cache(self, name: str, context: int, batch: int = 1) -> int | None:
         """Bytes of a variant's cache as counted by the study."""
-        found = (e["bytes"] for e in self.variants[name]["cache"] if (e["context"], e["batch"]) == (context, batch))
+        found = (e.bytes for e in self.variants[name].cache if (e.context, e.batch) == (context, batch))
         return next(found, None)
 
     def per_token(self, name: str) -> int:
@@ -237,7 +225,7 @@ class Study:
     @property
     def cache_size(self) -> int:
         """Bytes of a number in the caches that were counted."""
-        return roofline.BYTES[self.base["cache"][0]["dtype"]] if self.base["cache"] else 2
+        return roofline.BYTES[self.base.cache[0].dtype] if self.base.cache else 2
 
 
 def make_config(values: Mapping[str, Any]) -> ModelConfig:
@@ -274,20 +262,5 @@ def read_study(directory: Path, names: tuple[str, str] = (RESULTS, TIMINGS)) -> 
     """
     if not directory.is_dir():
         raise GptlabError(f"there is no study in {directory}: no such directory; name what gptlab study --out made")
-    of_results, of_timings = (directory / name for name in names)
-    results = downgraded(read_results(directory, of_results.name))
-    timings = read_timings(directory, of_timings.name).model_dump(mode="json") if of_timings.exists() else None
-    return Study(results, timings, order_in(directory, results["study"]["name"]))
-
-
-def order_in(directory: Path, name: str) -> list[str]:
-    """Return the variants' names in the order of the study's file, as far as the file is known.
-
-    Args:
-        directory: of the study, whose `study.json` holds it; else one of that name that the package carries counts.
-        name: of the study.
-    """
-    try:
-        return study_order(read_order(directory).study)
-    except GptlabError:
-        return study_order(read_file(name)) if name in study_names() else []
+    results = read_results(directory, names[0])
+    return Study(results, read_timings(directory, names[1]) if (directory / names[1]).exists() else None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -524,7 +523,7 @@ def _read(path: Path, kind: str, model: type[_File]) -> _File:
     if stated != (kind, VERSION):
         raise GptlabError(f"{path} is not a {kind} of version {VERSION}; make it again by gptlab study --resume")
     try:
-        return model.model_validate_json(json.dumps(upgraded(values)))
+        return model.model_validate_json(json.dumps(values))
     except ValidationError as error:
         raise GptlabError(f"{path} is damaged: {_explain(error)}; make it again by gptlab study") from None
 
@@ -551,70 +550,3 @@ def _explain(error: ValidationError) -> str:
     expected = first.get("ctx", {}).get("expected")
     said = f"is not {expected}" if expected else _WORDS.get(first["type"], f"is wrong ({first['msg'].lower()})")
     return f"{where.lstrip('.')} {said}"
-
-
-def upgraded(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a file that was written before records had their present fields."""
-    if values["format"] != FORMAT:
-        return {**values, "claims": values.get("claims") or []}
-    if "comparisons" not in values:
-        return values
-    about, variants = values.get("study"), values.get("variants")
-    if not isinstance(about, dict) or not isinstance(variants, dict):
-        return {**values, "claims": values.get("claims") or []}
-    kind_of = {"position": "rope", "rope": "rope", "n_kv_head": "gqa", "window": "swa", "sinks": "swa"}
-    kind_of["dilation"] = "swa"
-    general = about.get("conversion")
-    if general:
-        general = {"reference": general["yardstick"], "pretraining_tokens": general["of"]} | {
-            name: general[name] for name in ("calibration", "recipe")
-        }
-    base = variants.get(about["base"], {}).get("config", {})
-    made = {}
-    for name, old in variants.items():
-        new = {_MOVED.get(key, key): value for key, value in old.items()}
-        if isinstance(old.get("config"), Mapping):
-            changed = {kind_of.get(key, "other") for key, value in old["config"].items() if value != base.get(key)}
-            new["kinds"] = [kind for kind in ("rope", "gqa", "swa", "other") if kind in changed]
-        conversion = old.get("conversion")
-        if conversion:
-            looks = [{_MOVED.get(key, key): value for key, value in look.items()} for look in conversion["looks"]]
-            new["conversion"] = {_MOVED.get(key, key): value for key, value in conversion.items()}
-            new["conversion"]["checkpoints"] = looks
-        reference = general["reference"] if general and conversion and len(conversion["looks"]) > 1 else None
-        new["reference"] = None if name == about["base"] else about["base"]
-        if reference is not None and reference != name:
-            new["reference"] = reference
-        new["difference"] = (values["comparisons"].get(name) or {}).get("validation_loss")
-        made[name] = new
-    kept = {key: value for key, value in values.items() if key != "comparisons"}
-    return {**kept, "study": {**about, "conversion": general}, "variants": made, "claims": values.get("claims") or []}
-
-
-def downgraded(results: Results) -> dict[str, Any]:
-    """Return results as plain values under the names that the report still asks for."""
-    old = {new: name for name, new in _MOVED.items()}
-    values = results.model_dump(mode="json")
-    values["comparisons"] = {name: dict(entry) for name, entry in results.comparisons.items()}
-    for name, entry in values["comparisons"].items():
-        values["comparisons"][name] = {key: interval.model_dump() for key, interval in entry.items()}
-    if values["study"]["conversion"] is None:
-        del values["study"]["conversion"]
-    else:
-        values["study"]["conversion"] = {old.get(n, n): v for n, v in values["study"]["conversion"].items()}
-    for name, new in values["variants"].items():
-        variant = {old.get(key, key): value for key, value in new.items()}
-        if (conversion := variant.pop("conversion")) is not None:
-            conversion = {old.get(key, key): value for key, value in conversion.items()}
-            looks = [
-                {old.get(k, k): v for k, v in look.items() if (k, v) != ("own_context", None)}
-                for look in conversion["looks"]
-            ]
-            variant["conversion"] = {**conversion, "looks": looks}
-        values["variants"][name] = variant
-    return values
-
-
-def make_results(values: dict[str, Any]) -> Results:
-    """Return the results of plain values, as JSON gives them."""
-    return Results.model_validate_json(json.dumps(upgraded(values)))

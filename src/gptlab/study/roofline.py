@@ -15,13 +15,12 @@ caches may be faster, since it is read from there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError, nearest
 from gptlab.model import cost
+from gptlab.study.results import Timings
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 """Bytes of a number, by dtype."""
@@ -96,13 +95,10 @@ def predict(config: ModelConfig, machine: Machine, *, context: int, batch: int, 
     return Step(batch, *read, weights, cache, limit)
 
 
-def machine_of(timings: Mapping[str, Any] | None) -> Machine | None:
+def machine_of(timings: Timings | None) -> Machine | None:
     """Return the limits that a study measured, for the dtype that it timed; None where it measured none."""
-    peaks = (timings or {}).get("peaks")
-    if not timings or not peaks or timings["dtype"] not in peaks["flops"]:
-        return None
-    bandwidth, flops = peaks["bandwidth_bytes_per_second"], peaks["flops"][timings["dtype"]]
-    return Machine(bandwidth, flops) if bandwidth and flops else None
+    flops = timings.peaks.flops.get(timings.dtype) if timings else None
+    return Machine(timings.peaks.bandwidth_bytes_per_second, flops) if timings and flops else None
 
 
 def balance(config: ModelConfig, context: int) -> float:

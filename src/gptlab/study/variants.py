@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -220,7 +220,7 @@ FIELD_KINDS: dict[str, Kind] = {
 """To which of the three changes a field of `ModelConfig` belongs."""
 
 
-def kinds_of(changes: Mapping[str, Any]) -> list[Kind]:
+def kinds_of(changes: Iterable[str]) -> list[Kind]:
     """Return which changes these fields of `ModelConfig` make: of the three, or another."""
     made = {FIELD_KINDS.get(name, "other") for name in changes}
     return [kind for kind in get_args(Kind) if kind in made]
