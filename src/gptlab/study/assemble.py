@@ -35,7 +35,7 @@ from gptlab.study.results import (
     Sample,
     Variant,
 )
-from gptlab.study.variants import Cell, changes, factors_of, kinds_of
+from gptlab.study.variants import Cell, changes, factors_of, kinds_of, study_order
 
 _Row = TypeVar("_Row", Copy, Induction)
 
@@ -133,7 +133,7 @@ def assemble(
             made_with={"gptlab": gptlab.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()},
             conversion=converted,
         ),
-        variants=named,
+        variants={name: named[name] for name in study_order(study) if name in named},
         effects=statistics.effects({name: variant.factors for name, variant in named.items()}, scored),
         four_sizes=costs.four_sizes(configs, base.cell.name),
         race=race,
