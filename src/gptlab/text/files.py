@@ -216,8 +216,8 @@ def _zstd(file: IO[bytes], name: str) -> IO[bytes]:
 
 _OPENERS: dict[str, Callable[[IO[bytes], str], IO[bytes]]] = {
     ".gz": lambda file, name: cast(IO[bytes], gzip.GzipFile(fileobj=file)),
-    ".bz2": lambda file, name: bz2.BZ2File(file),  # noqa: SIM115
-    ".xz": lambda file, name: lzma.LZMAFile(file),
+    ".bz2": lambda file, name: bz2.BZ2File(file),
+    ".xz": lambda file, name: lzma.LZMAFile(file),  # noqa: SIM115
     ".zst": _zstd,
 }
 _MAGIC = {".gz": b"\x1f\x8b\x08", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0", ".zst": b"\x28\xb5\x2f\xfd"}
