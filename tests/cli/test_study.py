@@ -68,8 +68,8 @@ def file(tmp_path: Path) -> Path:
 
 def write_report(directory: Path) -> Path:
     """Drawing takes seconds."""
-    variants = read_results(directory)["variants"]
-    (directory / "report.html").write_text(" ".join(variant["label"] for variant in variants.values()))
+    variants = read_results(directory).variants
+    (directory / "report.html").write_text(" ".join(variant.label for variant in variants.values()))
     return directory / "report.html"
 
 
@@ -106,14 +106,14 @@ def test_a_study_ends_with_a_table_and_the_path_of_its_report(gptlab: Gptlab, fi
     code, said, told = gptlab("study", file, "--out", out)
     assert code == 0, told
     results, timings = read_results(out), read_timings(out)
-    for name, variant in results["variants"].items():
-        assert variant["quality"] is not None
-        (line,) = [line for line in said.splitlines() if f"│ {variant['label']} " in line]
-        assert f"{variant['parameters']['total']:,}" in line
-        assert f"{variant['quality']['nats_per_token']:.4f}" in line
+    for name, variant in results.variants.items():
+        assert variant.quality is not None
+        (line,) = [line for line in said.splitlines() if f"│ {variant.label} " in line]
+        assert f"{variant.parameters['total']:,}" in line
+        assert f"{variant.quality.nats_per_token:.4f}" in line
         point = next(row for row in timings["variants"][name]["decode"] if (row["context"], row["batch"]) == (64, 2))
-        assert f" {point['milliseconds']:.2f} " in line
-    found = results["comparisons"]["rope"]["validation_loss"]
+        assert f" {point.milliseconds:.2f} " in line
+    found = results.variants["rope"].difference
     assert difference(found) in said
     assert "Trained on 768 tokens, one seed." in said
     assert "Intervals: paired bootstrap over documents" in said
@@ -158,16 +158,16 @@ def test_conversions_have_a_table_of_their_own(gptlab: Gptlab, file: Path, tmp_p
     file.write_text(file.read_text().replace("[evaluate]", CONVERSIONS + "[evaluate]"))
     code, said, told = gptlab("study", file, "--out", tmp_path / "out", "--only", "a")
     assert code == 0, told
-    variants = read_results(tmp_path / "out")["variants"]
+    variants = read_results(tmp_path / "out").variants
     whole, _, own = said.partition("loss less that of trained on, by share of the pre-training")
     for text in (whole, own):  # as the file has them, not by name
         assert text.index("│ trained on ") < text.index("│ grouped ")
-    first, last = variants["a"]["conversion"]["looks"]
-    for look, reference in zip((first, last), variants["z"]["conversion"]["looks"], strict=True):
-        assert look["difference"] is not None
-        assert f"{look['difference']['mean']:+.4f}" in own
-        assert reference["difference"] is None or reference["difference"]["mean"] == 0
-    assert f"{variants['z']['conversion']['looks'][-1]['nats_per_token']:.4f}" in own
+    first, last = variants["a"].conversion.checkpoints
+    for look, reference in zip((first, last), variants["z"].conversion.checkpoints, strict=True):
+        assert look.difference is not None
+        assert f"{look.difference.mean:+.4f}" in own
+        assert reference.difference is None or reference.difference.mean == 0
+    assert f"{variants['z'].conversion.checkpoints[-1].nats_per_token:.4f}" in own
     assert "is compared with 'trained on', the base trained on for as long." in own
     assert "train a, seed 0 (2 of 2)" in told
 
@@ -178,9 +178,9 @@ def test_flags(gptlab: Gptlab, file: Path, tmp_path: Path, monkeypatch: pytest.M
     flags = ["--only", "base", "--seeds", 2, "--corpus", tmp_path / "other.txt", "--set", "budget.steps=6"]
     code, _, told = gptlab("study", file, "--out", out, *flags)
     assert code == 0, told
-    about = read_results(out)["study"]
-    assert (about["seeds"], about["tokens"], about["corpus"]["name"]) == ([0, 1], 6 * 2 * 32, "other")
-    assert list(read_results(out)["variants"]) == ["base"]
+    about = read_results(out).study
+    assert (about.seeds, about.tokens, about.corpus.name) == ([0, 1], 6 * 2 * 32, "other")
+    assert list(read_results(out).variants) == ["base"]
     before = (out / "results.json").read_bytes()
     code, _, told = gptlab("study", "--resume", "--out", out)  # as it was asked for
     assert code == 0, told
@@ -200,15 +200,13 @@ def test_the_report_of_a_study(file: Path, tmp_path: Path) -> None:
     assert done.stdout.endswith(f"report: {tmp_path / 'out/report.html'}\n")
     for name in ("report.html", "report.md"):
         text = (tmp_path / "out" / name).read_text()
-        loss = read_results(tmp_path / "out")["variants"]["rope"]["quality"]
+        loss = read_results(tmp_path / "out").variants["rope"].quality
         assert loss is not None
-        assert f"{loss['nats_per_token']:.3f}" in text
+        assert f"{loss.nats_per_token:.3f}" in text
     timings = read_timings(tmp_path / "out")
-    for variant in timings["variants"].values():
-        assert 0 < (variant["decoding_memory_bytes"] or 0) < (variant["training_memory_bytes"] or 0)
-    assert all(
-        rate > 1e8 for rate in (timings["peaks"]["bandwidth_bytes_per_second"], *timings["peaks"]["flops"].values())
-    )
+    for variant in timings.variants.values():
+        assert 0 < (variant.decoding_memory_bytes or 0) < (variant.training_memory_bytes or 0)
+    assert all(rate > 1e8 for rate in (timings.peaks.bandwidth_bytes_per_second, *timings.peaks.flops.values()))
 
 
 REFUSALS = [

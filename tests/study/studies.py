@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gptlab.study.files import StudySettings, make_study
-from gptlab.study.orders import Order
+from gptlab.study.directory import Request
 from gptlab.study.results import Machine, Peaks, Timings, VariantTimings
+from gptlab.study.settings import StudySettings, make_study
 
 RECIPE = [
     "model.preset=tiny",
@@ -62,9 +62,9 @@ def settings(corpus: Path, *changes: str, **values: Any) -> dict[str, Any]:
     return {**defaults, **values}
 
 
-def order(corpus: Path, *changes: str, **values: Any) -> Order:
-    """Return an order for `settings`."""
-    return Order(small(corpus, *changes, **values))
+def requested(corpus: Path, *changes: str, **values: Any) -> Request:
+    """Return a request for `settings`."""
+    return Request(small(corpus, *changes, **values))
 
 
 def small(corpus: Path, *changes: str, **values: Any) -> StudySettings:

@@ -16,9 +16,10 @@ from gptlab.model import cost
 from gptlab.model.gpt import GPT
 from gptlab.study import costs, timing
 from gptlab.study import measure as measuring
-from gptlab.study.files import MeasurementSettings
 from gptlab.study.measure import measure
 from gptlab.study.memory import peak_memory
+from gptlab.study.results import Timings
+from gptlab.study.settings import MeasurementSettings
 from gptlab.study.timing import ROUNDS, decoding_step, prefill_step, take_turns, training_step
 from gptlab.training.recipe import Recipe, make_recipe
 
@@ -108,7 +109,7 @@ def test_variants_take_turns_and_the_median_counts(monkeypatch: pytest.MonkeyPat
     assert len(calls) == 5  # another would end after 30 seconds
 
 
-Kept = tuple[dict[str, Any], list[str]]
+Kept = tuple[Timings, list[str]]
 
 
 def run(cache: Path, **changes: Any) -> Kept:
@@ -122,25 +123,25 @@ def run(cache: Path, **changes: Any) -> Kept:
         device=CPU,
         report=lambda row: said.append(row.get("what") or row["text"]),
     )
-    return dict(timings), said
+    return timings, said
 
 
 @pytest.mark.usefixtures("no_measuring")
 def test_everything_is_timed_for_every_variant(tmp_path: Path) -> None:
     timings, said = run(tmp_path)
-    assert list(timings["variants"]) == list(CONFIGS)
-    for found in timings["variants"].values():
+    assert list(timings.variants) == list(CONFIGS)
+    for found in timings.variants.values():
         points = [(row["context"], row["batch"]) for row in found["decode"]]
         assert points == [(16, 1), (16, 2), (96, 1), (96, 2)]  # 96 is beyond the learned positions
-        for row in found["decode"]:
+        for row in found.decode:
             assert row["tokens_per_second"] == pytest.approx(1e3 * row["batch"] / row["milliseconds"])
         assert [(row["context"], row["batch"]) for row in found["prefill"]] == [(16, 1), (96, 1)]
         assert all(row["tokens_per_second"] > 0 for row in found["prefill"])
-        assert found["training_tokens_per_second"] > 0
-        assert (found["training_memory_bytes"], found["decoding_memory_bytes"]) == (2000, 1000)
-    assert "2 x 96 tokens in the cache" in timings["how"]
-    assert "training on 1 windows" in timings["how"]
-    assert timings["machine"]["threads"] == torch.get_num_threads()
+        assert found.training_tokens_per_second > 0
+        assert (found.training_memory_bytes, found.decoding_memory_bytes) == (2000, 1000)
+    assert "2 x 96 tokens in the cache" in timings.how
+    assert "training on 1 windows" in timings.how
+    assert timings.machine.threads == torch.get_num_threads()
     assert [what for what in said if what.startswith("memory")] == [f"memory of {name}" for name in CONFIGS]
 
 
@@ -164,16 +165,16 @@ def test_what_would_take_too_much_is_left_out(tmp_path: Path, monkeypatch: pytes
     sizes = {batch: sum(cost.cache_bytes(c, 96, 4, batch=batch) for c in CONFIGS.values()) for batch in (1, 2)}
     monkeypatch.setattr(measuring, "MOST_BYTES", (sizes[1] + sizes[2]) // 2)
     timings, _ = run(tmp_path)
-    for found in timings["variants"].values():
+    for found in timings.variants.values():
         assert [(row["context"], row["batch"]) for row in found["decode"]] == [(16, 1), (16, 2), (96, 1)]
-    assert "1 x 96 tokens in the cache" in timings["how"]
+    assert "1 x 96 tokens in the cache" in timings.how
 
     def slow(steps: dict[str, Any], device: torch.device, seconds: float) -> dict[str, float]:
         return dict.fromkeys(steps, 60.0)
 
     monkeypatch.setattr(measuring, "take_turns", slow)
     timings, _ = run(tmp_path / "slow", seconds=100)
-    for found in timings["variants"].values():
+    for found in timings.variants.values():
         assert [row["context"] for row in found["prefill"]] == [16]  # the next would take minutes
 
 
@@ -184,7 +185,7 @@ def test_memory_that_cannot_be_measured_is_none(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(measuring, "peak_memory", fail)
     timings, said = run(tmp_path)
-    assert timings["variants"]["base"]["training_memory_bytes"] is None
+    assert timings.variants["base"].training_memory_bytes is None
     assert "base: memory could not be measured: killed" in said
 
 
@@ -206,7 +207,7 @@ def test_memory_of_a_process_of_its_own() -> None:
     weights = 4 * sum(cost.parameters(big).values())
     held = weights + cost.cache_bytes(big, 4096, 4, batch=4)
     assert held < found["decoding"] < held + 2**28
-    assert 4 * weights < found["training"] < 4 * weights + 2**28  # weights, gradients, two moments
+    assert 4 * weights < found.training < 4 * weights + 2**28  # weights, gradients, two moments
     narrow = dataclasses.replace(big, window=64).to_dict()
     assert peak_memory({**asked, "config": narrow})["decoding"] < found["decoding"] - held // 4
     with pytest.raises(GptlabError, match="memory could not be measured"):
@@ -225,7 +226,7 @@ def test_caches_are_allocated_as_generation_does() -> None:
             assert row["bytes"] == cost.cache_bytes(config, row["context"], 2, batch=row["batch"])
             assert row["bytes"] <= made.nbytes
     huge = costs.cache_sizes(ModelConfig.preset("gpt2"), [100_000], [32])
-    assert huge[0]["allocated"] is None
+    assert huge[0].allocated is None
 
 
 def test_the_changes_in_the_four_sizes() -> None:
@@ -244,23 +245,23 @@ def test_the_changes_in_the_four_sizes() -> None:
     small = sizes["gpt2"]
     assert "wider" not in small  # no counterpart
     # The figures of REFERENCES.md, section 1.
-    assert small["base"]["parameters"] == 124_439_808
-    assert small["rope"]["parameters"] == 124_439_808 - 786_432
-    assert small["gqa"]["changes"] == {"n_kv_head": 4}
-    assert round(small["gqa"]["parameters"] / 1e4) == 11499
+    assert small["base"].parameters == 124_439_808
+    assert small["rope"].parameters == 124_439_808 - 786_432
+    assert small["gqa"].changes == {"n_kv_head": 4}
+    assert round(small["gqa"].parameters / 1e4) == 11499
     assert [row["bytes"] >> 20 for row in small["base"]["cache"]] == [36, 144, 576]
     assert [row["bytes"] >> 20 for row in small["mqa"]["cache"]] == [3, 12, 48]
-    assert small["swa"]["changes"] == {"window": 256}
+    assert small["swa"].changes == {"window": 256}
     assert {row["bytes"] for row in small["swa"]["cache"]} == {9 << 20}
-    assert small["growing"]["changes"] == {"window": [64] * 3 + [128] * 3 + [None] * 3 + [256] * 3}
-    assert sizes["gpt2-xl"]["gqa"]["changes"] == {"n_kv_head": 5}  # 25 heads cannot be divided by 3
-    assert sizes["gpt2-xl"]["mqa"]["changes"] == {"n_kv_head": 1}
+    assert small["growing"].changes == {"window": [64] * 3 + [128] * 3 + [None] * 3 + [256] * 3}
+    assert sizes["gpt2-xl"]["gqa"].changes == {"n_kv_head": 5}  # 25 heads cannot be divided by 3
+    assert sizes["gpt2-xl"]["mqa"].changes == {"n_kv_head": 1}
 
 
 def test_operations_of_a_token() -> None:
     found = costs.flops_per_token(CONFIGS["base"], [16, 64])
-    assert found["forward"] == {str(n): cost.token_flops(CONFIGS["base"], n - 1).total for n in (16, 64)}
-    assert found["training"] == cost.training_flops(CONFIGS["base"], 64) / 64
+    assert found.forward == {str(n): cost.token_flops(CONFIGS["base"], n - 1).total for n in (16, 64)}
+    assert found.training == cost.training_flops(CONFIGS["base"], 64) / 64
     assert sum(cost.parameters(CONFIGS["base"]).values()) == costs.parameters(CONFIGS["base"])["total"]
 
 

@@ -13,12 +13,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from studies import GRID, MEASURE, RECIPE, no_timings, order, settings, small
+from studies import GRID, MEASURE, RECIPE, no_timings, requested, settings, small
 
 import gptlab
 from gptlab.config import ModelConfig
@@ -29,17 +28,16 @@ from gptlab.evaluation.probes import copy_at_distance, induction
 from gptlab.evaluation.scoring import token_logprobs
 from gptlab.language_model import LanguageModel
 from gptlab.model import cost
-from gptlab.study import evaluate, runs, stages
+from gptlab.study import directory, evaluator, runs
 from gptlab.study import run as running
-from gptlab.study.evaluate import Questions, model_key
-from gptlab.study.files import make_study
-from gptlab.study.orders import Order, read_order
+from gptlab.study.directory import Request, model_key, read_request
+from gptlab.study.evaluator import Evaluator
 from gptlab.study.results import Corpus, read_results, read_timings
 from gptlab.study.run import run_study
+from gptlab.study.settings import make_study
 from gptlab.text.documents import open_documents
 from gptlab.text.shards import open_dataset
 from gptlab.text.tokenizers import byte_tokenizer
-from gptlab.training.recipe import make_recipe, read_recipe
 
 pytestmark = pytest.mark.usefixtures("no_measuring")
 
@@ -57,7 +55,7 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running, "measure", no_timings)
         torch.set_num_threads(1)
-        run_study(order(corpus, variant=VARIANTS, seeds=[0, 1]), out)
+        run_study(requested(corpus, variant=VARIANTS, seeds=[0, 1]), out)
     return out
 
 
@@ -79,50 +77,50 @@ def stop_at(n: int) -> Callable[[dict[str, Any]], None]:
 
 def test_results_hold_what_was_asked_for(whole: Path, corpus: Path) -> None:
     results = read_results(whole)
-    about = results["study"]
-    assert (about["base"], about["kind"], about["seeds"], about["tokens"]) == ("base", "trained", [0, 1], 12 * 2 * 32)
+    about = results.study
+    assert (about.base, about.kind, about.seeds, about.tokens) == ("base", "trained", [0, 1], 12 * 2 * 32)
     dataset = open_dataset(whole / "data")
-    assert about["corpus"] == Corpus(name="sentences", sha256=dataset.sha256)
-    assert about["recipe"]["budget"]["steps"] == 12
-    assert list(results["variants"]) == ["base", "twin", "rope"] or list(results["variants"]) == [
+    assert about.corpus == Corpus(name="sentences", sha256=dataset.sha256)
+    assert about.recipe["budget"]["steps"] == 12
+    assert list(results.variants) == ["base", "twin", "rope"] or list(results.variants) == [
         "base",
         "rope",
         "twin",
     ]
-    for name, variant in results["variants"].items():
-        config = ModelConfig.from_dict(variant["config"])
+    for name, variant in results.variants.items():
+        config = variant.config
         assert config == ModelConfig.preset(
             "tiny", context_length=32, vocab_size=257, **({"position": "rope"} if name == "rope" else {})
         )
-        assert variant["parameters"]["total"] == sum(cost.parameters(config).values())
-        assert [(run["seed"], run["status"], run["error"]) for run in variant["runs"]] == [
+        assert variant.parameters["total"] == sum(cost.parameters(config).values())
+        assert [(run.seed, run.status, run.error) for run in variant.runs] == [
             (0, "done", None),
             (1, "done", None),
         ]
-        for run in variant["runs"]:
-            assert [tokens for tokens, _ in run["curve"]] == [64, 640, 768]
-            assert [tokens for tokens, _ in run["validation_curve"]] == [384, 768]
-            assert run["validation_curve"][-1][1] == run["validation_loss"] < run["validation_curve"][0][1]
-            assert (whole / "runs" / run["key"] / "run.json").is_file()
+        for run in variant.runs:
+            assert [tokens for tokens, _ in run.curve] == [64, 640, 768]
+            assert [tokens for tokens, _ in run.validation_curve] == [384, 768]
+            assert run.validation_curve[-1][1] == run.validation_loss < run.validation_curve[0][1]
+            assert (whole / "runs" / run.key / "run.json").is_file()
         assert [row["context"] for row in variant["cache"]] == [16, 16, 32, 32, 64, 64]
-        assert variant["heads"] is not None
-        assert len(variant["heads"]["layers"]) == 2
-        assert len(variant["samples"]) == 3
-    assert results["variants"]["rope"]["changes"] == {"position": "rope"}
-    assert results["variants"]["rope"]["factors"] == ["rope"]
-    assert results["effects"] is results["race"] is None
-    assert results["claims"] == []
-    assert list(results["four_sizes"]["gpt2"]) == list(results["variants"])
+        assert variant.heads is not None
+        assert len(variant.heads.layers) == 2
+        assert len(variant.samples) == 3
+    assert results.variants["rope"].changes == {"position": "rope"}
+    assert results.variants["rope"].factors == ["rope"]
+    assert results.effects is results["race"] is None
+    assert results.claims == []
+    assert list(results.four_sizes["gpt2"]) == list(results.variants)
 
 
 def test_the_answers_are_those_of_the_models(whole: Path) -> None:
     """The same questions put by hand to the checkpoints of the runs."""
     results = read_results(whole)
-    variant = results["variants"]["rope"]
+    variant = results.variants["rope"]
     texts = tuple(open_documents([str(whole / "held_out.txt")]))
     losses, positions, copies, passes = [], [], [], []
-    for run in variant["runs"]:
-        lm = gptlab.load(f"{whole / 'runs' / run['key']}@last")
+    for run in variant.runs:
+        lm = gptlab.load(f"{whole / 'runs' / run.key}@last")
         tokenizer = lm.needs_tokenizer()
         ids = [[256, *tokenizer.encode(text)] for text in texts]
         scores = token_logprobs(lm.model, ids, context=32)
@@ -132,43 +130,43 @@ def test_the_answers_are_those_of_the_models(whole: Path) -> None:
         copies.append(copy_at_distance(lm.model, [16], n=2, length=16, vocabulary=range(256))[0])
         passes.append(induction(lm.model, period=8, n=2, vocabulary=range(256)))
     mean = lambda values: pytest.approx(sum(values) / len(values), rel=1e-6)  # noqa: E731
-    assert variant["quality"] is not None
-    assert variant["quality"]["by_run"] == pytest.approx(losses, rel=1e-6)
-    assert variant["quality"]["nats_per_token"] == mean(losses)
-    assert variant["quality"]["tokens"] == sum(len(row) - 1 for row in ids)
-    assert variant["by_position"] is not None
-    assert variant["by_position"]["buckets"] == [(1, 16), (17, 32), (33, 64)]
-    assert variant["by_position"]["trained_length"] == 32
-    for found, both in zip(variant["by_position"]["nats"], zip(*positions, strict=True), strict=True):
+    assert variant.quality is not None
+    assert variant.quality.by_run == pytest.approx(losses, rel=1e-6)
+    assert variant.quality.nats_per_token == mean(losses)
+    assert variant.quality.tokens == sum(len(row) - 1 for row in ids)
+    assert variant.by_position is not None
+    assert variant.by_position.buckets == [(1, 16), (17, 32), (33, 64)]
+    assert variant.by_position.trained_length == 32
+    for found, both in zip(variant.by_position.nats, zip(*positions, strict=True), strict=True):
         assert found == mean(both)
-    (copying,) = variant["copy"]
-    assert copying["distance"] == 16
-    assert copying["logprob"] == mean([one.logprob for one in copies])
-    assert copying["baseline_logprob"] == mean([one.logprob_without for one in copies])
-    assert variant["induction"] is not None
-    assert variant["induction"]["second"] == mean([one.second for one in passes])
-    first = gptlab.load(f"{whole / 'runs' / variant['runs'][0]['key']}@last")
+    (copying,) = variant.copying
+    assert copying.distance == 16
+    assert copying.logprob == mean([one.logprob for one in copies])
+    assert copying.baseline_logprob == mean([one.logprob_without for one in copies])
+    assert variant.induction is not None
+    assert variant.induction.second == mean([one.second for one in passes])
+    first = gptlab.load(f"{whole / 'runs' / variant.runs[0].key}@last")
     heads = diagnose(first.model, torch.tensor([stream[:32]]))
-    assert variant["heads"] is not None
-    assert variant["heads"]["layers"][1]["entropy"] == pytest.approx(heads[1].entropy.tolist(), abs=1e-5)
-    assert variant["attention_maps"] is not None
-    layer, head = variant["attention_maps"]["layer"], variant["attention_maps"]["head"]
-    base = results["variants"]["base"]["heads"]
+    assert variant.heads is not None
+    assert variant.heads.layers[1].entropy == pytest.approx(heads[1].entropy.tolist(), abs=1e-5)
+    assert variant.attention_map is not None
+    layer, head = variant.attention_map.layer, variant.attention_map.head
+    base = results.variants["base"].heads
     assert base is not None
     assert base["layers"][layer]["distance"][head] == max(d for row in base["layers"] for d in row["distance"])
     maps = first.model.attention_maps(torch.tensor([stream[:32]]), layer)[0, head]
-    for i, row in enumerate(variant["attention_maps"]["weights"]):
+    for i, row in enumerate(variant.attention_map.weights):
         assert row == pytest.approx(maps[i, : i + 1].tolist(), abs=6e-4)
-    prompts = [sample["prompt"] for sample in variant["samples"]]
+    prompts = [sample.prompt for sample in variant.samples]
     texts = first.generate(prompts, max_new_tokens=5, temperature=0.8, top_k=50, seed=0)
-    assert [sample["text"] for sample in variant["samples"]] == texts
+    assert [sample.text for sample in variant.samples] == texts
 
 
 def test_by_position_all_models_read_the_same_tokens(tmp_path: Path) -> None:
     """Two pieces of three times the least trained length; a model with a longer table goes on in the same pieces."""
     (tmp_path / "text.txt").write_bytes(bytes(32 + i % 90 for i in range(400)))
     study = small(tmp_path, evaluate={"positions": 3, "pieces": 2})
-    ask = Questions(tmp_path / "text.txt", "text", study.evaluate, 16, tmp_path / "cache")
+    ask = Evaluator(tmp_path / "text.txt", "text", study.evaluate, 16, tmp_path / "cache")
     stream = [256, *(tmp_path / "text.txt").read_bytes()]
     pieces = [stream[i : i + 49] for i in (0, 48)]
     protocols = set()
@@ -177,35 +175,35 @@ def test_by_position_all_models_read_the_same_tokens(tmp_path: Path) -> None:
         lm = LanguageModel(gptlab.GPT(config), byte_tokenizer())
         found = ask.by_position(lm, model_key(lm))
         assert found is not None
-        assert (found["buckets"][0][0], found["buckets"][-1][1]) == (1, reach)
-        assert found["trained_length"] == length
+        assert (found.buckets[0][0], found.buckets[-1][1]) == (1, reach)
+        assert found.trained_length == length
         protocols.add(found["protocol"])
         with torch.no_grad():
             logprobs = lm.model(torch.tensor(pieces)[:, :reach]).log_softmax(-1)
         nats = -logprobs.gather(-1, torch.tensor(pieces)[:, 1 : reach + 1, None])[..., 0]
-        for (first, last), loss in zip(found["buckets"], found["nats"], strict=True):
+        for (first, last), loss in zip(found.buckets, found.nats, strict=True):
             assert loss == pytest.approx(nats[:, first - 1 : last].mean().item(), abs=1e-5)
     assert len(protocols) == 1
 
 
 def test_a_twin_of_the_base_differs_by_nothing(whole: Path) -> None:
     results = read_results(whole)
-    base, twin = (results["variants"][name] for name in ("base", "twin"))
-    assert [run["key"] for run in base["runs"]] == [run["key"] for run in twin["runs"]]
-    found = results["comparisons"]["twin"]["validation_loss"]
-    assert (found["mean"], found["low"], found["high"], found["n"]) == (0.0, 0.0, 0.0, 2)
-    rope = results["comparisons"]["rope"]["validation_loss"]
-    assert rope["mean"] != 0.0
-    assert rope["method"] == "paired over seeds"
-    assert rope["low"] is not None
-    assert rope["high"] is not None
-    assert rope["low"] < rope["mean"] < rope["high"]
+    base, twin = (results.variants[name] for name in ("base", "twin"))
+    assert [run.key for run in base.runs] == [run.key for run in twin.runs]
+    found = results.variants["twin"].difference
+    assert (found.mean, found.low, found.high, found.n) == (0.0, 0.0, 0.0, 2)
+    rope = results.variants["rope"].difference
+    assert rope.mean != 0.0
+    assert rope.method == "paired over seeds"
+    assert rope.low is not None
+    assert rope.high is not None
+    assert rope.low < rope.mean < rope.high
 
 
-def test_variants_share_the_start_and_the_order_of_the_data(whole: Path) -> None:
+def test_variants_share_the_start_and_the_request_of_the_data(whole: Path) -> None:
     """The first loss comes from the same batch and nearly the same function: positions hardly matter yet."""
     results = read_results(whole)
-    seeds = [{name: v["runs"][i]["curve"][0][1] for name, v in results["variants"].items()} for i in (0, 1)]
+    seeds = [{name: v.runs[i].curve[0][1] for name, v in results.variants.items()} for i in (0, 1)]
     for first in seeds:
         assert first["rope"] == pytest.approx(first["base"], abs=0.05)
     assert abs(seeds[0]["base"] - seeds[1]["base"]) > 1e-4
@@ -215,7 +213,7 @@ def test_stopped_at_any_moment_and_in_another_order(
     whole: Path, corpus: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(running, "measure", no_timings)
-    asked, out = order(corpus, variant=VARIANTS[::-1], seeds=[0, 1]), tmp_path / "study"
+    asked, out = requested(corpus, variant=VARIANTS, seeds=[0, 1]), tmp_path / "study"
     draw, stops = random.Random(), 0  # other moments every time
     while True:
         try:
@@ -225,18 +223,21 @@ def test_stopped_at_any_moment_and_in_another_order(
             stops += 1
         assert stops < 100
     assert stops
-    again, before = (json.loads((directory / "results.json").read_text()) for directory in (out, whole))
-    assert again == before  # the variants stand in the order of the file, and have the same values
+    assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    # The order of the file is that of the results, and decides nothing else.
+    reversed_results, _ = run_study(requested(corpus, variant=VARIANTS[::-1], seeds=[0, 1]), out)
+    assert list(reversed_results.variants) == ["base", "twin", "rope"]
+    assert reversed_results == read_results(whole)
 
 
 def test_what_is_done_is_not_done_again(whole: Path, corpus: Path, monkeypatch: Any) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
     monkeypatch.setattr(running, "measure", no_timings)
     for name in ("run_task", "loss_by_position", "copy_at_distance", "induction", "diagnose"):
-        monkeypatch.setattr(evaluate, name, None)
+        monkeypatch.setattr(evaluator, name, None)
     monkeypatch.setattr(runs, "train", None)
     said: list[dict[str, Any]] = []
-    results, _ = run_study(order(corpus, variant=VARIANTS, seeds=[0, 1]), whole, report=said.append)
+    results, _ = run_study(requested(corpus, variant=VARIANTS, seeds=[0, 1]), whole, report=said.append)
     changed = {path.name for path in whole.rglob("*") if path.is_file() and before.get(path) != path.stat().st_mtime_ns}
     assert changed == {"study.json", "results.json", "timings.json"}
     assert said[0] == {
@@ -249,11 +250,11 @@ def test_what_is_done_is_not_done_again(whole: Path, corpus: Path, monkeypatch: 
         "seconds": 0.0,
     }
     # A part of it, and then the whole again.
-    some = order(corpus, variant=VARIANTS, seeds=[0, 1])
-    part, _ = run_study(Order(some.study, only=("twin",), seeds=1), whole)
-    assert list(part["variants"]) == ["base", "twin"]
-    assert part["study"]["seeds"] == [0]
-    assert part["comparisons"]["twin"]["validation_loss"]["method"] == "paired bootstrap over documents"
+    some = requested(corpus, variant=VARIANTS, seeds=[0, 1])
+    part, _ = run_study(Request(some.study, only=("twin",), seeds=1), whole)
+    assert list(part.variants) == ["base", "twin"]
+    assert part.study.seeds == [0]
+    assert part.variants["twin"].difference.method == "paired bootstrap over documents"
     again, _ = run_study(some, whole)
     assert again == results
 
@@ -261,44 +262,37 @@ def test_what_is_done_is_not_done_again(whole: Path, corpus: Path, monkeypatch: 
 def test_seeds_and_variants_may_be_added(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(running, "measure", no_timings)
     out = tmp_path / "study"
-    first, _ = run_study(order(corpus, variant=VARIANTS[:1]), out)
-    more, _ = run_study(order(corpus, variant=VARIANTS[:2], seeds=[0, 1]), out)
-    assert more["variants"]["base"]["runs"][0] == first["variants"]["base"]["runs"][0]
+    first, _ = run_study(requested(corpus, variant=VARIANTS[:1]), out)
+    more, _ = run_study(requested(corpus, variant=VARIANTS[:2], seeds=[0, 1]), out)
+    assert more.variants["base"].runs[0] == first.variants["base"].runs[0]
     assert len(list((out / "runs").iterdir())) == 4
 
 
 def test_the_whole_factorial_with_timings_and_claims(corpus: Path, tmp_path: Path) -> None:
-    race = {"set": [*RECIPE, f"data.corpus=['{corpus}']"], "variant": VARIANTS[:2], "seed": 3}
     claims = ["rope-falls-faster", "rope-cost", "gqa-between"]
-    asked = order(corpus, grid=GRID, claims=claims, race=race)
+    asked = requested(corpus, grid=GRID, claims=claims)
     said: list[dict[str, Any]] = []
     results, timings = run_study(asked, tmp_path / "study", report=said.append)
     assert read_results(tmp_path / "study") == results
     assert read_timings(tmp_path / "study") == timings
-    assert results["study"]["factors"] == ["rope", "gqa", "swa"]
-    assert results["effects"] is not None
-    assert list(results["effects"]["main"]) == ["rope", "gqa", "swa"]
-    loss = {name: variant["quality"]["nats_per_token"] for name, variant in results["variants"].items()}  # type: ignore[index]
+    assert results.study.factors == ["rope", "gqa", "swa"]
+    assert results.effects is not None
+    assert list(results.effects.main) == ["rope", "gqa", "swa"]
+    loss = {name: variant.quality.nats_per_token for name, variant in results.variants.items()}  # type: ignore[index]
     pairs = [("rope", "base"), ("rope-gqa", "gqa"), ("rope-swa", "swa"), ("rope-gqa-swa", "gqa-swa")]
-    found = results["effects"]["main"]["rope"]
-    assert found["mean"] == pytest.approx(sum(loss[a] - loss[b] for a, b in pairs) / 4, abs=1e-12)
-    assert found["method"] == "paired bootstrap over documents"
-    assert results["race"] is not None
-    assert [run["run"]["seed"] for run in results["race"]["variants"].values()] == [3, 3]
-    assert results["race"]["tokens"] == 768
-    assert results["race"]["variants"]["rope"]["changes"] == {"position": "rope"}
-    assert results["claims"] is not None
-    assert [claim["holds"] for claim in results["claims"]] == [None, None]  # one seed, and no multi-query variant
-    assert [claim["paper"] for claim in timings["claims"]] == ["Rotary embeddings (EleutherAI 2021)"]
-    assert list(timings["variants"]) == list(results["variants"])
-    assert {row["phase"] for row in said if row["event"] == "phase"} == {
-        *("prepare", "train", "race", "evaluate", "measure")
-    }
-    windowed = results["variants"]["rope-swa"]
-    assert windowed["attention_maps"] is not None
-    for i, row in enumerate(windowed["attention_maps"]["weights"]):
+    found = results.effects.main["rope"]
+    assert found.mean == pytest.approx(sum(loss[a] - loss[b] for a, b in pairs) / 4, abs=1e-12)
+    assert found.method == "paired bootstrap over documents"
+    assert results.claims is not None
+    assert [claim.holds for claim in results.claims] == [None, None]  # one seed, and no multi-query variant
+    assert [claim.paper for claim in timings.claims] == ["Rotary embeddings (EleutherAI 2021)"]
+    assert list(timings.variants) == list(results.variants)
+    assert {row["phase"] for row in said if row["event"] == "phase"} == {*("prepare", "train", "evaluate", "measure")}
+    windowed = results.variants["rope-swa"]
+    assert windowed.attention_map is not None
+    for i, row in enumerate(windowed.attention_map.weights):
         assert all(weight == 0 for weight in row[: max(i - 7, 0)])
-    assert results["variants"]["swa"]["receptive_field"] == 2 * 7 + 1
+    assert results.variants["swa"].receptive_field == 2 * 7 + 1
     assert "seconds" not in results.model_dump_json()
 
 
@@ -313,31 +307,31 @@ def test_one_failure_does_not_lose_the_others(corpus: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(runs, "train", fragile)
     said: list[dict[str, Any]] = []
-    asked, out = order(corpus, variant=VARIANTS[:2], seeds=[0, 1, 2]), tmp_path / "study"
+    asked, out = requested(corpus, variant=VARIANTS[:2], seeds=[0, 1, 2]), tmp_path / "study"
     results, _ = run_study(asked, out, report=said.append)
-    rope = results["variants"]["rope"]
-    assert [(run["status"], run["error"]) for run in rope["runs"]] == [
+    rope = results.variants["rope"]
+    assert [(run.status, run.error) for run in rope.runs] == [
         ("done", None),
         ("failed", "the loss is nan"),
         ("done", None),
     ]
-    assert rope["quality"] is not None
-    assert len(rope["quality"]["by_run"]) == 2
-    assert results["comparisons"]["rope"]["validation_loss"]["n"] == 2
+    assert rope.quality is not None
+    assert len(rope.quality.by_run) == 2
+    assert results.variants["rope"].difference.n == 2
     assert {"event": "note", "text": "rope, seed 1 failed: the loss is nan"} in said
-    failed = out / "runs" / rope["runs"][1]["key"]
+    failed = out / "runs" / rope.runs[1].key
     assert "RuntimeError: the loss is nan" in (failed / "failure.txt").read_text()
     # What ailed it is put right: only that run is trained.
     monkeypatch.setattr(runs, "train", real)
     trained: list[dict[str, Any]] = []
     results, _ = run_study(asked, out, report=lambda row: trained.append(row) if row["event"] == "training" else None)
-    assert results["comparisons"]["rope"]["validation_loss"]["n"] == 3
+    assert results.variants["rope"].difference.n == 3
     assert sum(row["row"]["event"] == "start" for row in trained) == 1
 
 
 def test_nothing_could_be_trained(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(GptlabError, match=r"no variant could be trained: the training data has .* too few"):
-        run_study(order(corpus, "batch.size=900", "batch.micro=1"), tmp_path / "study")
+        run_study(requested(corpus, "batch.size=900", "batch.micro=1"), tmp_path / "study")
 
 
 def test_questions_that_cannot_be_asked_are_refused_before_the_training(corpus: Path, tmp_path: Path) -> None:
@@ -348,19 +342,19 @@ def test_questions_that_cannot_be_asked_are_refused_before_the_training(corpus: 
     for name, (value, said) in refusals.items():
         trained: list[Any] = []
         with pytest.raises(GptlabError, match=said):
-            run_study(order(corpus, evaluate={name: value}), tmp_path / name, report=trained.append)
+            run_study(requested(corpus, evaluate={name: value}), tmp_path / name, report=trained.append)
         assert not [row for row in trained if row["event"] == "training"]
     with pytest.raises(GptlabError, match=r"evaluate.prompts has 'Zebra', which cannot be encoded"):
-        run_study(order(corpus, "tokenizer.kind=chars", evaluate={"prompts": ["Zebra"]}), tmp_path / "chars")
+        run_study(requested(corpus, "tokenizer.kind=chars", evaluate={"prompts": ["Zebra"]}), tmp_path / "chars")
 
 
 def test_a_tokenizer_of_few_characters(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(running, "measure", no_timings)
-    results, _ = run_study(order(corpus, "tokenizer.kind=chars", variant=VARIANTS[:2]), tmp_path / "study")
-    rope = results["variants"]["rope"]
-    assert rope["config"]["vocab_size"] < 33  # too few for two strings of 16 different ones
+    results, _ = run_study(requested(corpus, "tokenizer.kind=chars", variant=VARIANTS[:2]), tmp_path / "study")
+    rope = results.variants["rope"]
+    assert rope.config.vocab_size < 33  # too few for two strings of 16 different ones
     assert [row["distance"] for row in rope["copy"]] == [16]
-    assert all(corpus.read_text().count(sample["prompt"]) for sample in rope["samples"])
+    assert all(corpus.read_text().count(sample.prompt) for sample in rope.samples)
 
 
 def test_a_full_disk_ends_the_study(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -369,7 +363,7 @@ def test_a_full_disk_ends_the_study(corpus: Path, tmp_path: Path, monkeypatch: A
 
     monkeypatch.setattr(runs, "train", full)
     with pytest.raises(OSError, match="No space left"):
-        run_study(order(corpus), tmp_path / "study")
+        run_study(requested(corpus), tmp_path / "study")
 
 
 # --- models that were trained elsewhere --------------------------------------------------------------------------
@@ -393,53 +387,53 @@ def loaded(shipped: Path, **values: Any) -> dict[str, Any]:
 
 def test_models_that_are_loaded(corpus: Path, shipped: Path, tmp_path: Path) -> None:
     text = {"text": str(corpus), "bytes": 3000, "strings": 2, "sample_tokens": 3, "pieces": 2, "prompts": ["the "]}
-    results, _ = run_study(order(corpus, **loaded(shipped, evaluate=text)), tmp_path / "study")
-    about = results["study"]
-    assert (about["kind"], about["seeds"], about["tokens"]) == ("shipped", [], 123)
-    assert about["corpus"]["name"] == "sentences"
-    assert about["recipe"] == {}  # none made them
-    assert [v["tokens_trained"] for v in results["variants"].values()] == [123, None]
-    assert [v["source"] for v in results["variants"].values()] == ["shipped"] * 2
-    assert results["variants"]["rope"]["runs"] == []
-    assert results["variants"]["rope"]["changes"] == {"position": "rope"}
-    assert results["variants"]["rope"]["samples"][0]["prompt"] == "the "
-    found = results["comparisons"]["rope"]["validation_loss"]
-    assert found["method"] == "paired bootstrap over documents"
+    results, _ = run_study(requested(corpus, **loaded(shipped, evaluate=text)), tmp_path / "study")
+    about = results.study
+    assert (about.kind, about.seeds, about.tokens) == ("shipped", [], 123)
+    assert about.corpus.name == "sentences"
+    assert about.recipe == {}  # none made them
+    assert [v.tokens_trained for v in results.variants.values()] == [123, None]
+    assert [v.source for v in results.variants.values()] == ["shipped"] * 2
+    assert results.variants["rope"].runs == []
+    assert results.variants["rope"].changes == {"position": "rope"}
+    assert results.variants["rope"].samples[0].prompt == "the "
+    found = results.variants["rope"].difference
+    assert found.method == "paired bootstrap over documents"
     assert len((tmp_path / "study/held_out.txt").read_bytes()) == pytest.approx(3000, abs=200)
     assert corpus.read_text().startswith((tmp_path / "study/held_out.txt").read_text().split("<|endoftext|>")[0])
-    by_position = [v["by_position"]["buckets"][-1][1] for v in results["variants"].values() if v["by_position"]]
+    by_position = [v.by_position.buckets[-1][1] for v in results.variants.values() if v.by_position]
     assert by_position == [32, 128]  # learned positions end with the context
 
 
 def test_what_needs_a_text_or_has_no_effect(corpus: Path, shipped: Path, tmp_path: Path) -> None:
     with pytest.raises(GptlabError, match=r"needs a text to ask them about; set evaluate\.text"):
-        run_study(order(corpus, **loaded(shipped)), tmp_path / "a")
+        run_study(requested(corpus, **loaded(shipped)), tmp_path / "a")
     study = small(corpus, **loaded(shipped))
     for options in ({"seeds": 3}, {"data": tmp_path}):
         with pytest.raises(GptlabError, match="--seeds and --data have no effect"):
-            run_study(Order(study, **options), tmp_path / "b")
+            run_study(Request(study, **options), tmp_path / "b")
     with pytest.raises(GptlabError, match="--seeds takes the number of seeds"):
-        run_study(Order(small(corpus), seeds=0), tmp_path / "b")
+        run_study(Request(small(corpus), seeds=0), tmp_path / "b")
     study = small(corpus, variant=[{"name": "base", "load": str(tmp_path / "nowhere")}])
     with pytest.raises(GptlabError, match="nowhere"):
-        run_study(Order(study), tmp_path / "b")
+        run_study(Request(study), tmp_path / "b")
     with pytest.raises(GptlabError, match="no device 'nonsense'"):
-        run_study(Order(small(corpus), device="nonsense"), tmp_path / "b")
+        run_study(Request(small(corpus), device="nonsense"), tmp_path / "b")
     needy = small(corpus, needs_data=True)
     with pytest.raises(GptlabError, match="needs data: name prepared data by --data, or texts by --corpus"):
-        run_study(Order(needy), tmp_path / "b")
+        run_study(Request(needy), tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
 def test_prepared_data(whole: Path, corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(running, "measure", no_timings)
-    asked = Order(small(corpus, variant=VARIANTS[:1], needs_data=True), data=whole / "data")
+    asked = Request(small(corpus, variant=VARIANTS[:1], needs_data=True), data=whole / "data")
     results, _ = run_study(asked, tmp_path / "study")
     assert not (tmp_path / "study/data").exists()
-    base = read_results(whole)["variants"]["base"]
-    assert results["variants"]["base"]["runs"] == base["runs"][:1]
-    assert results["variants"]["base"]["samples"] == base["samples"]
-    assert read_order(tmp_path / "study") == asked
+    base = read_results(whole).variants["base"]
+    assert results.variants["base"].runs == base.runs[:1]
+    assert results.variants["base"].samples == base.samples
+    assert read_request(tmp_path / "study") == asked
 
 
 # --- the directory ------------------------------------------------------------------------------------------------
@@ -447,19 +441,19 @@ def test_prepared_data(whole: Path, corpus: Path, tmp_path: Path, monkeypatch: A
 
 def test_a_directory_of_something_else(whole: Path, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
-    with pytest.raises(GptlabError, match="holds something that is no study"):
-        run_study(order(corpus), tmp_path)
+    with pytest.raises(GptlabError, match="holds something that is not a study"):
+        run_study(requested(corpus), tmp_path)
     kept = (whole / "study.json").read_bytes()
     others = [
-        (order(corpus, variant=VARIANTS, name="other"), r"holds another study \(name 'small', not 'other'\)"),
-        (order(corpus, variant=VARIANTS, base="rope"), r"holds another study \(base 'base', not 'rope'\)"),
+        (requested(corpus, variant=VARIANTS, name="other"), r"holds another study \(name 'small', not 'other'\)"),
+        (requested(corpus, variant=VARIANTS, base="rope"), r"holds another study \(base 'base', not 'rope'\)"),
         (
-            order(corpus, "data.corpus=['pydoc']", variant=VARIANTS),
+            requested(corpus, "data.corpus=['pydoc']", variant=VARIANTS),
             r"another study \(data 'corpus /.*sentences.txt', not",
         ),
-        (order(corpus, "budget.steps=13", variant=VARIANTS), r"another study: variant base is defined otherwise"),
+        (requested(corpus, "budget.steps=13", variant=VARIANTS), r"another study: variant base is defined otherwise"),
         (
-            order(corpus, variant=[*VARIANTS[:2], {"name": "twin", "model": {"n_kv_head": 1}}]),
+            requested(corpus, variant=[*VARIANTS[:2], {"name": "twin", "model": {"n_kv_head": 1}}]),
             r"another study: variant twin is defined otherwise",
         ),
     ]
@@ -471,7 +465,7 @@ def test_a_directory_of_something_else(whole: Path, corpus: Path, tmp_path: Path
 
 def test_a_study_file_in_the_directory_that_is_damaged(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(GptlabError, match="holds no study to go on with"):
-        read_order(tmp_path)
+        read_request(tmp_path)
     for content in (
         "{",
         "[]",
@@ -480,7 +474,7 @@ def test_a_study_file_in_the_directory_that_is_damaged(corpus: Path, tmp_path: P
     ):
         (tmp_path / "study.json").write_text(content)
         with pytest.raises(GptlabError, match=r"study\.json (cannot be read|was written by another version)"):
-            run_study(order(corpus), tmp_path)
+            run_study(requested(corpus), tmp_path)
 
 
 def test_result_files_that_are_missing_or_damaged(tmp_path: Path) -> None:
@@ -499,41 +493,28 @@ def test_result_files_that_are_missing_or_damaged(tmp_path: Path) -> None:
 
 
 def test_keys_and_damaged_results(tmp_path: Path, monkeypatch: Any) -> None:
-    one = stages.key("train", a=1, b={"x": [1, 2], "y": None})
-    assert one == stages.key("train", b={"y": None, "x": [1, 2]}, a=1)
-    assert one != stages.key("evaluate", a=1, b={"x": [1, 2], "y": None})
-    assert one != stages.key("train", a=2, b={"x": [1, 2], "y": None})
+    one = directory.key("train", a=1, b={"x": [1, 2], "y": None})
+    assert one == directory.key("train", b={"y": None, "x": [1, 2]}, a=1)
+    assert one != directory.key("evaluate", a=1, b={"x": [1, 2], "y": None})
+    assert one != directory.key("train", a=2, b={"x": [1, 2], "y": None})
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
-    assert one != stages.key("train", a=1, b={"x": [1, 2], "y": None})
+    assert one != directory.key("train", a=1, b={"x": [1, 2], "y": None})
     torch.set_num_threads(threads)
-    monkeypatch.setitem(stages.CODE, "train", stages.CODE["train"] + 1)
-    assert one != stages.key("train", a=1, b={"x": [1, 2], "y": None})
+    monkeypatch.setitem(directory.CODE, "train", directory.CODE["train"] + 1)
+    assert one != directory.key("train", a=1, b={"x": [1, 2], "y": None})
     made = []
 
     def compute() -> dict[str, Any]:
         made.append(1)
         return {"pair": (1, 0.1)}
 
-    assert stages.cached(tmp_path, "k", compute) == {"pair": [1, 0.1]}
-    assert stages.cached(tmp_path, "k", compute) == {"pair": [1, 0.1]}
+    assert directory.cached(tmp_path, "k", compute) == {"pair": [1, 0.1]}
+    assert directory.cached(tmp_path, "k", compute) == {"pair": [1, 0.1]}
     assert len(made) == 1
     (tmp_path / "k.json").write_text('{"pair": [1')
-    assert stages.cached(tmp_path, "k", compute) == {"pair": [1, 0.1]}
+    assert directory.cached(tmp_path, "k", compute) == {"pair": [1, 0.1]}
     assert len(made) == 2
-
-
-def test_the_key_of_a_run_stays_when_recipes_are_given_further_settings(monkeypatch: Any) -> None:
-    """A key written down when studies were first kept; whatever a recipe leaves off counts for nothing."""
-    monkeypatch.setattr(torch, "__version__", "2.13.0")
-    dataset: Any = SimpleNamespace(sha256="0" * 64, tokenizer=SimpleNamespace(vocab_size=4096))
-    recipe = read_recipe("pocket", ["budget.steps=600", "train.compile=false"])
-    assert runs.run_key(runs.with_seed(recipe, 1), dataset, "cpu") == "2ea52e9259e356966983"
-    values = stages.plain(recipe)
-    assert values == stages.plain(make_recipe(values))
-    assert {name: tuple(values[name]) for name in ("budget", "train")} == {
-        name: stages.FIRST[name] for name in ("budget", "train")
-    }
 
 
 def test_a_model_is_known_by_all_that_its_answers_depend_on() -> None:
@@ -552,7 +533,7 @@ def test_a_model_is_known_by_all_that_its_answers_depend_on() -> None:
 def test_a_text_that_is_too_short_for_positions(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("ten bytes.")
     study = small(tmp_path)
-    ask = Questions(tmp_path / "text.txt", "text", study.evaluate, 64, tmp_path)
+    ask = Evaluator(tmp_path / "text.txt", "text", study.evaluate, 64, tmp_path)
     lm = LanguageModel(gptlab.GPT(ModelConfig.preset("tiny", vocab_size=257)), byte_tokenizer())
     assert ask.by_position(lm, model_key(lm)) is None
     assert ask.attention_map(lm, model_key(lm), 7, 0, 10) is None
@@ -609,7 +590,7 @@ def _toml(values: dict[str, Any]) -> str:
         lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values[name].items())]
     for variant in values["variant"]:
         model = variant.get("model", {})
-        lines += ["[[variant]]", f"name = {json.dumps(variant['name'])}"]
+        lines += ["[[variant]]", f"name = {json.dumps(variant.name)}"]
         lines += [f"model.{key} = {json.dumps(value)}" for key, value in model.items()]
         if "convert" in variant:
             changes = ", ".join(f"{key} = {json.dumps(value)}" for key, value in variant["convert"].items())

@@ -18,7 +18,7 @@ from gptlab.cli.study_tables import conversion_table, notes, summary
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from gptlab.study.orders import Order
+    from gptlab.study.directory import Request
 
 EVERY = 30.0
 """Seconds between two lines where there is no terminal."""
@@ -44,8 +44,8 @@ def study(
 ) -> None:
     """Compare variants of a model under the same conditions, and write a report. A study that was stopped goes on."""
     from gptlab.errors import GptlabError
-    from gptlab.study.files import read_study, study_names
-    from gptlab.study.orders import Order, read_order
+    from gptlab.study.directory import Request, read_request
+    from gptlab.study.settings import read_study, study_names
 
     if resume and out is None and name is None:
         raise GptlabError("--resume needs the directory of the study; name it by --out")
@@ -54,38 +54,36 @@ def study(
             raise GptlabError(f"no study is named; give a .toml file or one of {', '.join(study_names())}")
         if any(value is not None for value in (only, seeds, data, corpus, settings, device)):
             raise GptlabError("--resume without a name goes on as before; name the study to change what is asked of it")
-        order = read_order(out)
+        request = read_request(out)
     else:
         if data is not None and corpus is not None:
             raise GptlabError("--data and --corpus both say what to train on; give one of them")
         changes = [*(settings or []), *([f"data.corpus={json.dumps(corpus)}"] if corpus else [])]
-        order = Order(read_study(name), tuple(changes), data, tuple(only or ()), seeds, device)
-        out = out or Path("studies") / order.study.name
+        request = Request(read_study(name), tuple(changes), data, tuple(only or ()), seeds, device)
+        out = out or Path("studies") / request.study.name
         if resume:
-            read_order(out)
-    _run(order, out)
+            read_request(out)
+    _run(request, out)
 
 
-def _run(order: Order, out: Path) -> None:
+def _run(request: Request, out: Path) -> None:
     from rich.console import Console
 
     from gptlab.report.page import write_report
     from gptlab.study.run import run_study
     from gptlab.study.runs import Interrupted
-    from gptlab.study.variants import study_order
 
     try:
         with StudyProgress() as progress:
-            results, timings = run_study(order, out, report=progress)
+            results, timings = run_study(request, out, report=progress)
         path = write_report(out)
     except (Interrupted, KeyboardInterrupt) as stop:
         number = stop.number if isinstance(stop, Interrupted) else 2
         print(f"stopped and saved; go on with: gptlab study --resume --out {out}", file=sys.stderr)
         raise typer.Exit(128 + number) from None
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 140)
-    places = study_order(order.study)
-    console.print(summary(results, timings, places))
-    if conversions := conversion_table(results, places):
+    console.print(summary(results, timings))
+    if conversions := conversion_table(results):
         console.print(conversions)
     for note in notes(results, timings):
         console.print(note, soft_wrap=True)
@@ -146,7 +144,7 @@ class StudyProgress:
 
     def _phase(self, row: dict[str, Any]) -> None:
         said = f"{row['done'] + 1} of {row['of']}" if row.get("of", 1) > 1 else ""
-        if row["phase"] in ("train", "race"):
+        if row["phase"] == "train":
             self.at = 0.0
         left = f", {_duration(row['seconds_left'])} left" if row.get("seconds_left") else ""
         self.bar.update(
@@ -154,7 +152,7 @@ class StudyProgress:
         )
         self._say(said + left)
         # Runs take long, so each has its line; of the rest a line a phase is enough.
-        if row["phase"] != self.phase or row["phase"] in ("train", "race"):
+        if row["phase"] != self.phase or row["phase"] == "train":
             self._line(f"{row['phase']} {row['what']}" + (f" ({said})" if said else ""), now=True)
         self.phase = row["phase"]
 

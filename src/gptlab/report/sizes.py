@@ -32,7 +32,7 @@ def _counterparts(study: Study, change: str) -> dict[str, Counterpart]:
         row = rows[name]
         if name not in study.alone(change):
             # What else the variant changes is taken back.
-            own = {field: value for field, value in row.changes.items() if kinds_of([field]) == [change]}
+            own = {field: value for field, value in row.changes.items() if kinds_of({field: value}) == [change]}
             config = make_config({**ModelConfig.preset(size).to_dict(), **own})
             row = Counterpart(
                 changes=own,

@@ -1,198 +1,156 @@
-"""From the answers of single models to `results.json`: means over seeds, differences to the base, effects, claims."""
+"""From the answers of single models to `results.json`: means over seeds, differences, effects, claims."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
 import torch
 
 import gptlab
-from gptlab.config import ModelConfig
+from gptlab.conversion.calibration import default_tokens
+from gptlab.conversion.rotary import MOST_TOKENS
 from gptlab.evaluation.scoring import Result
 from gptlab.model import cost
 from gptlab.study import costs, statistics
-from gptlab.study.assemble_conversion import Looks, conversion, scores
 from gptlab.study.claims import claims_of_results
-from gptlab.study.files import StudySettings
+from gptlab.study.directory import plain
+from gptlab.study.evaluate import Answers, Evaluation
+from gptlab.study.make import Made
+from gptlab.study.resolve import Entry, Plan
 from gptlab.study.results import (
     About,
-    AttentionMap,
     ByPosition,
+    Checkpoint,
     Conversion,
     Conversions,
     Copy,
     Corpus,
-    Heads,
     Induction,
     Interval,
     Quality,
-    Race,
     Results,
-    Run,
-    Sample,
     Variant,
 )
-from gptlab.study.variants import Cell, changes, factors_of, kinds_of, study_order
+from gptlab.study.statistics import Scored, at, contrast
+from gptlab.study.variants import Converted, Loaded, Trained, continued_base, rank
 
 _Row = TypeVar("_Row", Copy, Induction)
 
 
-@dataclass
-class Answers:
-    """Everything that is known of one variant; lists have one entry for each run that went to its end.
-
-    Attributes:
-        cell: the variant.
-        config: its architecture.
-        tokens_trained: by each of its runs, or None where nobody wrote it down.
-        runs: its training runs, none for a model that was loaded.
-        results: score on the held-out text by seed; a model that was loaded has 0.
-        by_position: loss by position.
-        copies: copying at a distance.
-        inductions: induction.
-        heads: of the first run.
-        samples: of the first run.
-        attention_map: of the first run.
-        looks: where it is made by conversion, the losses on the way.
-    """
-
-    cell: Cell
-    config: ModelConfig
-    tokens_trained: int | None
-    runs: list[Run] = field(default_factory=list)
-    results: dict[int, Result] = field(default_factory=dict)
-    by_position: list[ByPosition] = field(default_factory=list)
-    copies: list[list[Copy]] = field(default_factory=list)
-    inductions: list[Induction] = field(default_factory=list)
-    heads: Heads | None = None
-    samples: list[Sample] = field(default_factory=list)
-    attention_map: AttentionMap | None = None
-    looks: Looks | None = None
-
-
-def assemble(
-    study: StudySettings,
-    answers: Sequence[Answers],
-    *,
-    seeds: list[int],
-    corpus: Corpus,
-    recipe: dict[str, Any],
-    protocol: str,
-    text: str,
-    race: Race | None,
-    converted: Conversions | None = None,
-) -> Results:
+def assemble(plan: Plan, made: Mapping[tuple[str, int], Made], evaluation: Evaluation) -> Results:
     """Return `results.json` of a study.
 
     Args:
-        study: its settings.
-        answers: of all variants, the base first.
-        seeds: that every variant was trained with.
-        corpus: what was trained on, or evaluated on where nothing was trained.
-        recipe: of the base, or nothing where all models were loaded.
-        protocol: how the held-out text was scored.
-        text: what it is called.
-        race: the race, if there was one.
-        converted: what all conversions have in common, where there are some.
+        plan: of the study.
+        made: its runs and models, by variant and seed.
+        evaluation: what the models answered.
     """
-    base = answers[0]
-    scored: dict[str, Mapping[int, Result]] = {one.cell.name: one.results for one in answers}
-    looks = {one.cell.name: one.looks for one in answers if one.looks is not None}
-    configs = {one.cell.name: one.config for one in answers}
-    if converted is not None:
-        scored |= scores(looks, base.cell.name, base.results)
-    named = {}
-    for one in answers:
-        name, about, difference, reference = one.cell.name, None, None, None
-        if one is not base:
-            reference = _compared(name, answers, converted)
-            difference = statistics.contrast({name: 1.0, reference: -1.0}, scored)
-        if converted is not None and name in looks:
-            about = conversion(name, looks, configs, base.cell.name, converted.reference, scored)
-        named[name] = _variant(one, base.config, study, protocol, text, reference, difference, about)
-    sources = {one.cell.load is None for one in answers if one.cell.convert is None}
-    kind: Literal["trained", "shipped", "mixed"] = (
-        "mixed" if len(sources) > 1 else "trained" if True in sources else "shipped"
-    )
+    scored = all_scores(plan, evaluation)
+    variants = {entry.name: _variant(entry, plan, made, evaluation, scored) for entry in plan.entries}
     results = Results(
-        study=About(
-            name=study.name,
-            title=study.title,
-            question=study.question,
-            base=base.cell.name,
-            kind=kind,
-            tokens=base.tokens_trained or 0,
-            seeds=seeds,
-            corpus=corpus,
-            recipe=recipe,
-            factors=list(dict.fromkeys(factor for one in answers for factor in named[one.cell.name].factors)),
-            quick=study.quick,
-            made_with={"gptlab": gptlab.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()},
-            conversion=converted,
-        ),
-        variants={name: named[name] for name in study_order(study) if name in named},
-        effects=statistics.effects({name: variant.factors for name, variant in named.items()}, scored),
-        four_sizes=costs.four_sizes(configs, base.cell.name),
-        race=race,
+        study=_about(plan, evaluation, variants),
+        variants=variants,
+        effects=statistics.effects({name: variant.factors for name, variant in variants.items()}, scored),
+        four_sizes=costs.four_sizes({entry.name: entry.config for entry in plan.entries}, plan.base.name),
     )
-    return results.model_copy(update={"claims": claims_of_results(study.claims, results, scored)})
+    return results.model_copy(update={"claims": claims_of_results(plan.study.claims, results, scored)})
 
 
-def _compared(name: str, answers: Sequence[Answers], converted: Conversions | None) -> str:
-    """The variant that another is compared with: the base, or the base trained on where the other is, too."""
-    yardstick = converted.reference if converted is not None else None
-    trained_on = any(one.cell.name == name and one.cell.uptrain is not None for one in answers)
-    return yardstick if yardstick is not None and trained_on and name != yardstick else answers[0].cell.name
+def all_scores(plan: Plan, evaluation: Evaluation) -> Scored:
+    """Return all scores: of finished models by variant, on the way under the names of `at`; the base's own at 0."""
+    scored: dict[str, Mapping[int, Result]] = {name: one.scores for name, one in evaluation.answers.items()}
+    scored[at(plan.base.name, 0.0)] = scored[plan.base.name]
+    for name, course in evaluation.courses.items():
+        scored |= {at(name, share): scores for share, scores in course.scores.items()}
+        scored |= {at(name, share, own_context=True): scores for share, scores in course.own_context.items()}
+    return scored
+
+
+def _about(plan: Plan, evaluation: Evaluation, variants: Mapping[str, Variant]) -> About:
+    sources = {variant.source for variant in variants.values()} - {"converted"}
+    dataset, trained = plan.dataset, any(isinstance(entry.variant, Trained) for entry in plan.entries)
+    return About(
+        name=plan.study.name,
+        title=plan.study.title,
+        question=plan.study.question,
+        base=plan.base.name,
+        kind="mixed" if len(sources) > 1 else "trained" if "trained" in sources else "shipped",
+        tokens=plan.base.tokens or 0,
+        seeds=list(plan.seeds),
+        corpus=evaluation.text if dataset is None else Corpus(name=dataset.name, sha256=dataset.sha256),
+        recipe=plain(plan.recipe) if trained else {},
+        factors=sorted({factor for variant in variants.values() for factor in variant.factors}, key=rank),
+        quick=plan.study.quick,
+        made_with={"gptlab": gptlab.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()},
+        conversion=_conversions(plan),
+    )
+
+
+def _conversions(plan: Plan) -> Conversions | None:
+    """What all conversions have in common."""
+    converted = [entry.variant for entry in plan.entries if isinstance(entry.variant, Converted)]
+    if not converted:
+        return None
+    text = "pydoc" if plan.dataset is None else f"the training data of {plan.dataset.name}"
+    n_tokens = default_tokens(plan.base.config.n_embd)
+    continued = continued_base(converted)
+    general = (
+        next((v.uptraining for v in converted if v.uptraining), None) if continued is None else continued.uptraining
+    )
+    return Conversions(
+        calibration=f"about {n_tokens:,} tokens of {text}, positions on {MOST_TOKENS:,} of them",
+        reference=None if continued is None else continued.name,
+        pretraining_tokens=None if general is None else general.pretraining_tokens or plan.base.tokens,
+        recipe=None if general is None else plain(general.recipe),
+    )
 
 
 def _variant(
-    one: Answers,
-    base: ModelConfig,
-    study: StudySettings,
-    protocol: str,
-    text: str,
-    reference: str | None,
-    difference: Interval | None,
-    about: Conversion | None,
+    entry: Entry, plan: Plan, made: Mapping[tuple[str, int], Made], evaluation: Evaluation, scored: Scored
 ) -> Variant:
-    contexts, batches = sorted({*study.measure.contexts, one.config.context_length}), sorted(study.measure.batches)
-    changed = changes(one.config, base)
+    config, answers, settings = entry.config, evaluation.answers[entry.name], plan.study.measure
+    contexts, batches = sorted({*settings.contexts, config.context_length}), sorted(settings.batches)
+    difference = None
+    if entry.reference is not None:
+        difference = contrast({entry.name: 1.0, entry.reference: -1.0}, scored)
+    own = [made[entry.name, seed] for seed in entry.seeds]
+    source = entry.variant
     return Variant(
-        label=one.cell.label,
-        changes=changed,
-        kinds=kinds_of(changed),
-        reference=reference,
+        label=source.label,
+        changes=entry.changes,
+        kinds=entry.kinds,
+        factors=entry.factors,
+        reference=entry.reference,
         difference=difference,
-        factors=list(one.cell.factors or factors_of(changed)),
-        config=one.config,
-        source="converted" if one.cell.convert is not None else "trained" if one.cell.load is None else "shipped",
-        tokens_trained=one.tokens_trained,
-        parameters=costs.parameters(one.config),
-        flops_per_token=costs.flops_per_token(one.config, contexts),
-        cache=costs.cache_sizes(one.config, contexts, batches),
-        receptive_field=cost.receptive_field(one.config),
-        runs=one.runs,
-        quality=_quality(list(one.results.values()), protocol, text),
-        by_position=_mean_positions(one.by_position),
-        copying=[_mean_row(rows) for rows in zip(*one.copies, strict=True)],
-        induction=_mean_row(one.inductions) if one.inductions else None,
-        heads=one.heads,
-        attention_map=one.attention_map,
-        samples=one.samples,
-        conversion=about,
+        config=config,
+        source="converted" if entry.milestones else "shipped" if isinstance(source, Loaded) else "trained",
+        tokens_trained=entry.tokens,
+        parameters=costs.parameters(config),
+        flops_per_token=costs.flops_per_token(config, contexts),
+        cache=costs.cache_sizes(config, contexts, batches),
+        receptive_field=cost.receptive_field(config),
+        runs=[one.run for one in own if one.run is not None],
+        quality=_quality(answers, evaluation),
+        by_position=_mean_positions(answers.by_position),
+        copying=[_mean_row(rows) for rows in zip(*answers.copying, strict=True)],
+        induction=_mean_row(answers.inductions) if answers.inductions else None,
+        heads=answers.heads,
+        attention_map=answers.attention_map,
+        samples=answers.samples,
+        conversion=_conversion(entry, plan, own, evaluation, scored) if isinstance(source, Converted) else None,
     )
 
 
-def _quality(results: list[Result], protocol: str, text: str) -> Quality | None:
+def _quality(answers: Answers, evaluation: Evaluation) -> Quality | None:
+    results = list(answers.scores.values())
     if not results:
         return None
     by_run = [result.metrics["nats_per_token"] for result in results]
     return Quality(
-        protocol=protocol,
-        text=text,
+        protocol=evaluation.protocol,
+        text=evaluation.text.name,
         nats_per_token=_mean(by_run),
         bits_per_byte=_mean([result.metrics["bits_per_byte"] for result in results]),
         documents=len(results[0].scores),
@@ -201,16 +159,51 @@ def _quality(results: list[Result], protocol: str, text: str) -> Quality | None:
     )
 
 
-def _mean_positions(found: list[ByPosition]) -> ByPosition | None:
-    if not found:
+def _conversion(
+    entry: Entry, plan: Plan, made: Sequence[Made], evaluation: Evaluation, scored: Scored
+) -> Conversion | None:
+    variant, course = entry.variant, evaluation.courses[entry.name]
+    if not isinstance(variant, Converted):
         return None
-    columns = zip(*(one.nats for one in found), strict=True)
-    return ByPosition(
-        protocol=found[0].protocol,
-        buckets=found[0].buckets,
-        nats=[_mean(column) for column in columns],
-        trained_length=found[0].trained_length,
+    return Conversion(
+        changes=variant.changes.to_dict(),
+        steps=next((list(one.steps) for one in made if one.checkpoints), []),
+        settings=[] if variant.uptraining is None else list(variant.uptraining.settings),
+        divergence=_mean(course.divergences) if course.divergences else None,
+        divergence_tokens=course.divergence_tokens,
+        checkpoints=[_checkpoint(entry, share, plan, evaluation, scored) for share in sorted(course.scores)],
     )
+
+
+def _checkpoint(entry: Entry, share: float, plan: Plan, evaluation: Evaluation, scored: Scored) -> Checkpoint:
+    """The loss of a conversion after a share of the pre-training, compared with what saw as many tokens."""
+    name, course, base = entry.name, evaluation.courses[entry.name], plan.base.name
+    by_run = [result.metrics["nats_per_token"] for result in course.scores[share].values()]
+    # The continued base is its own reference after training, so there is nothing to compare it with.
+    against = base if share == 0 else None if entry.reference == base else entry.reference
+    rivals: dict[str, Interval] = {}
+    for other in plan.entries:
+        if other.milestones and other.name != name and other.config == entry.config:
+            difference = contrast({at(name, share): 1.0, at(other.name, share): -1.0}, scored)
+            if difference is not None:
+                rivals[other.name] = difference
+    own = course.own_context.get(share)
+    return Checkpoint(
+        share=share,
+        tokens=next(milestone.tokens for milestone in entry.milestones if milestone.share == share),
+        nats_per_token=_mean(by_run),
+        by_run=by_run,
+        difference=None if against is None else contrast({at(name, share): 1.0, at(against, share): -1.0}, scored),
+        rivals=rivals,
+        own_context=None if own is None else _mean([result.metrics["nats_per_token"] for result in own.values()]),
+    )
+
+
+def _mean_positions(rows: Sequence[ByPosition]) -> ByPosition | None:
+    if not rows:
+        return None
+    columns = zip(*(row.nats for row in rows), strict=True)
+    return rows[0].model_copy(update={"nats": [_mean(column) for column in columns]})
 
 
 def _mean_row(rows: Sequence[_Row]) -> _Row:

@@ -1,4 +1,4 @@
-"""Claims of papers that a study can look at: what they say, what was obtained here, and whether it holds.
+"""Claims of papers that a study can examine: what they say, what was obtained here, and whether it holds.
 
 A claim holds when the 95% intervals of all differences that it is about are on its side of zero, and does not when one
 is on the other side. In every other case the study cannot tell: more seeds or longer training might.
@@ -9,16 +9,38 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from gptlab.study.claims_conversion import CONVERSION
-from gptlab.study.claims_rules import Rule, Verdict, above, below, every, over, said
+from gptlab.study import claims_conversion
 from gptlab.study.results import Claim, Results, Timings
-from gptlab.study.statistics import Scored, contrast, seeds_interval
+from gptlab.study.statistics import Scored, Verdict, above, below, contrast, every, over, said, seeds_interval
 
 SMOOTHED = 10
 """Points of a loss curve that are averaged before it is said to have reached a loss."""
 TIE = 1.15
 """Ratios of times nearer to 1 than this are noise on a shared machine."""
+
+
+GQA, LONGFORMER = "GQA (Ainslie et al. 2023)", "Longformer (Beltagy et al. 2020)"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A claim and how to judge it.
+
+    Attributes:
+        paper: that makes it.
+        claim: in words.
+        variants: that it is about, by name.
+        judge: from results and scores, for claims about quality.
+        clock: from timings, for claims about speed.
+    """
+
+    paper: str
+    claim: str
+    variants: tuple[str, ...]
+    judge: Callable[[Results, Scored], Verdict] | None = None
+    clock: Callable[[Timings], Verdict] | None = None
 
 
 def claims_of_results(names: list[str], results: Results, scored: Scored) -> list[Claim]:
@@ -34,7 +56,7 @@ def claims_of_timings(names: list[str], results: Results, timings: Timings) -> l
 
 
 def _claim(rule: Rule, results: Results, verdict: Callable[[], Verdict]) -> Claim:
-    absent = [name for name in rule.variants if name not in results["variants"]]
+    absent = [name for name in rule.variants if name not in results.variants]
     ours, holds, note = verdict() if not absent else ("not obtained", None, f"not trained: {', '.join(absent)}")
     return Claim(paper=rule.paper, claim=rule.claim, ours=ours, holds=holds, note=note)
 
@@ -65,9 +87,9 @@ def _grouped_between(results: Results, scored: Scored) -> Verdict:
         return "not obtained", None, "no seed was trained to the end in all"
     ours = f"grouped minus multi-head {said(near)}; multi-query minus grouped {said(far)}"
     order = every(above(near), above(far))
-    if order is None and near["mean"] < far["mean"]:
+    if order is None and near.mean < far.mean:
         return ours, None, f"the order or the gaps are within the noise; {over(near)}"
-    return ours, order and near["mean"] < far["mean"], over(near)
+    return ours, order and near.mean < far.mean, over(near)
 
 
 def _windows_grow(results: Results, scored: Scored) -> Verdict:
@@ -95,14 +117,14 @@ def _windows_linear(timings: Timings) -> Verdict:
 
 def _grouped_time(timings: Timings) -> Verdict:
     points = [
-        {(row["context"], row["batch"]): row["milliseconds"] for row in timings["variants"][name]["decode"]}
+        {(row.context, row.batch): row.milliseconds for row in timings.variants[name].decode}
         for name in ("base", "gqa", "mqa")
     ]
-    common = set.intersection(*(set(found) for found in points))
+    common = set.intersection(*map(set, points))
     if not common:
         return "not obtained", None, "no point was timed"
     context, batch = point = max(common, key=lambda p: (p[0] * p[1], p[0]))
-    full, grouped, single = (found[point] for found in points)
+    full, grouped, single = (times[point] for times in points)
     ours = (
         f"{full:.1f} ms multi-head, {grouped:.1f} grouped, {single:.1f} multi-query for a token in each of {batch}"
         f" sequences with {context:,} tokens in the cache"
@@ -113,7 +135,7 @@ def _grouped_time(timings: Timings) -> Verdict:
 
 
 def _rope_cost(timings: Timings) -> Verdict:
-    rates = [timings["variants"][name]["training_tokens_per_second"] for name in ("base", "rope")]
+    rates = [timings.variants[name].training_tokens_per_second for name in ("base", "rope")]
     if not rates[0] or not rates[1]:
         return "not obtained", None, "training was not timed"
     ratio = rates[0] / rates[1]
@@ -135,40 +157,74 @@ CLAIMS = {
         clock=_rope_cost,
     ),
     "gqa-between": Rule(
-        "GQA (Ainslie et al. 2023)",
+        GQA,
         "quality lies between multi-head and multi-query attention, closer to multi-head",
         ("base", "gqa", "mqa"),
         judge=_grouped_between,
     ),
     "gqa-time": Rule(
-        "GQA (Ainslie et al. 2023)",
+        GQA,
         "the time of inference is closer to multi-query than to multi-head attention",
         ("base", "gqa", "mqa"),
         clock=_grouped_time,
     ),
     "windows-linear": Rule(
-        "Longformer (Beltagy et al. 2020)",
+        LONGFORMER,
         "time and memory are linear in the length, where full attention is quadratic",
         ("base", "swa"),
         clock=_windows_linear,
     ),
     "windows-grow": Rule(
-        "Longformer (Beltagy et al. 2020)",
+        LONGFORMER,
         "windows that grow from layer to layer are better than fixed ones, and these than shrinking ones",
         ("swa", "swa-increasing", "swa-decreasing"),
         judge=_windows_grow,
     ),
-    **CONVERSION,
+    "uptraining-pooling-before": Rule(
+        GQA,
+        "right after conversion the mean of the heads is better than the first of them, and this than new ones",
+        ("mqa-mean", "mqa-first", "mqa-random"),
+        judge=claims_conversion.pooling_before,
+    ),
+    "uptraining-pooling": Rule(
+        GQA,
+        "after uptraining, too, the mean of the heads is better than the first of them, and this than new ones",
+        ("mqa-mean", "mqa-first", "mqa-random"),
+        judge=claims_conversion.pooling_after,
+    ),
+    "uptraining-usable": Rule(
+        GQA,
+        "grouped queries are usable right after conversion, where multi-query attention is not",
+        ("gqa-mean", "mqa-mean", "mqa-random"),
+        judge=claims_conversion.usable,
+    ),
+    "uptraining-recovers": Rule(
+        GQA,
+        "uptraining for 5% of the pre-training recovers most of what the conversion loses",
+        ("gqa-mean", "mqa-mean"),
+        judge=claims_conversion.recovers,
+    ),
+    "positions-copied-before": Rule(
+        LONGFORMER,
+        "a longer context that begins with copies of the positions is better than with random ones right away",
+        ("context-copied", "context-random"),
+        judge=claims_conversion.copied_before,
+    ),
+    "positions-copied": Rule(
+        LONGFORMER,
+        "a longer context that begins with copies of the positions is better than with random ones after training, too",
+        ("context-copied", "context-random"),
+        judge=claims_conversion.copied_after,
+    ),
 }
 """Claims by the names that study files use."""
 
 
-def _curves(results: Results, name: str) -> dict[int, list[list[float]]]:
-    runs = results["variants"][name]["runs"]
-    return {run["seed"]: run["curve"] for run in runs if run["status"] == "done"}
+def _curves(results: Results, name: str) -> dict[int, list[tuple[int, float]]]:
+    return {run.seed: run.curve for run in results.variants[name].runs if run.status == "done"}
 
 
-def _reached(curve: list[list[float]], loss: float) -> float | None:
+def _reached(curve: list[tuple[int, float]], loss: float) -> float | None:
     """Return the tokens after which the smoothed curve is at ``loss``, or None."""
     for end in range(SMOOTHED, len(curve) + 1):
         if _mean(curve[end - SMOOTHED : end]) <= loss:
@@ -176,7 +232,7 @@ def _reached(curve: list[list[float]], loss: float) -> float | None:
     return None
 
 
-def _mean(points: list[list[float]]) -> float:
+def _mean(points: list[tuple[int, float]]) -> float:
     return _mean_of([point[1] for point in points])
 
 
@@ -186,9 +242,7 @@ def _mean_of(values: list[float]) -> float:
 
 def _growth(timings: Timings, name: str) -> tuple[int, int, float] | None:
     """Return the exponent with which the time of reading grows over the upper half of the lengths."""
-    rows = sorted(
-        (row["context"], row["context"] / row["tokens_per_second"]) for row in timings["variants"][name]["prefill"]
-    )
+    rows = sorted((row.context, row.context / row.tokens_per_second) for row in timings.variants[name].prefill)
     rows = rows[len(rows) // 2 - 1 :] if len(rows) > 3 else rows
     if len(rows) < 2:
         return None

@@ -15,7 +15,7 @@ from gptlab.generation.engine import CHUNK
 from gptlab.model import cost
 from gptlab.model.cache import Cache
 from gptlab.study.results import CacheSize, Counterpart, Flops
-from gptlab.study.variants import changes
+from gptlab.study.variants import KIND_OF_FIELD, changes_of
 
 SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 SIZE_CONTEXTS = (1024, 4096, 16384)
@@ -81,7 +81,7 @@ def four_sizes(configs: Mapping[str, ModelConfig], base: str) -> dict[str, dict[
             scaled = _scaled(size, config, configs[base])
             if scaled is not None:
                 sizes[size][name] = Counterpart(
-                    changes=changes(scaled, ModelConfig.preset(size)),
+                    changes=changes_of(scaled, ModelConfig.preset(size)),
                     parameters=parameters(scaled)["total"],
                     cache=[
                         CacheSize(context=n, batch=1, dtype="bfloat16", bytes=cost.cache_bytes(scaled, n, 2))
@@ -95,8 +95,8 @@ def four_sizes(configs: Mapping[str, ModelConfig], base: str) -> dict[str, dict[
 def _scaled(size: str, config: ModelConfig, base: ModelConfig) -> ModelConfig | None:
     """Make a variant's changes in another size."""
     large = ModelConfig.preset(size)
-    wanted = changes(config, base)
-    if not wanted.keys() <= {"position", "rope", "n_kv_head", "window", "sinks", "dilation"}:
+    wanted = changes_of(config, base)
+    if not wanted.keys() <= KIND_OF_FIELD.keys():
         return None
     if "n_kv_head" in wanted:
         ratio = config.n_head / config.kv_heads

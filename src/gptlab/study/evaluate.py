@@ -1,244 +1,166 @@
-"""What is asked of every model of a study: the same text, the same strings, the same prompts."""
+"""The evaluation of a study: every model that was made is asked the same, conversions at every milestone too."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+import gptlab
 from gptlab.checkpoints.files import write_files
-from gptlab.conversion.drift import measure_drift
 from gptlab.errors import GptlabError
-from gptlab.evaluation.heads import diagnose
-from gptlab.evaluation.positions import loss_by_position
-from gptlab.evaluation.probes import copy_at_distance, induction
-from gptlab.evaluation.scoring import Result, Score
-from gptlab.evaluation.tasks import evaluate as run_task
-from gptlab.evaluation.tasks import identity
+from gptlab.evaluation.scoring import Result
 from gptlab.language_model import LanguageModel
-from gptlab.study import stages
-from gptlab.study.files import EvaluationSettings
-from gptlab.study.results import AttentionMap, ByPosition, Copy, Heads, Induction, LayerHeads, Sample
-from gptlab.text.documents import open_documents, sha256_of_documents
+from gptlab.study.directory import CACHE, model_key
+from gptlab.study.evaluator import Evaluator
+from gptlab.study.make import Made
+from gptlab.study.resolve import Entry, Plan
+from gptlab.study.results import AttentionMap, ByPosition, Copy, Corpus, Heads, Induction, Sample
+from gptlab.study.settings import EvaluationSettings
+from gptlab.text.documents import open_documents
 from gptlab.text.shards import Dataset, Split
 from gptlab.text.tokenizers import END_OF_TEXT, Tokenizer
 
+Report = Callable[[dict[str, Any]], None]
+Scores = dict[int, Result]
+"""Score on the held-out text by seed."""
+
 HELD_OUT = "held_out.txt"
-STRING = 16
-"""Tokens of a string that is to be copied."""
-TEMPERATURE, TOP_K, SAMPLE_SEED = 0.8, 50, 0
-HEAD_TOKENS = 256
-MAP_TOKENS = 320
-"""At most so many tokens of an attention map."""
-MOVED_ROWS = 16
-"""Windows of the text over which a conversion's outputs are compared with those of its base."""
 
 
-class Questions:
-    """The text of a study and what else is asked, prepared once for all its models.
+@dataclass
+class Answers:
+    """What the models of one variant answered; lists have one entry for each run that went to its end.
 
-    Args:
-        text: the held-out text, a file of documents.
-        name: what to call it.
-        settings: of the study.
-        length: tokens that all models of the study can read, the least trained length.
-        cache: the directory of results.
+    Attributes:
+        scores: on the held-out text; a model that was loaded has seed 0.
+        by_position: loss by position.
+        copying: at a distance.
+        inductions: induction.
+        heads: of the first run.
+        samples: of the first run.
+        attention_map: of the first run.
     """
 
-    def __init__(self, text: Path, name: str, settings: EvaluationSettings, length: int, cache: Path) -> None:
-        self.text, self.name, self.settings, self.length, self.cache = text, name, settings, length, cache
-        self.documents = tuple(open_documents([str(text)]))
-        self.sha256 = sha256_of_documents(self.documents)
-
-    @property
-    def protocol(self) -> str:
-        """How the held-out text is scored, in words."""
-        return (
-            f"every token, each document from <|endoftext|>, windows of {self.length} tokens without overlap, float32"
-        )
-
-    def score(self, lm: LanguageModel, model: str, length: int | None = None) -> Result:
-        """Return the model's score on the text; ``model`` is its `model_key`, ``length`` None the study's windows."""
-        length = length or self.length
-
-        def compute() -> dict[str, Any]:
-            task = f"text:{self.text}"
-            result = run_task(lm.model, lm.needs_tokenizer(), task, context=length)
-            return result.to_dict() | {"protocol": "text", "seconds": 0.0}
-
-        return _result(self._cached("quality", lm, model, compute, length=length, text=self.sha256))
-
-    def moved(self, base: LanguageModel, before: str, lm: LanguageModel, model: str) -> tuple[float, int]:
-        """Return the mean KL(base || converted) in nats a token over the beginning of the text, and its tokens."""
-
-        def compute() -> dict[str, Any]:
-            stream = self._stream(base.needs_tokenizer())[: MOVED_ROWS * self.length]
-            rows = torch.tensor(stream[: len(stream) // self.length * self.length]).view(-1, self.length)
-            found = measure_drift(base.model, lm.model, rows)
-            return {"nats": found.kl, "tokens": found.tokens}
-
-        what = {"base": before, "length": self.length, "text": self.sha256}
-        found = self._cached("moved", lm, model, compute, **what)
-        return found["nats"], found["tokens"]
-
-    def by_position(self, lm: LanguageModel, model: str) -> ByPosition | None:
-        """Return the loss by position, to several times the trained length; None where the text is too short.
-
-        All models read the same pieces of text. One with learned positions reads the beginning of each, as far as its
-        positions go: wherever two models are compared, they have seen and predict the same tokens.
-        """
-        settings, config = self.settings, lm.config
-
-        def compute() -> dict[str, Any]:
-            stream = self._stream(lm.needs_tokenizer())
-            length = self.length * min(settings.positions, (len(stream) - 1) // self.length)
-            if not length:
-                return {}
-            starts = range(0, len(stream) - length, length)[: settings.pieces]
-            reach = min(length, config.context_length) if config.has_table else length
-            rows = loss_by_position(lm.model, [stream[i : i + reach + 1] for i in starts], length=reach)
-            pieces = f"{len(starts)} piece{'s' * (len(starts) > 1)} of {length:,} tokens"
-            return {
-                "protocol": f"the same {pieces} for every model, cut from the documents one after the other and read as"
-                " far as its positions go, float32",
-                "buckets": [[row.first, row.last] for row in rows],
-                "nats": [row.nats for row in rows],
-                "trained_length": config.context_length,
-            }
-
-        what = {"length": self.length, "positions": settings.positions, "pieces": settings.pieces}
-        found = self._cached("by_position", lm, model, compute, text=self.sha256, **what)
-        return ByPosition.model_validate_json(json.dumps(found)) if found else None
-
-    def copying(self, lm: LanguageModel, model: str) -> list[Copy]:
-        """Return how well random strings are reproduced, by distance."""
-        distances = self.settings.distances
-        if distances is None:
-            distances = [STRING << i for i in range(32) if (STRING << i) + STRING <= self.length]
-        n, words = self.settings.strings, _words(lm)
-        length = min(STRING, (len(words) - 1) // 2)  # two strings and something between them, of different tokens
-        if length < 2:
-            return []
-
-        def compute() -> dict[str, Any]:
-            found = copy_at_distance(lm.model, distances, n=n, length=length, vocabulary=words)
-            names = ("distance", "accuracy", "logprob", "accuracy_without", "logprob_without")
-            rows = [dict(zip(Copy.model_fields, (getattr(c, n) for n in names), strict=True)) for c in found]
-            return {"rows": rows}
-
-        what = {"distances": distances, "n": n, "length": length}
-        return [Copy(**row) for row in self._cached("copy", lm, model, compute, **what)["rows"]]
-
-    def induction(self, lm: LanguageModel, model: str) -> Induction:
-        """Return the losses over random sequences that come twice, and the best induction head."""
-        found = self._passes(lm, model)
-        values = {name: found[name] for name in Induction.model_fields}
-        return Induction(**values | {"best_head": tuple(found["best_head"])})
-
-    def _passes(self, lm: LanguageModel, model: str) -> dict[str, Any]:
-        n, words = self.settings.strings, _words(lm)
-        period = max(min(64, self.length // 4, len(words)), 2)
-
-        def compute() -> dict[str, Any]:
-            found = induction(lm.model, period=period, n=n, vocabulary=words)
-            return {
-                "first": found.first,
-                "second": found.second,
-                "best_head_score": found.prefix_matching.max().item(),
-                "best_head": list(divmod(int(found.prefix_matching.argmax()), lm.config.n_head)),
-                "period": period,
-                "prefix_matching": _rounded(found.prefix_matching),
-            }
-
-        return self._cached("induction", lm, model, compute, period=period, n=n)
-
-    def heads(self, lm: LanguageModel, model: str) -> Heads:
-        """Return what the heads do on the beginning of the text, and how well each matches prefixes."""
-        tokens = min(HEAD_TOKENS, self.length)
-
-        def compute() -> dict[str, Any]:
-            stream = self._stream(lm.needs_tokenizer())[:tokens]
-            layers = diagnose(lm.model, torch.tensor([stream], device=lm.model.wte.weight.device))
-            return {"layers": [{name: _rounded(value) for name, value in vars(one).items()} for one in layers]}
-
-        layers = self._cached("heads", lm, model, compute, tokens=tokens, text=self.sha256)["layers"]
-        matching = self._passes(lm, model)["prefix_matching"]
-        rows = [LayerHeads(**layer, prefix_matching=row) for layer, row in zip(layers, matching, strict=True)]
-        return Heads(tokens=tokens, layers=rows)
-
-    def samples(self, lm: LanguageModel, model: str) -> list[Sample]:
-        """Return continuations of the study's prompts, or else of the first words of three documents."""
-        beginnings = [_first_words(text, lm.needs_tokenizer(), self.length // 2) for text in self.documents[:3]]
-        prompts = self.settings.prompts or beginnings
-
-        def compute() -> dict[str, Any]:
-            n = self.settings.sample_tokens
-            texts = lm.generate(prompts, max_new_tokens=n, temperature=TEMPERATURE, top_k=TOP_K, seed=SAMPLE_SEED)
-            return {"rows": [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]}
-
-        what = {"temperature": TEMPERATURE, "top_k": TOP_K, "seed": SAMPLE_SEED, "n": self.settings.sample_tokens}
-        found = self._cached("samples", lm, model, compute, prompts=prompts, **what)
-        return [Sample(**row) for row in found["rows"]]
-
-    def attention_map(self, lm: LanguageModel, model: str, layer: int, head: int, tokens: int) -> AttentionMap | None:
-        """Return what one head looks at on the beginning of the text; None where the model has no such head."""
-        if layer >= lm.config.n_layer or head >= lm.config.n_head:
-            return None
-        tokens = min(tokens, self.length, MAP_TOKENS)
-
-        def compute() -> dict[str, Any]:
-            tokenizer = lm.needs_tokenizer()
-            ids = self._stream(tokenizer)[:tokens]
-            maps = lm.model.attention_maps(torch.tensor([ids], device=lm.model.wte.weight.device), layer)[0, head]
-            weights = [[round(w, 3) for w in row[: i + 1]] for i, row in enumerate(maps.tolist())]
-            return {"layer": layer, "head": head, "tokens": [tokenizer.decode([i]) for i in ids], "weights": weights}
-
-        what = {"layer": layer, "head": head, "tokens": tokens, "text": self.sha256}
-        return AttentionMap(**self._cached("map", lm, model, compute, **what))
-
-    def _cached(self, what: str, lm: LanguageModel, model: str, compute: Any, **settings: Any) -> dict[str, Any]:
-        return stages.cached(self.cache, stages.key("evaluate", what=what, model=model, **settings), compute)
-
-    def _stream(self, tokenizer: Tokenizer) -> list[int]:
-        """The documents one after the other, as in training."""
-        mark = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-        return [token for ids in tokenizer.encode_batch(list(self.documents)) for token in (*mark, *ids)]
+    scores: Scores = field(default_factory=dict)
+    by_position: list[ByPosition] = field(default_factory=list)
+    copying: list[list[Copy]] = field(default_factory=list)
+    inductions: list[Induction] = field(default_factory=list)
+    heads: Heads | None = None
+    samples: list[Sample] = field(default_factory=list)
+    attention_map: AttentionMap | None = None
 
 
-def check_settings(settings: EvaluationSettings, length: int, tokenizer: Tokenizer | None) -> None:
-    """Refuse, before anything is trained, what models of this length and with this tokenizer cannot be asked.
+@dataclass
+class Course:
+    """What a conversion and its uptraining answered on the way.
+
+    Attributes:
+        scores: on the held-out text, by share of the pre-training; right after a conversion by the seed of the base.
+        own_context: the same in windows of the model's own context, where that is longer than the base's.
+        divergences: from the base right after each conversion.
+        divergence_tokens: that these were measured on.
+    """
+
+    scores: dict[float, Scores] = field(default_factory=dict)
+    own_context: dict[float, Scores] = field(default_factory=dict)
+    divergences: list[float] = field(default_factory=list)
+    divergence_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All answers of a study.
+
+    Attributes:
+        text: the held-out text.
+        protocol: how it was scored, in words.
+        answers: by variant.
+        courses: by variant that was converted.
+    """
+
+    text: Corpus
+    protocol: str
+    answers: dict[str, Answers]
+    courses: dict[str, Course]
+
+
+def evaluate(plan: Plan, made: Mapping[tuple[str, int], Made], report: Report) -> Evaluation:
+    """Evaluate every model of a study.
 
     Args:
-        settings: of the study.
-        length: tokens that all of its models can read.
-        tokenizer: of those that are trained, or None where none is.
+        plan: of the study.
+        made: its models by variant and seed.
+        report: called as the work goes on.
     """
-    for distance in settings.distances or ():
-        if not STRING <= distance <= length - STRING:
-            raise GptlabError(
-                f"evaluate.distances has {distance}, but strings of {STRING} tokens in a context of {length} can stand"
-                f" {STRING} to {length - STRING} tokens from each other"
-            )
-    for prompt in settings.prompts if tokenizer is not None else ():
-        try:
-            n_tokens = len(tokenizer.encode(prompt)) if tokenizer is not None else 0
-        except GptlabError as error:
-            raise GptlabError(f"evaluate.prompts has {prompt!r}, which cannot be encoded: {error}") from None
-        if not 0 < n_tokens < length:
-            raise GptlabError(f"evaluate.prompts has {prompt!r} of {n_tokens} tokens; the context holds {length}")
+    text, name = write_held_out(plan.study.evaluate, plan.dataset, plan.out)
+    evaluator = Evaluator(text, name, plan.study.evaluate, plan.length, plan.out / CACHE)
+    answers = {entry.name: Answers() for entry in plan.entries}
+    models = {key: one.model for key, one in made.items() if one.model is not None}
+    for i, ((name, seed), model) in enumerate(models.items()):
+        what = f"{name}, seed {seed}" if plan.seeds else name
+        report({"event": "phase", "phase": "evaluate", "what": what, "done": i, "of": len(models)})
+        _ask(answers[name], seed, gptlab.load(model, device=plan.device), evaluator)
+    courses = {}
+    for entry in plan.entries:
+        if entry.milestones:
+            what = f"{entry.name}, on the way"
+            report({"event": "phase", "phase": "evaluate", "what": what, "done": 0, "of": 1})
+            courses[entry.name] = _course(plan, entry, made, evaluator)
+    _draw_attention(plan, answers, models, evaluator)
+    return Evaluation(Corpus(name=evaluator.name, sha256=evaluator.sha256), evaluator.protocol, answers, courses)
 
 
-def model_key(lm: LanguageModel) -> str:
-    """Return what a model's answers depend on: its weights, its configuration, its tokenizer."""
-    device = str(lm.model.wte.weight.device.type)
-    weights = identity(lm.model, "")["sha256"]
-    return stages.key(
-        "evaluate", weights=weights, config=lm.config.to_dict(), tokenizer=lm.needs_tokenizer().sha256, device=device
-    )
+def _ask(answers: Answers, seed: int, lm: LanguageModel, evaluator: Evaluator) -> None:
+    key = model_key(lm)
+    answers.scores[seed] = evaluator.score(lm, key)
+    if (positions := evaluator.by_position(lm, key)) is not None:
+        answers.by_position.append(positions)
+    answers.copying.append(evaluator.copying(lm, key))
+    answers.inductions.append(evaluator.induction(lm, key))
+    if answers.heads is None:
+        answers.heads, answers.samples = evaluator.heads(lm, key), evaluator.samples(lm, key)
+
+
+def _course(plan: Plan, entry: Entry, made: Mapping[tuple[str, int], Made], evaluator: Evaluator) -> Course:
+    """Evaluate a variant right after its conversion and at every milestone of its uptraining."""
+    course = Course()
+    for seed in entry.seeds:
+        for share, model in made[entry.name, seed].checkpoints.items():
+            # Seeds of an uptraining may have one conversion in common, that of a loaded base.
+            of_run = seed if share else plan.base_seed(seed)
+            if of_run in course.scores.setdefault(share, {}):
+                continue
+            lm = gptlab.load(model, device=plan.device)
+            key = model_key(lm)
+            course.scores[share][of_run] = evaluator.score(lm, key)
+            if entry.config.context_length > plan.base.config.context_length:
+                own = evaluator.score(lm, key, lm.config.context_length)
+                course.own_context.setdefault(share, {})[of_run] = own
+            source = made[plan.base.name, of_run].model if not share else None
+            if source is not None:
+                base = gptlab.load(source, device=plan.device)
+                nats, course.divergence_tokens = evaluator.divergence(base, model_key(base), lm, key)
+                course.divergences.append(nats)
+    return course
+
+
+def _draw_attention(
+    plan: Plan, answers: Mapping[str, Answers], models: Mapping[tuple[str, int], str | Path], evaluator: Evaluator
+) -> None:
+    """Take the map of the same head in all variants: the one with the largest mean distance in the base."""
+    heads = answers[plan.base.name].heads
+    if heads is None:
+        return
+    far = [(-mean, layer, h) for layer, row in enumerate(heads.layers) for h, mean in enumerate(row.distance)]
+    _, layer, head = min(far)
+    windows = [window for entry in plan.entries for window in entry.config.windows if window is not None]
+    tokens = max(32, 5 * min(windows, default=48) // 4)  # enough to see where a window ends
+    for name, own in answers.items():
+        if own.scores:
+            lm = gptlab.load(models[name, min(own.scores)], device=plan.device)
+            own.attention_map = evaluator.attention_map(lm, model_key(lm), layer, head, tokens)
 
 
 def write_held_out(settings: EvaluationSettings, dataset: Dataset | None, directory: Path) -> tuple[Path, str]:
@@ -279,28 +201,3 @@ def _decoded(split: Split, tokenizer: Tokenizer) -> Iterable[str]:
     """The documents of a split; all of it where nobody wrote down where they end."""
     for ids in split.documents():
         yield tokenizer.decode([i for i in ids.tolist() if i != tokenizer.end_of_text])
-
-
-def _result(values: dict[str, Any]) -> Result:
-    columns = values["scores"]
-    scores = tuple(Score(*row) for row in zip(*(columns[name] for name in Score.__annotations__), strict=True))
-    return Result(**{**values, "scores": scores})
-
-
-def _words(lm: LanguageModel) -> Sequence[int]:
-    """The ids that stand for text."""
-    tokenizer = lm.needs_tokenizer()
-    return [i for i in tokenizer.known_ids(lm.config.vocab_size) if i != tokenizer.end_of_text]
-
-
-def _first_words(text: str, tokenizer: Tokenizer, n_tokens: int, most: int = 40) -> str:
-    """The beginning of a text, in whole words where there is more than one, and in at most so many tokens."""
-    start = text.lstrip()[:most]
-    while len(start) > 1 and (len(start) == most or len(tokenizer.encode(start)) > n_tokens):
-        words = start.rsplit(None, 1)
-        start = words[0] if len(words) > 1 else start[:-1]
-    return start
-
-
-def _rounded(values: Tensor) -> Any:
-    return json.loads(json.dumps(values.tolist()), parse_float=lambda x: round(float(x), 5))

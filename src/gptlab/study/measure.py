@@ -25,10 +25,10 @@ from gptlab.errors import GptlabError
 from gptlab.generation.engine import CHUNK
 from gptlab.model import cost
 from gptlab.model.gpt import GPT
-from gptlab.study import stages
-from gptlab.study.files import MeasurementSettings
+from gptlab.study.directory import cached, key, plain
 from gptlab.study.memory import peak_memory
 from gptlab.study.results import Decode, Machine, Peaks, Prefill, Timings, VariantTimings
+from gptlab.study.settings import MeasurementSettings
 from gptlab.study.timing import ROUNDS, decoding_step, prefill_step, take_turns, timed, training_step
 from gptlab.training.recipe import Recipe
 
@@ -162,13 +162,13 @@ class _Measurement:
     def kept(self, what: str, compute: Callable[[], dict[str, Any]], **settings: Any) -> dict[str, Any]:
         """Return a measurement of this machine, taken now or earlier."""
         where = {"node": platform.node(), "processor": _processor(), "device": str(self.device)}
-        return stages.cached(self.cache, stages.key("measure", what=what, where=where, **settings), compute)
+        return cached(self.cache, key("measure", what=what, where=where, **settings), compute)
 
     def memory(self, name: str) -> VariantTimings:
         """Begin a variant's timings with its memory; None where it could not be measured."""
         batch, context = self.memory_point
         asked: dict[str, Any] = {"config": self.extended[name].to_dict(), "trained": self.configs[name].to_dict()}
-        asked |= {"recipe": stages.plain(self.recipe), "device": str(self.device)}
+        asked |= {"recipe": plain(self.recipe), "device": str(self.device)}
         asked |= {"rows": self.rows, "batch": batch, "context": context}
         self._say(f"memory of {name}")
         try:
@@ -189,7 +189,7 @@ class _Measurement:
         make = lambda: {  # noqa: E731
             n: training_step(GPT(c).to(self.device), self.rows, self.recipe) for n, c in self.configs.items()
         }
-        recipe = stages.plain(self.recipe)
+        recipe = plain(self.recipe)
         share = self.left / 4
         for name, seconds in self._point("training", make, share, recipe=recipe, rows=self.rows).items():
             rate = self.rows * self.configs[name].context_length / seconds

@@ -23,8 +23,15 @@ DEFINITION = (
 
 Weights = Mapping[str, float]
 """A contrast: what each variant's loss is multiplied by before the products are added up."""
+Verdict = tuple[str, bool | None, str]
+"""What was obtained, whether a claim holds, and a note."""
 Scored = Mapping[str, Mapping[int, Result]]
 """The held-out text's score by variant and seed."""
+
+
+def at(name: str, share: float, *, own_context: bool = False) -> str:
+    """Return what a converted variant's scores after a share of the pre-training are called among all scores."""
+    return f"{name} at {share:g}" + (" in its own context" if own_context else "")
 
 
 def seeds_interval(differences: Sequence[float]) -> Interval:
@@ -103,10 +110,10 @@ def factorial(factors: Mapping[str, Sequence[str]]) -> tuple[dict[str, Weights],
 
 def effects(factors: Mapping[str, Sequence[str]], results: Scored) -> Effects | None:
     """Return the effects of a factorial with their intervals; None where the variants form none, or one has no run."""
-    found = factorial(factors)
-    if found is None:
+    contrasts = factorial(factors)
+    if contrasts is None:
         return None
-    main, interactions = ({name: contrast(w, results) for name, w in part.items()} for part in found)
+    main, interactions = ({name: contrast(w, results) for name, w in part.items()} for part in contrasts)
     terms = {name: interval for name, interval in (main | interactions).items() if interval is not None}
     if len(terms) < len(main | interactions):
         return None
@@ -115,6 +122,35 @@ def effects(factors: Mapping[str, Sequence[str]], results: Scored) -> Effects | 
         main={name: terms[name] for name in main},
         interactions={name: terms[name] for name in interactions},
     )
+
+
+def below(interval: Interval) -> bool | None:
+    """Is the difference below zero, beyond its interval?"""
+    if interval.low is None or interval.high is None:
+        return None
+    return True if interval.high < 0 else False if interval.low > 0 else None
+
+
+def above(interval: Interval) -> bool | None:
+    """Is the difference above zero, beyond its interval?"""
+    verdict = below(interval)
+    return None if verdict is None else not verdict
+
+
+def every(*verdicts: bool | None) -> bool | None:
+    """Are all true? None where one cannot be told and none is false."""
+    return False if False in verdicts else None if None in verdicts else True
+
+
+def said(interval: Interval) -> str:
+    """A difference with its interval."""
+    ends = "" if interval.low is None else f" [{interval.low:+.4f}, {interval.high:+.4f}]"
+    return f"{interval.mean:+.4f}{ends} {interval.unit}"
+
+
+def over(interval: Interval) -> str:
+    """What an interval is over, in words."""
+    return f"95% interval {interval.method}, n = {interval.n}" if interval.low is not None else "a single seed"
 
 
 def t_quantile(share: float, df: int) -> float:

@@ -31,8 +31,8 @@ class VariantSettings(_Section):
         model: fields that differ from the recipe's.
         load: a built-in model, a directory or a hub name, as `gptlab.load` takes it; nothing is trained then.
         convert: what to convert the base into, see `gptlab.conversion.convert.Changes`; empty is the base as it is.
-        uptrain: changes to the recipe that trains on what was converted, beside those of the whole study. In
-            ``distill.teacher=base`` the base is the study's own. False: it is not trained on.
+        uptrain: changes to the recipe of the uptraining, beside those of the whole study. In
+            ``distill.teacher=base`` the base is the study's own. False: it is not uptrained.
     """
 
     name: str
@@ -58,13 +58,13 @@ class FactorSettings(_Section):
 
 
 class UptrainSettings(_Section):
-    """How the variants that are made by conversion are trained on.
+    """How the variants that are made by conversion are uptrained.
 
     Attributes:
         recipe: a recipe that the package carries, or a file. Its budget counts for nothing.
         set: changes to it, each ``section.key=value``. ``budget.share`` is the length of a run, by default the largest
             of ``shares``; ``budget.of`` the tokens that the base was trained on, where nobody wrote them down.
-        shares: of these tokens, after which a model is looked at; 0 is right after the conversion.
+        shares: of these tokens, after which a model is evaluated; 0 is right after the conversion.
     """
 
     recipe: str = "uptrain"
@@ -112,16 +112,6 @@ class MeasurementSettings(_Section):
     training_rows: int | None = Field(None, ge=1)
 
 
-class RaceSettings(_Section):
-    """A short training of tiny models, to watch; ``set`` changes the recipe as ``--set`` does."""
-
-    recipe: str = "pocket"
-    set: list[str] = Field(default_factory=list)
-    base: str = "base"
-    seed: int = 0
-    variant: list[VariantSettings] = Field(min_length=2)
-
-
 class StudySettings(_Section):
     """A study file.
 
@@ -135,11 +125,10 @@ class StudySettings(_Section):
         base: the variant that the others are compared with.
         variant: variants one by one.
         grid: changes of which every combination is a variant.
-        uptrain: how variants that are made by conversion are trained on; None leaves them as they were converted.
+        uptrain: how variants that are made by conversion are uptrained; None leaves them as they were converted.
         evaluate: what is asked of every model.
         measure: what is timed.
-        race: a short training to watch, or None.
-        claims: which claims of papers to look at, see `gptlab.study.claims.CLAIMS`.
+        claims: which claims of papers to examine, see `gptlab.study.claims.CLAIMS`.
         quick: the study shows what there is to see, in minutes.
         needs_data: refuse to start on the recipe's corpus; prepared data or a corpus must be named.
     """
@@ -156,7 +145,6 @@ class StudySettings(_Section):
     uptrain: UptrainSettings | None = None
     evaluate: EvaluationSettings = EvaluationSettings()
     measure: MeasurementSettings = MeasurementSettings()
-    race: RaceSettings | None = None
     claims: list[str] = Field(default_factory=list)
     quick: bool = False
     needs_data: bool = False
@@ -179,7 +167,7 @@ def read_study(name_or_path: str) -> StudySettings:
         text = (folder / f"{name_or_path}.toml").read_text(encoding="utf-8")
     elif Path(name_or_path).is_file():
         try:
-            text = Path(name_or_path).read_text(encoding="utf-8-sig")
+            text = Path(name_or_path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise GptlabError(f"the study {name_or_path} cannot be read: {error}") from None
     else:
@@ -188,7 +176,7 @@ def read_study(name_or_path: str) -> StudySettings:
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise GptlabError(f"the study {name_or_path} is no valid TOML: {error}") from None
+        raise GptlabError(f"the study {name_or_path} is not valid TOML: {error}") from None
     values.setdefault("name", Path(name_or_path).stem)
     return make_study(values)
 
@@ -229,15 +217,11 @@ def _explain(error: ValidationError) -> str:
 
 def _home(path: list[str]) -> type[BaseModel]:
     """The section that the last of a path of keys and numbers stands in."""
-    home: type[BaseModel] = StudySettings
     sections: dict[str, type[BaseModel]] = {
         "variant": VariantSettings,
         "grid": FactorSettings,
         "uptrain": UptrainSettings,
         "evaluate": EvaluationSettings,
         "measure": MeasurementSettings,
-        "race": RaceSettings,
     }
-    for part in path[:-1]:
-        home = sections.get(part, home)
-    return home
+    return sections.get(path[0], StudySettings) if len(path) > 1 else StudySettings

@@ -7,69 +7,73 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies import GRID, RECIPE, settings, small
+from studies import GRID, settings, small
 
 from gptlab.checkpoints.hub import built_in
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.study.claims import CLAIMS
-from gptlab.study.files import make_study, read_study, study_names
-from gptlab.study.variants import cells, changes, chosen_cells, factors_of, race_cells
+from gptlab.study.settings import make_study, read_study, study_names
+from gptlab.study.variants import Converted, Loaded, Trained, changes_of, choose, kinds_of, read_variants
 
 CORPUS = Path("sentences.txt")
 FACTORIAL = ["base", "rope", "gqa", "swa", "rope-gqa", "rope-swa", "gqa-swa", "rope-gqa-swa"]
 
 
 def test_a_grid_is_every_combination_under_names_that_stay() -> None:
-    found = cells(small(CORPUS, grid=GRID))
-    assert [cell.name for cell in found] == FACTORIAL
+    found = read_variants(small(CORPUS, grid=GRID))
+    assert [variant.name for variant in found] == FACTORIAL
     labels = ["base", "RoPE", "GQA", "SWA", "RoPE + GQA", "RoPE + SWA", "GQA + SWA", "RoPE + GQA + SWA"]
-    assert [cell.label for cell in found] == labels
-    for cell in found:
-        assert cell.recipe is not None
-        assert "-".join(cell.factors) == ("" if cell.name == "base" else cell.name)
-        model = {name: value for factor in cell.factors for name, value in GRID[factor]["model"].items()}
+    assert [variant.label for variant in found] == labels
+    for variant in found:
+        assert isinstance(variant, Trained)
+        assert variant.factors is not None
+        assert "-".join(variant.factors) == ("" if variant.name == "base" else variant.name)
+        model = {name: value for factor in variant.factors for name, value in GRID[factor]["model"].items()}
         expected = ModelConfig.preset("tiny", context_length=32, **model, vocab_size=257)
-        assert cell.recipe.model_for(257) == expected
+        assert variant.recipe.model_for(257) == expected
 
 
-def test_the_order_of_a_file_decides_nothing() -> None:
+def test_the_base_comes_first_then_the_grid_then_the_rest_as_in_the_file() -> None:
     for names in itertools.permutations(GRID):
-        assert [cell.name for cell in cells(small(CORPUS, grid={name: GRID[name] for name in names}))] == FACTORIAL
+        grid = {name: GRID[name] for name in names}
+        assert [variant.name for variant in read_variants(small(CORPUS, grid=grid))] == FACTORIAL
     heads = [{"name": name, "model": {"n_kv_head": n}} for name, n in (("twin", 4), ("gqa", 2), ("mqa", 1))]
-    expected = cells(small(CORPUS, variant=[{"name": "base"}, *heads]))
-    assert expected[0].name == "base"
     for variants in itertools.permutations([{"name": "base"}, *heads]):
-        assert cells(small(CORPUS, variant=list(variants))) == expected
+        names = [str(variant["name"]) for variant in variants]
+        expected = sorted(names, key=lambda name: name != "base")
+        assert [variant.name for variant in read_variants(small(CORPUS, variant=list(variants)))] == expected
 
 
 def test_every_study_of_the_package_is_possible() -> None:
     assert study_names() == ["convert", "convert-8m", "gpt2-small", "papers", "quick", "standard"]
     for name in study_names():
         study = read_study(name)
-        found = cells(study)
+        found = read_variants(study)
         assert study.name == name
         assert found[0].name == study.base
-        if study.race:
-            assert len(race_cells(study.race)) == 2
-    assert [cell.name for cell in cells(read_study("standard"))] == FACTORIAL
-    assert [cell.name for cell in cells(read_study("gpt2-small"))] == FACTORIAL
+    assert [variant.name for variant in read_variants(read_study("standard"))] == FACTORIAL
+    assert [variant.name for variant in read_variants(read_study("gpt2-small"))] == FACTORIAL
     for study in map(read_study, ("papers", "convert", "convert-8m")):
-        names = {cell.name for cell in cells(study)}
+        names = {variant.name for variant in read_variants(study)}
         assert {name for claim in study.claims for name in CLAIMS[claim].variants} <= names
     assert {*read_study("papers").claims, *read_study("convert").claims} == set(CLAIMS)
-    assert {str(cell.load) for cell in cells(read_study("quick"))} <= set(built_in())
-    for name, looked_at in (("convert", 7), ("convert-8m", 9)):
-        converted = cells(read_study(name))
-        assert sum(cell.uptrain is not None for cell in converted) == len(converted) - 1 - looked_at
+    assert {variant.model for variant in read_variants(read_study("quick")) if isinstance(variant, Loaded)} == set(
+        built_in()
+    ) - {"gpt2"}
+    for name, left in (("convert", 7), ("convert-8m", 9)):
+        converted = read_variants(read_study(name))
+        assert (
+            sum(isinstance(v, Converted) and v.uptraining is not None for v in converted) == len(converted) - 1 - left
+        )
 
 
 def test_windows_of_the_papers_study_do_the_same_work() -> None:
     windows = {}
-    for cell in cells(read_study("papers")):
-        assert cell.recipe is not None
-        if cell.name.startswith("swa"):
-            windows[cell.name] = cell.recipe.model_for(4096).windows
+    for variant in read_variants(read_study("papers")):
+        assert isinstance(variant, Trained)
+        if variant.name.startswith("swa"):
+            windows[variant.name] = variant.recipe.model_for(4096).windows
     means = {sum(w for w in each if w is not None) / len(each) for each in windows.values()}
     assert means == {64.0}
     assert list(windows["swa-increasing"]) == sorted(windows["swa-increasing"])
@@ -77,20 +81,21 @@ def test_windows_of_the_papers_study_do_the_same_work() -> None:
 
 
 def test_only_some_variants_and_the_base() -> None:
-    found = cells(small(CORPUS, grid=GRID))
-    assert [cell.name for cell in chosen_cells(found, ["swa", "rope"], "base")] == ["base", "rope", "swa"]
-    assert chosen_cells(found, [], "base") == found
+    found = read_variants(small(CORPUS, grid=GRID))
+    assert [variant.name for variant in choose(found, ["swa", "rope"])] == ["base", "rope", "swa"]
+    assert choose(found, []) == found
     with pytest.raises(GptlabError, match=r"no variant 'rope-gpa' \(did you mean 'rope-gqa'\?\)"):
-        chosen_cells(found, ["rope-gpa"], "base")
+        choose(found, ["rope-gpa"])
 
 
 def test_changes_and_factors() -> None:
     base = ModelConfig.preset("tiny")
-    assert changes(base, base) == {}
+    assert changes_of(base, base) == {}
     other = ModelConfig.preset("tiny", position="rope", n_kv_head=1, window=[8, None])
-    assert changes(other, base) == {"position": "rope", "n_kv_head": 1, "window": [8, None]}
-    assert factors_of(changes(other, base)) == ("rope", "gqa", "swa")
-    assert factors_of({"position": "none", "n_embd": 64}) == ()
+    assert changes_of(other, base) == {"position": "rope", "n_kv_head": 1, "window": [8, None]}
+    assert kinds_of(changes_of(other, base)) == ["rope", "gqa", "swa"]
+    assert kinds_of({"position": "none", "n_embd": 64}) == ["other"]
+    assert kinds_of({"sinks": 4, "rope": {}, "dilation": 2}) == ["rope", "swa"]
 
 
 BASE: dict[str, Any] = {"name": "base"}
@@ -99,7 +104,6 @@ REFUSALS = [
     ({"evaluate": {"piece": 3}}, r"unknown setting 'evaluate.piece' in the study \(did you mean 'pieces'\?\)"),
     ({"variant": [{"name": "base", "modell": {}}]}, r"unknown setting 'variant.0.modell'.*\(did you mean 'model'\?\)"),
     ({"grid": {"rope": {"lable": "x", "model": {}}}}, r"unknown setting 'grid.rope.lable'.*\(did you mean 'label'\?\)"),
-    ({"race": {"variants": []}}, r"race"),
     ({"seeds": []}, r"impossible value for seeds in the study"),
     ({"seeds": [1, 1]}, r"seeds of study small must be different numbers"),
     ({"seeds": ["a"]}, r"impossible value for seeds.0 in the study"),
@@ -132,27 +136,20 @@ IMPOSSIBLE = [
 @pytest.mark.parametrize(("variants", "said"), IMPOSSIBLE)
 def test_a_variant_that_is_impossible_is_named(variants: list[dict[str, Any]], said: str) -> None:
     with pytest.raises(GptlabError, match=said):
-        cells(small(CORPUS, variant=variants))
+        read_variants(small(CORPUS, variant=variants))
 
 
 def test_settings_without_effect() -> None:
     with pytest.raises(GptlabError, match=r"train\.seed has no effect in a study"):
-        cells(small(CORPUS, "train.seed=3"))
-    with pytest.raises(GptlabError, match="a study trains from scratch, but the recipe finetune goes on from gpt2"):
-        cells(small(CORPUS, recipe="finetune", set=["base=gpt2"], variant=[BASE]))
+        read_variants(small(CORPUS, "train.seed=3"))
+    with pytest.raises(GptlabError, match="a study trains from scratch, but the recipe finetune continues gpt2"):
+        read_variants(small(CORPUS, recipe="finetune", set=["base=gpt2"], variant=[BASE]))
 
 
 def test_a_grid_whose_changes_collide() -> None:
     grid = {"gqa": {"model": {"n_kv_head": 2}}, "mqa": {"model": {"n_kv_head": 1}}}
     with pytest.raises(GptlabError, match="two changes of the grid set n_kv_head"):
-        cells(small(CORPUS, grid=grid))
-
-
-def test_a_race_trains(tmp_path: Path) -> None:
-    study = small(CORPUS, race={"set": RECIPE, "variant": [{"name": "base"}, {"name": "x", "load": "pocket"}]})
-    assert study.race is not None
-    with pytest.raises(GptlabError, match="'x' is to race, so it is trained"):
-        race_cells(study.race)
+        read_variants(small(CORPUS, grid=grid))
 
 
 def test_names_and_files(tmp_path: Path) -> None:
@@ -160,7 +157,7 @@ def test_names_and_files(tmp_path: Path) -> None:
         read_study("standart")
     path = tmp_path / "mine.toml"
     path.write_text("title = [")
-    with pytest.raises(GptlabError, match=r"mine.toml is no valid TOML"):
+    with pytest.raises(GptlabError, match=r"mine.toml is not valid TOML"):
         read_study(str(path))
     path.write_text("title = 'a'")
     with pytest.raises(GptlabError, match="the study lacks question"):
@@ -168,6 +165,6 @@ def test_names_and_files(tmp_path: Path) -> None:
     path.write_text("title = 'a'\nquestion = 'b'\nset = ['budget.steps=3']\n[[variant]]\nname = 'base'")
     study = read_study(str(path))
     assert study.name == "mine"
-    (cell,) = cells(study, ["budget.steps=7"])
-    assert cell.recipe is not None
-    assert cell.recipe.budget.steps == 7
+    (variant,) = read_variants(study, ["budget.steps=7"])
+    assert isinstance(variant, Trained)
+    assert variant.recipe.budget.steps == 7
