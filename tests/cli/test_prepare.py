@@ -59,6 +59,24 @@ def test_lines(run: Run, tmp_path: Path) -> None:
     assert open_dataset(tmp_path / "data").items
 
 
+def test_a_validation_text_of_ones_own(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n")
+    (tmp_path / "held.csv").write_text("body\ntwo\nthree\n")
+    arguments = (tmp_path / "a.txt", "--validation", tmp_path / "held.csv", "--text-field", "body")
+    code, out, err = run(*arguments, "--tokenizer", "bytes", "--out", tmp_path / "data")
+    assert (code, err) == (0, "")
+    assert "held out    8 bytes, 50.000% of the text: the validation text given\n" in out
+    assert "note: 1 of the documents to train on are in the validation text too\n" in out
+    dataset = open_dataset(tmp_path / "data")
+    found = [[dataset.tokenizer.decode(i) for i in part.documents()] for part in (dataset.training, dataset.validation)]
+    assert found == [["one\n", "two\n"], ["two", "three"]]
+    more = ("--out", tmp_path / "data", "--append")
+    assert run(tmp_path / "a.txt", *more)[0] == 0
+    assert open_dataset(tmp_path / "data").validation.n_documents == 2
+    assert run(tmp_path / "a.txt", *more, "--validation", tmp_path / "a.txt")[0] == 2
+    assert run(*arguments, "--held-out", 0.1, "--out", tmp_path / "other")[0] == 2
+
+
 def test_adding(run: Run, texts: Path, tmp_path: Path) -> None:
     run(texts / "a.txt", "--tokenizer", "bytes", "--out", tmp_path / "data", "--held-out", 0.3)
     for more in ([], ["--tokenizer", "bytes"]):

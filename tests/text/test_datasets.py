@@ -239,6 +239,19 @@ def test_nanogpts_files(tmp_path: Path, gpt2_tokenizer: GPT2Tokenizer) -> None:
     assert open_dataset(tmp_path).sha256 != first
 
 
+def test_nanogpts_files_with_a_tokenizer_beside_them(tmp_path: Path) -> None:
+    tokenizer = char_tokenizer(["hello\n"])
+    for name, content in tokenizer.files().items():
+        (tmp_path / name).write_bytes(content)
+    for name in ("train.bin", "val.bin"):
+        np.array(tokenizer.encode("hello\nhell"), dtype=np.uint16).tofile(tmp_path / name)
+    (tmp_path / "meta.pkl").write_bytes(b"not read")
+    dataset = open_dataset(tmp_path)
+    dataset.verify()
+    assert dataset.tokenizer.sha256 == tokenizer.sha256
+    assert dataset.tokenizer.decode(dataset.validation.read(0, 5)) == "hello"
+
+
 def test_a_pickled_alphabet_is_never_read(tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> Any:

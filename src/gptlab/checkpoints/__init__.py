@@ -12,14 +12,14 @@ from typing import Protocol
 
 import torch
 
-from gptlab.checkpoints import huggingface, native
+from gptlab.checkpoints import huggingface, nanogpt, native, tensorflow
 from gptlab.checkpoints.diagnosis import diagnose
 from gptlab.checkpoints.files import Checkpoint
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.placeholders import refuse_placeholder
 
-__all__ = ["FORMATS", "Checkpoint", "Format", "format_of", "read", "read_config"]
+__all__ = ["FORMATS", "Checkpoint", "Format", "format_of", "name_of", "read", "read_config"]
 
 
 class Format(Protocol):
@@ -41,7 +41,9 @@ class Format(Protocol):
         """Read all of it, every tensor in ``dtype`` and in memory of its own; GptlabError as `read_config`."""
 
 
-FORMATS: Mapping[str, Format] = MappingProxyType({"gptlab": native, "hf": huggingface})
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {"gptlab": native, "hf": huggingface, "openai": tensorflow, "nanogpt": nanogpt}
+)
 """The formats by their names on the command line, in the order in which a path is shown to them."""
 
 
@@ -65,6 +67,11 @@ def format_of(path: Path) -> Format:
     raise GptlabError(
         f"{path} is no model directory: it has no config.json; name a model such as 'pocket' or 'gpt2', or {readable}"
     )
+
+
+def name_of(chosen: Format) -> str:
+    """Return the name of a format in `FORMATS`."""
+    return next(name for name, module in FORMATS.items() if module is chosen)
 
 
 def read(path: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:

@@ -110,7 +110,11 @@ def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
 
 
 def complete_state(
-    config: ModelConfig, found: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype, where: Path
+    config: ModelConfig,
+    found: Mapping[str, Callable[[], Tensor]],
+    dtype: torch.dtype,
+    where: Path,
+    described_by: str = "config.json",
 ) -> dict[str, Tensor]:
     """Read every tensor that the configuration asks for, one at a time, into memory of its own.
 
@@ -118,7 +122,8 @@ def complete_state(
         config: what the model should hold.
         found: a reader for each tensor, by gptlab's names and in gptlab's layout.
         dtype: of the result.
-        where: the directory, for messages.
+        where: the directory or file, for messages.
+        described_by: what holds the configuration, for messages.
 
     Raises:
         GptlabError: a tensor missing, left over, of a wrong shape, or with values that are no numbers.
@@ -128,16 +133,16 @@ def complete_state(
         raise GptlabError(f"the checkpoint {where} lacks {_list(missing)}; it is incomplete, copy or download it again")
     if extra := [name for name in found if name not in shapes]:
         raise GptlabError(
-            f"the checkpoint {where} holds {_list(extra)}, which a model of its config.json does not have;"
-            " config.json and weights do not belong together"
+            f"the checkpoint {where} holds {_list(extra)}, which a model of its {described_by} does not have;"
+            f" {described_by} and weights do not belong together"
         )
     state: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         tensor = found[name]()
         if tensor.shape != shape:
             raise GptlabError(
-                f"the checkpoint {where} has {name} of shape {tuple(tensor.shape)} where its config.json asks for"
-                f" {tuple(shape)}; config.json and weights do not belong together"
+                f"the checkpoint {where} has {name} of shape {tuple(tensor.shape)} where its {described_by} asks for"
+                f" {tuple(shape)}; {described_by} and weights do not belong together"
             )
         if not tensor.is_floating_point():
             raise GptlabError(

@@ -11,6 +11,7 @@ import typer
 from gptlab.cli.convert import convert
 from gptlab.cli.evaluate import evaluate
 from gptlab.cli.generate import generate
+from gptlab.cli.import_model import import_model
 from gptlab.cli.inspect import inspect
 from gptlab.cli.plot import plot
 from gptlab.cli.prepare import prepare
@@ -21,7 +22,8 @@ from gptlab.cli.verify import verify
 from gptlab.errors import GptlabError
 
 ABOUT = (
-    "GPT-2 from scratch in PyTorch: generate, inspect, verify, prepare, train, convert, evaluate, plot, study, report."
+    "GPT-2 from scratch in PyTorch: generate, inspect, verify, prepare, train, convert, import, evaluate, plot, study,"
+    " report."
 )
 
 app = typer.Typer(
@@ -34,6 +36,7 @@ app = typer.Typer(
 )
 for command in (generate, inspect, evaluate, verify, prepare, train, convert, plot, study, report):
     app.command()(command)
+app.command("import")(import_model)
 
 
 def version(show: bool = False) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,8 +25,9 @@ def prepare(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Files (.txt, .md, .py, .jsonl, or these with .gz), directories, patterns, - for standard input, or"
-            " stdlib, pydoc, tiny-shakespeare, wikitext-2, wikitext-103."
+            help="Files of text (.txt, .md, .py), of records (.jsonl, .json, .csv, .tsv, .parquet), compressed (.gz,"
+            " .bz2, .xz, .zst) or in archives (.zip, .tar), directories, patterns, - for standard input, or stdlib,"
+            " pydoc, tiny-shakespeare, wikitext-2, wikitext-103."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory for the token shards.")],
@@ -40,6 +42,7 @@ def prepare(
     per_line: Annotated[
         bool, typer.Option("--per-line", help="Every line is a document, as in a list of names.")
     ] = False,
+    text_field: Annotated[str, typer.Option(help="Field or column of a record that holds its text.")] = "text",
     append: Annotated[bool, typer.Option("--append", help="Add to the data that are there.")] = False,
 ) -> None:
     """Turn texts into token shards for training."""
@@ -56,15 +59,15 @@ def prepare(
         if held_out is not None or isinstance(same, shards.NewTokenizer):
             raise GptlabError("--append takes the tokenizer and the share to hold out from the data; leave them out")
         with _progress() as report:
-            documents = open_documents(sources, per_line=per_line, report=report)
+            documents = open_documents(sources, per_line=per_line, text_field=text_field, report=report)
             dataset = shards.append(documents, out, tokenizer=same, report=report)
-        _summarise(dataset)
+        _summarise(dataset, documents.left_out)
     else:
         if validation and held_out is not None:
             raise GptlabError("--held-out has no effect with --validation; leave one of them out")
         choice = _tokenizer(tokenizer or "gpt2", vocab_size or 4096)
         share = 0.01 if held_out is None else held_out
-        dataset = prepare_with_progress(sources, choice, out, share, per_line, validation or ())
+        dataset = prepare_with_progress(sources, choice, out, share, per_line, validation or (), text_field)
     print(f"train on it: gptlab train {'names' if dataset.items else 'pocket'} --data {out} --out runs/{out.name}")
 
 
@@ -75,6 +78,7 @@ def prepare_with_progress(
     held_out: float,
     per_line: bool = False,
     validation: Sequence[str] = (),
+    text_field: str = "text",
 ) -> Dataset:
     """Do what `gptlab.text.shards.prepare` does, show how far it is, and print what came out."""
     from gptlab.text import shards
@@ -90,10 +94,11 @@ def prepare_with_progress(
             report(row)
 
     with _progress() as report:
-        documents = open_documents(sources, per_line=per_line, report=report)
-        other = open_documents(validation, per_line=per_line, report=report) if validation else None
+        texts = functools.partial(open_documents, per_line=per_line, text_field=text_field, report=report)
+        documents = texts(sources)
+        other = texts(validation) if validation else None
         dataset = shards.prepare(documents, tokenizer, out, held_out=held_out, validation=other, report=take)
-    _summarise(dataset)
+    _summarise(dataset, documents.left_out | (other.left_out if other is not None else {}))
     if shared:
         print(f"note: {shared:,} of the documents to train on are in the validation text too")
     return dataset
@@ -123,7 +128,7 @@ def _tokenizer(name: str, vocab_size: int) -> Tokenizer | NewTokenizer:
     return tokenizer
 
 
-def _summarise(dataset: Dataset) -> None:
+def _summarise(dataset: Dataset, left_out: Mapping[str, str]) -> None:
     training, validation = dataset.training, dataset.validation
     n_bytes, n_tokens = (training.n_bytes or 0) + (validation.n_bytes or 0), len(training) + len(validation)
     unit = "lines" if dataset.items else "documents"
@@ -134,6 +139,10 @@ def _summarise(dataset: Dataset) -> None:
         f"validation  {len(validation):>14,} tokens, {validation.n_documents:,} {unit}\n"
         f"held out    {_held_out(dataset)}"
     )
+    if left_out:
+        some = [f"{name} ({reason})" for name, reason in list(left_out.items())[:5]]
+        more = f" and {len(left_out) - 5:,} more" if len(left_out) > 5 else ""
+        print(f"left out    {len(left_out):,} file{'s' * (len(left_out) > 1)}: {', '.join(some)}{more}")
 
 
 def _held_out(dataset: Dataset) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.errors import GptlabError, nearest
+from gptlab.text.decoding import decode
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,7 @@ class Data:
         Raises:
             GptlabError: no UTF-8 text, or none at all.
         """
-        try:
-            text = self.content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise GptlabError(f"{self.file} is no UTF-8 text (byte {error.start}); give another file") from None
+        text = decode(self.content, self.file)
         if not text.strip():
             raise GptlabError(f"there is no text in {self.file}; give another file")
         return text

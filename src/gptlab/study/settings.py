@@ -167,7 +167,7 @@ def read_study(name_or_path: str) -> StudySettings:
         text = (folder / f"{name_or_path}.toml").read_text(encoding="utf-8")
     elif Path(name_or_path).is_file():
         try:
-            text = Path(name_or_path).read_text(encoding="utf-8")
+            text = Path(name_or_path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise GptlabError(f"the study {name_or_path} cannot be read: {error}") from None
     else:

@@ -191,7 +191,8 @@ class Dataset:
 def open_dataset(path: str | Path) -> Dataset:
     """Open a dataset of `prepare`, a directory with nanoGPT's `train.bin` and `val.bin`, or llm.c's shards.
 
-    The sizes of all files are checked, their contents by `Dataset.verify`. The other programs' ids are GPT-2's.
+    The sizes of all files are checked, their contents by `Dataset.verify`. The other programs' ids are those of the
+    tokenizer that lies beside them, or else GPT-2's.
 
     Raises:
         GptlabError: no dataset there, one of a later version, or one with a file missing, truncated or damaged.
@@ -281,7 +282,7 @@ def _rule(values: dict[str, Any]) -> Rule:
 
 def _open_nanogpt(path: Path) -> Dataset:
     """nanoGPT's format: nothing but uint16 ids, of GPT-2 unless `meta.pkl` says otherwise."""
-    if (path / "meta.pkl").exists():
+    if (path / "meta.pkl").exists() and not (path / "tokenizer.json").exists():
         raise GptlabError(
             f"{path} has its alphabet in meta.pkl, a pickle, which cannot be read without running what is in it;"
             f" make the same data with gptlab prepare {path / 'input.txt'} --tokenizer chars --held-out 0.1 --out DIR"
@@ -318,7 +319,7 @@ def _open_llmc(path: Path) -> Dataset:
 
 
 def _of_gpt2_ids(path: Path, training: Sequence[Shard], validation: Sequence[Shard]) -> Dataset:
-    tokenizer = GPT2Tokenizer()
+    tokenizer = read_tokenizer(path) or GPT2Tokenizer()
     splits = [Split(shards, np.dtype("<u2"), tokenizer.vocab_size) for shards in (training, validation)]
     return Dataset(path, path.resolve().name, tokenizer, splits[0], splits[1])
 

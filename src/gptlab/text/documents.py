@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import codecs
 import functools
 import glob
-import gzip
 import hashlib
 import io
-import json
 import re
 import shutil
 import sys
 import sysconfig
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from gptlab.errors import GptlabError, nearest
 from gptlab.text import downloads
+from gptlab.text.decoding import decoded
+from gptlab.text.files import READ, Reading, holds_records, read_file, stem_of, suffixes_of
+from gptlab.text.records import TEXT_FIELD
 from gptlab.text.segmentation import PIECE, Piece, document_pieces, in_pieces, line_pieces
-from gptlab.text.tokenizers import refuse_surrogates
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 NAMES = ("stdlib", "pydoc", *downloads.NAMES)
 
 Read = Callable[[], Iterator[Piece]]
@@ -43,11 +40,14 @@ class Documents:
         name: what to call it in results.
         items: each document is a line of its own, to be learned and sampled as a whole.
         readers: each yields the pieces of some documents, from the start at every call.
+        left_out: the files of directories and archives that were not read, and why. Those in archives are known when
+            the documents were read once.
     """
 
     name: str
     items: bool
     readers: tuple[Read, ...]
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[str]:
         """Yield each document's whole text, in a fixed order."""
@@ -70,7 +70,8 @@ class Documents:
                 empty = False
                 yield piece
         if empty:
-            raise GptlabError(f"there is no text in {self.name}; name another corpus")
+            left = f" (left out: {', '.join(list(self.left_out)[:5])})" if self.left_out else ""
+            raise GptlabError(f"there is no text in {self.name}{left}; name another corpus")
 
 
 def documents_of(name: str, texts: Iterable[str], *, items: bool = False) -> Documents:
@@ -91,17 +92,19 @@ def open_documents(
     sources: Sequence[str],
     *,
     per_line: bool = False,
+    text_field: str = TEXT_FIELD,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Documents:
     """Find texts; they are read when the result is iterated.
 
-    A line ``<|endoftext|>`` ends a document; so does the end of a file. In JSON lines, each ``text`` is a document.
+    ``<|endoftext|>`` before white space ends a document; so does the end of a file. Each record is a document.
 
     Args:
-        sources: files of text or of JSON lines (``.jsonl``), either of them compressed (``.gz``), directories of them,
-            patterns such as ``texts/*.txt``, ``-`` for standard input, or a name of `NAMES`. A file that is named twice
-            is read once.
+        sources: files of text or of records (JSON lines or arrays, CSV, TSV, parquet), compressed or in archives or
+            neither, directories of them, patterns such as ``texts/*.txt``, ``-`` for standard input, or a name of
+            `NAMES`. A file that is named twice is read once.
         per_line: every line that is not blank is a document, without its end.
+        text_field: the field or column of a record that holds the text.
         report: called with plain values during a download.
 
     Raises:
@@ -109,6 +112,7 @@ def open_documents(
     """
     if not sources:
         raise GptlabError(f"no corpus is named; give files, directories, '-', or one of {', '.join(NAMES)}")
+    reading = Reading(per_line, text_field)
     names: list[str] = []
     readers: dict[Any, Read] = {}  # by what they read
     for source in dict.fromkeys(sources):
@@ -117,47 +121,59 @@ def open_documents(
             readers[source] = _named(source, per_line, report)
         elif source == "-":
             names.append("stdin")
-            readers[source] = _spooled(sys.stdin.buffer, "standard input", per_line)
+            readers[source] = _spooled(sys.stdin.buffer, "standard input", reading)
         else:
-            name, paths = _find(source)
+            name, paths = _find(source, reading)
             names.append(name)
             for path in paths:
                 if path.is_file():
-                    readers[path.resolve()] = functools.partial(_read_file, path, per_line)
+                    readers[path.resolve()] = functools.partial(_read_file, path, reading)
                 else:  # a pipe
                     with _open(path) as file:
-                        readers[path] = _spooled(file, str(path), per_line)
+                        readers[path] = _spooled(file, str(path), reading)
     name = "+".join(names) if len(names) <= 3 else f"{names[0]}+{len(names) - 1}-more"
-    return Documents(name, per_line, tuple(readers.values()))
+    return Documents(name, per_line, tuple(readers.values()), reading.left_out)
 
 
-def _find(source: str) -> tuple[str, list[Path]]:
+def _find(source: str, reading: Reading) -> tuple[str, list[Path]]:
     """Return what to call a source, and its files in the order of their names."""
     path = Path(source)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if _uncompressed(p).suffix in SUFFIXES and p.is_file())
-        # A tokenizer's list of merges is no text, and datasets and models may lie below the directory.
-        files = [p for p in files if p.name != "merges.txt" or not (p.parent / "tokenizer.json").exists()]
+        files = [file for file in sorted(path.rglob("*")) if file.is_file() and _belongs(file, reading)]
         if not files:
             raise GptlabError(
-                f"the directory {source} holds no .txt, .md, .py or .jsonl file; name the files, or another corpus"
+                f"the directory {source} holds no .txt, .md, .py or .jsonl file, nor .csv, .tsv, .json or .parquet with"
+                f" {reading.text_field!r} in it; name the files, or another corpus"
             )
         return path.resolve().name, files
     if path.exists():
-        return _uncompressed(path).stem, [path]
+        return stem_of(path), [path]
     if glob.has_magic(source):
         files = [match for match in map(Path, sorted(glob.glob(source, recursive=True))) if not match.is_dir()]
         if not files:
             raise GptlabError(f"no file matches {source}; check the pattern")
-        return _uncompressed(path).stem.strip("*?[]-_. ") or path.parent.name.strip("*?[]") or "texts", files
+        return stem_of(path).strip("*?[]-_. ") or path.parent.name.strip("*?[]") or "texts", files
     hint = "" if "/" in source else nearest(source, NAMES)
     raise GptlabError(
         f"no corpus at {source}{hint}; give a text file, a directory of them, '-', or one of {', '.join(NAMES)}"
     )
 
 
-def _uncompressed(path: Path) -> Path:
-    return path.with_suffix("") if path.suffix == ".gz" else path
+def _belongs(path: Path, reading: Reading) -> bool:
+    """Is a file of a directory one of its texts? Otherwise it is written down as left out."""
+    suffix = suffixes_of(path.name)[0]
+    reason = ""
+    if suffix not in READ or path.name.startswith("._"):
+        reason = "no text"
+    elif path.name == "merges.txt" and (path.parent / "tokenizer.json").exists():
+        reason = "a tokenizer's merges"  # datasets and models may lie below the directory
+    elif suffix == ".json":
+        with _open(path) as file:
+            if not holds_records(file, str(path), Reading(reading.per_line, reading.text_field)):
+                reason = f"no records with {reading.text_field!r}"
+    if reason:
+        reading.left_out[str(path)] = reason
+    return not reason
 
 
 # --- files ----------------------------------------------------------------------------------------------------
@@ -165,22 +181,20 @@ def _uncompressed(path: Path) -> Path:
 
 def _open(path: Path) -> IO[bytes]:
     try:
-        return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+        return path.open("rb")
     except OSError as error:
         raise GptlabError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _read_file(path: Path, per_line: bool) -> Iterator[Piece]:
+def _read_file(path: Path, reading: Reading) -> Iterator[Piece]:
     with _open(path) as file:
         try:
-            yield from _read(file, path, per_line, json_lines=_uncompressed(path).suffix == ".jsonl")
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise GptlabError(f"{path} is no intact gzip file ({error}); copy or download it again") from None
+            yield from read_file(file, str(path), reading)
         except OSError as error:
             raise GptlabError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _spooled(file: IO[bytes], name: str, per_line: bool) -> Read:
+def _spooled(file: IO[bytes], name: str, reading: Reading) -> Read:
     """Copy what can be read only once to a temporary file, which lives as long as the reader that is returned."""
     copy = tempfile.NamedTemporaryFile(prefix="gptlab-")  # noqa: SIM115
     try:
@@ -191,73 +205,13 @@ def _spooled(file: IO[bytes], name: str, per_line: bool) -> Read:
 
     def read() -> Iterator[Piece]:
         with open(copy.name, "rb") as opened:
-            json_lines = _has_text(opened.readline())
-            opened.seek(0)
-            yield from _read(opened, name, per_line, json_lines)
+            yield from read_file(opened, name, reading)
 
     return read
 
 
-def _has_text(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line)["text"], str)
-    except (ValueError, TypeError, LookupError, RecursionError):
-        return False
-
-
-def _read(file: IO[bytes], name: object, per_line: bool, json_lines: bool = False) -> Iterator[Piece]:
-    if json_lines:
-        return _json_lines(file, name)
-    return (line_pieces if per_line else document_pieces)(_decoded(file, name))
-
-
-def _json_lines(file: IO[bytes], name: object) -> Iterator[Piece]:
-    offset = 0
-    for number, line in enumerate(file, 1):
-        try:
-            text = line.decode()
-        except UnicodeDecodeError as error:
-            raise _no_utf8(name, offset + error.start) from None
-        offset += len(line)
-        if text.isspace():
-            continue
-        try:
-            document = json.loads(text)["text"]
-            if not isinstance(document, str):
-                raise TypeError
-        except (ValueError, TypeError, LookupError, RecursionError):
-            raise GptlabError(f'line {number} of {name} is no JSON object with a text, as {{"text": "..."}}') from None
-        try:
-            refuse_surrogates(document)
-        except GptlabError as error:
-            raise GptlabError(f"line {number} of {name}: {error}") from None
-        if document and not document.isspace():
-            yield from in_pieces(document)
-
-
-def _decoded(file: IO[bytes], name: object) -> Iterator[str]:
-    """Yield the text of a file in chunks, with the ends of lines that Python's text files have."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset, after = 0, ""
-    while True:
-        chunk = file.read(PIECE)
-        held = len(decoder.getstate()[0])  # bytes of a character that the chunk before cut in two
-        try:
-            text = decoder.decode(chunk, final=not chunk)
-        except UnicodeDecodeError as error:
-            raise _no_utf8(name, offset - held + error.start) from None
-        offset += len(chunk)
-        if after or "\r" in text:
-            text = after + text
-            after = "\r" if chunk and text.endswith("\r") else ""  # a \n may follow
-            text = text.removesuffix(after).replace("\r\n", "\n").replace("\r", "\n")
-        yield text
-        if not chunk:
-            return
-
-
-def _no_utf8(name: object, offset: int) -> GptlabError:
-    return GptlabError(f"{name} is no UTF-8 text (byte {offset}); convert it, for instance with iconv")
+def _read(file: IO[bytes], name: object, per_line: bool) -> Iterator[Piece]:
+    return (line_pieces if per_line else document_pieces)(decoded(file, name))
 
 
 # --- names ----------------------------------------------------------------------------------------------------
@@ -269,7 +223,9 @@ def _named(name: str, per_line: bool, report: Callable[[dict[str, Any]], None]) 
     if name == "pydoc":
         return functools.partial(_read_pydoc, per_line)
     path = downloads.fetch(name, report)
-    return functools.partial(_read_wikitext if path.suffix == ".zip" else _read_file, path, per_line)
+    if path.suffix == ".zip":
+        return functools.partial(_read_wikitext, path, per_line)
+    return functools.partial(_read_file, path, Reading(per_line))
 
 
 def _read_stdlib(per_line: bool) -> Iterator[Piece]:
@@ -300,7 +256,7 @@ def _read_wikitext(path: Path, per_line: bool) -> Iterator[Piece]:
     with zipfile.ZipFile(path) as archive:
         member = next(name for name in archive.namelist() if name.endswith("wiki.train.raw"))
         with archive.open(member) as file:
-            for article in _articles(_decoded(file, member)):
+            for article in _articles(decoded(file, member)):
                 yield from (line_pieces if per_line else document_pieces)([article])
 
 

@@ -130,7 +130,7 @@ def read_recipe(
         text = (importlib.resources.files("gptlab") / "recipes" / f"{name_or_path}.toml").read_text(encoding="utf-8")
     elif Path(name_or_path).is_file():
         try:
-            text = Path(name_or_path).read_text(encoding="utf-8")
+            text = Path(name_or_path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise GptlabError(f"the recipe {name_or_path} cannot be read: {error}") from None
     else:

@@ -21,8 +21,13 @@ def byte_tokenizer() -> FileTokenizer:
     return FileTokenizer(byte_level(dict(byte_alphabet().items()), []))
 
 
-def char_tokenizer(texts: Iterable[str]) -> FileTokenizer:
-    """Return a tokenizer with one id for each character of ``texts``, in code-point order."""
+def char_tokenizer(texts: Iterable[str], end_of_text: bool = True) -> FileTokenizer:
+    """Return a tokenizer with one id for each character of ``texts``, in code-point order.
+
+    Args:
+        texts: any texts; only which characters they hold counts.
+        end_of_text: add a last id for the end of a document.
+    """
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Engine
 
@@ -36,7 +41,8 @@ def char_tokenizer(texts: Iterable[str]) -> FileTokenizer:
     engine = Engine(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token=END_OF_TEXT))
     engine.pre_tokenizer = pre_tokenizers.Split(Regex(EVERY_CHARACTER), "isolated")
     engine.decoder = decoders.Fuse()
-    engine.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    if end_of_text:
+        engine.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     return FileTokenizer(engine)
 
 

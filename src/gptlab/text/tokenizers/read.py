@@ -67,6 +67,8 @@ def _values(directory: Path) -> dict[str, Any] | None:
         if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
             raise ValueError("tokenizer.json describes no model")
         return values
+    if not vocab.exists():  # as OpenAI named the two
+        vocab, merges = directory / "encoder.json", directory / "vocab.bpe"
     if vocab.exists() and merges.exists():
         lines = merges.read_text(encoding="utf-8").splitlines()
         pairs = [(a, b) for a, b in (line.split(" ") for line in lines if line and not line.startswith("#version"))]
