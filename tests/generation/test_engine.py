@@ -257,6 +257,27 @@ def test_padding_stands_on_the_left_at_no_position():
     assert positions is None
 
 
+# What bfloat16 promises: docs/generation.md
+
+
+def test_in_bfloat16_other_rows_move_a_row_by_rounding_alone():
+    model = make_model().bfloat16()
+    again = [tokens(run(model, PROMPTS, Sampling(1.0, seed=3))) for _ in range(2)]
+    assert again[0] == again[1]  # the same call gives the same texts
+    logits, hook = [], None
+    for prompts in ([PROMPTS[1]], PROMPTS):
+        found = []
+        hook = model.lm_head.register_forward_hook(lambda _, __, out, found=found: found.append(out.float()))
+        run(model, prompts, n=1)
+        hook.remove()
+        logits.append(found[-1])
+    alone, together = logits[0][0], logits[1][1]
+    # bfloat16 has 8 bits: a few units in the last place of the largest logit, where another row would be far off.
+    assert (alone - together).abs().max() <= 8 * 2**-8 * alone.abs().max()
+    assert (alone - logits[1][0]).abs().max() > 50 * 2**-8 * alone.abs().max()
+    assert tokens(run(model, PROMPTS)) == [tokens(run(model, [prompt]))[0] for prompt in PROMPTS]  # greedy is the same
+
+
 # Rotary positions, windows, grouped queries
 
 ENDLESS = {"position": "rope", "n_kv_head": 2, "window": 16, "sinks": 2}

@@ -13,6 +13,7 @@ from gptlab.cli.evaluate import evaluate
 from gptlab.cli.generate import generate
 from gptlab.cli.import_model import import_model
 from gptlab.cli.inspect import inspect
+from gptlab.cli.output import prepare_streams
 from gptlab.cli.plot import plot
 from gptlab.cli.prepare import prepare
 from gptlab.cli.report import report
@@ -65,6 +66,7 @@ def _one_line(
 def main() -> None:
     """Run the command line; a `GptlabError` becomes one sentence and exit code 2."""
     warnings.formatwarning = _one_line
+    prepare_streams()
     try:
         try:
             app()
@@ -72,6 +74,11 @@ def main() -> None:
             sys.stdout.flush()  # here a pipe that nobody reads is caught, at the interpreter's end it is not
     except GptlabError as error:
         print(f"gptlab: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not ("alloc" in str(error) and "memory" in str(error)):
+            raise
+        print("gptlab: the memory does not suffice for this; take a smaller model, or less at a time", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         # What is still in the buffer must go nowhere, or Python complains about it at its end.

@@ -31,17 +31,20 @@ def evaluate(
         typer.Option("--task", help="A protocol such as lambada:last-word, or text:FILE; may be given several times."),
     ] = None,
     data: Annotated[list[str] | None, typer.Option(help="name=FILE, as in lambada=lambada_test.jsonl.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens from window to window; else no overlap.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens of a window; else the model's own context.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens from window to window (default: no overlap).")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of a window (default: the model's own context).")] = None,
     by_position: Annotated[
         bool, typer.Option("--by-position", help="Of a text also the loss by position, to 16 times the context.")
     ] = False,
     paper_table: Annotated[
         bool, typer.Option("--paper-table", help="Table 3 of the GPT-2 paper beside what the model gives.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(help="The first so many documents, passages or items only.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="The first so many documents, passages or items only (default: all).")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="gpt2 or bytes, for weights without a tokenizer.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Write everything to this file, as JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
@@ -76,7 +79,7 @@ def evaluate(
     results: dict[str, list[Result]] = {protocol.name: [] for protocol in protocols}
     positions: dict[str, dict[str, list[Position]]] = {text: {} for text in texts if by_position}
     for name in models:
-        lm = _load(name, dtype, tokenizer)
+        lm = _load(name, dtype, tokenizer, device)
         for protocol in protocols:
             with _progress(f"{name} {protocol.name}") as progress:
                 result = measure(
@@ -106,7 +109,7 @@ def evaluate(
                 )
     differences = {name: _differences(rows) for name, rows in results.items()}
     if as_json:
-        print(_as_json(results, differences, positions, absent, scores=False))
+        print(_as_json(results, differences, positions, absent, scores=False, ascii_only=True))
     else:
         for task in tasks:
             _show(results[task], differences[task])
@@ -116,17 +119,18 @@ def evaluate(
             _show_paper(models, results, absent)
     if out is not None:
         whole = _as_json(results, differences, positions, absent, scores=True)
-        write_files(out.parent, {out.name: whole.encode() + b"\n"})
+        # A name of a file need not be Unicode; what is not becomes an escape that JSON knows.
+        write_files(out.parent, {out.name: whole.encode(errors="backslashreplace") + b"\n"})
 
 
-def _load(name: str, dtype: str, tokenizer: str | None) -> LanguageModel:
+def _load(name: str, dtype: str, tokenizer: str | None, device: str) -> LanguageModel:
     import gptlab
     from gptlab.errors import GptlabError, nearest
     from gptlab.evaluation.rows import DTYPES
 
     if dtype not in DTYPES:
         raise GptlabError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{nearest(dtype, DTYPES)}")
-    return gptlab.load(name, dtype=DTYPES[dtype], tokenizer=tokenizer)
+    return gptlab.load(name, dtype=DTYPES[dtype], tokenizer=tokenizer, device=device)
 
 
 def _paper_protocols(tasks: list[str], paths: dict[str, Path], absent: dict[str, str]) -> list[Any]:
@@ -267,9 +271,9 @@ def _show_paper(models: list[str], results: dict[str, list[Result]], absent: dic
 
 def _print(title: str, table: Table, notes: list[str]) -> None:
     """A table with its name above and its conditions below, as lines that can be copied."""
-    from rich.console import Console
+    from gptlab.cli.output import table_console
 
-    console = Console(highlight=False, markup=False)
+    console = table_console()
     console.print(title)
     console.print(table)
     for note in notes:
@@ -284,8 +288,12 @@ def _as_json(
     absent: dict[str, str],
     *,
     scores: bool,
+    ascii_only: bool = False,
 ) -> str:
-    """Return everything as JSON, the scores of single documents only where asked for."""
+    """Return everything as JSON, the scores of single documents only where asked for.
+
+    ``ascii_only`` is for terminals and pipes, which may know nothing else.
+    """
     from gptlab import __version__
 
     rows = [result.to_dict() for found in results.values() for result in found]
@@ -302,7 +310,7 @@ def _as_json(
         ],
         "absent": absent,
     }
-    return json.dumps(_without_nan(values), indent=2, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_without_nan(values), indent=2, ensure_ascii=ascii_only, allow_nan=False)
 
 
 def _without_nan(values: Any) -> Any:

@@ -23,7 +23,16 @@ ENDINGS = {
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The text to continue; none starts a new document.")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            help="The text to continue; - reads standard input, as does none where text is piped. Else none starts a"
+            " new document."
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(help="Read the prompt from this file, less a newline at its end.", metavar="FILE")
+    ] = None,
     prompt_ids: Annotated[
         str | None, typer.Option(help='Token ids in place of a prompt, as "15496 11 50256".', metavar="IDS")
     ] = None,
@@ -38,51 +47,82 @@ def generate(
     num_samples: Annotated[int, typer.Option(help="How many continuations.")] = 1,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     temperature: Annotated[float, typer.Option(help="Below 1 is safer, above 1 wilder.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k best tokens only.")] = 40,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the best tokens with probability p in all.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    top_k: Annotated[int, typer.Option(help="Draw from the k best tokens only; 0 from all.")] = 40,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the best tokens with probability p in all (default: from all).")
+    ] = None,
+    min_p: Annotated[
+        float, typer.Option(help="Draw from tokens with p times the probability of the best, or more; 0 from all.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1, tokens that stand in the text already are less likely.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text (default: a new one).")] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=r"End before this text, in which \n is a newline; may be given several times (default: none)."
+        ),
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="gpt2 or bytes, for weights without a tokenizer.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Continue a text."""
+    from gptlab.cli.prompts import read_prompt, repair, unescape
     from gptlab.errors import GptlabError
+    from gptlab.generation.engine import check_batch
     from gptlab.generation.sampling import Sampling
 
     seed = secrets.randbits(32) if seed is None else seed
-    sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, seed)
+    sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, seed, min_p, repetition_penalty)
     if num_samples < 1:
         raise GptlabError(f"--num-samples must be at least 1, got {num_samples}")
-    if prompt == "":
-        raise GptlabError("the prompt is empty; give it some text, or leave it out to start a new document")
     ids = None if prompt_ids is None else _ids(prompt_ids)
-    if ids is not None and (prompt is not None or special):
-        other = "a prompt" if prompt is not None else "--special, which is about the text of a prompt"
+    if ids is not None and (prompt is not None or prompt_file is not None or special):
+        other = (
+            "a prompt"
+            if prompt is not None or prompt_file is not None
+            else "--special, which is about the text of a prompt"
+        )
         raise GptlabError(f"--prompt-ids stands in place of a prompt; leave out either it or {other}")
-    lm = _load(model, dtype, tokenizer)
+    if ids is None:
+        prompt = read_prompt(prompt, prompt_file)
+    lm = _load(model, dtype, tokenizer, device)
+    check_batch(lm.model, num_samples, 1)  # before a list of as many rows is made
     if prompt is not None and not special:
         _hint(prompt, lm)
-    continuations = lm.new_continuations(num_samples, stop or [])
+    continuations = lm.new_continuations(num_samples, [unescape(repair(word)) for word in stop or []])
     started = time.perf_counter()
     rows = [prompt if ids is None else ids] * num_samples
     pieces = lm.continue_all(rows, continuations, sampling, max_new_tokens, special=special)
     if ids is not None:
         prompt = lm.needs_tokenizer().decode(ids)
     live = num_samples == 1 and not as_json
-    for i, (_, piece) in enumerate(pieces):
-        if live:  # the prompt comes with the first piece: a prompt that is refused is not printed
-            print((prompt or "") + piece if i == 0 else piece, end="", flush=True)
+    interruption: BaseException | None = None
+    begun = False
+    try:
+        for _, piece in pieces:
+            if live:  # the prompt comes with the first piece: a prompt that is refused is not printed
+                print(piece if begun else (prompt or "") + piece, end="", flush=True)
+            begun = True
+    except (KeyboardInterrupt, GptlabError) as error:
+        if not begun:
+            raise
+        interruption = error  # what there is by now is shown
     seconds = time.perf_counter() - started
     if as_json:
         print(_json(model, prompt, seed, continuations, seconds))
-        return
-    if live:
-        print(flush=True)
     else:
-        for i, continuation in enumerate(continuations, 1):
-            print(f"--- {i} of {num_samples}\n{prompt or ''}{continuation.text}")
-    _close(continuations, seconds, None if greedy else seed)
+        if live:
+            print(flush=True)
+        else:
+            for i, continuation in enumerate(continuations, 1):
+                print(f"--- {i} of {num_samples}\n{prompt or ''}{continuation.text}")
+        _close(continuations, seconds, None if greedy else seed)
+    if interruption is not None:
+        raise interruption
 
 
 def _ids(text: str) -> list[int]:
@@ -101,16 +141,10 @@ def _hint(prompt: str, lm: LanguageModel) -> None:
         print(f"note: {found[0]} in the prompt is read as text; --special reads it as the token", file=sys.stderr)
 
 
-def _load(model: str, dtype: str, tokenizer: str | None) -> LanguageModel:
-    import torch
-
+def _load(model: str, dtype: str, tokenizer: str | None, device: str) -> LanguageModel:
     import gptlab
-    from gptlab.errors import GptlabError, nearest
 
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise GptlabError(f"--dtype must be one of {', '.join(dtypes)}, got {dtype!r}{nearest(dtype, dtypes)}")
-    return gptlab.load(model, dtype=dtypes[dtype], tokenizer=tokenizer)
+    return gptlab.load(model, dtype=dtype, tokenizer=tokenizer, device=device)
 
 
 def _json(model: str, prompt: str | None, seed: int, continuations: list[Continuation], seconds: float) -> str:
@@ -120,6 +154,6 @@ def _json(model: str, prompt: str | None, seed: int, continuations: list[Continu
 
 def _close(continuations: list[Continuation], seconds: float, seed: int | None) -> None:
     n = sum(len(continuation.tokens) for continuation in continuations)
-    endings = {ENDINGS[continuation.finish] for continuation in continuations if continuation.finish}
+    endings = {ENDINGS[c.finish] if c.finish else "interrupted" for c in continuations}
     again = "" if seed is None else f"; --seed {seed}"
     print(f"[{n} tokens, {n / seconds:.1f} a second; {', '.join(sorted(endings))}{again}]", file=sys.stderr)

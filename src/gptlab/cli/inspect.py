@@ -80,8 +80,9 @@ def _facts(config: ModelConfig, tokens: int) -> dict[str, Any]:
 
 
 def _show(facts: dict[str, dict[str, Any]], tokens: int) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from gptlab.cli.output import table_console
 
     table = Table()
     table.add_column("")
@@ -107,7 +108,7 @@ def _show(facts: dict[str, dict[str, Any]], tokens: int) -> None:
         table.add_row(f"{label}, MFLOP a token", *(f"{column[key] / 1e6:,.1f}" for column in columns))
     fields = ("all" if column["receptive_field"] is None else f"{column['receptive_field']:,}" for column in columns)
     table.add_row("receptive field, tokens", *fields)
-    Console(width=None).print(table)
+    table_console().print(table)
 
 
 def _describe(config: ModelConfig) -> str:

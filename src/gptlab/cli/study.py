@@ -67,8 +67,7 @@ def study(
 
 
 def _run(request: Request, out: Path) -> None:
-    from rich.console import Console
-
+    from gptlab.cli.output import table_console
     from gptlab.report.page import write_report
     from gptlab.study.run import run_study
     from gptlab.study.runs import Interrupted
@@ -81,7 +80,7 @@ def _run(request: Request, out: Path) -> None:
         number = stop.number if isinstance(stop, Interrupted) else 2
         print(f"stopped and saved; go on with: gptlab study --resume --out {out}", file=sys.stderr)
         raise typer.Exit(128 + number) from None
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 140)
+    console = table_console()
     console.print(summary(results, timings))
     if conversions := conversion_table(results):
         console.print(conversions)
