@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 import gptlab
 from gptlab import GPT, ModelConfig
+from gptlab.config import RopeConfig
 from gptlab.conversion.rotary import to_rope
 from gptlab.evaluation.tasks import identity
 from gptlab.text.tokenizers import byte_tokenizer
@@ -88,7 +90,7 @@ def test_convert_then_generate_evaluate_and_convert_again(run: Run, source: Path
     assert "2 key/value heads -> 4, each repeated 2 times" in said
     again = json.loads((tmp_path / "again" / "conversion.json").read_text())
     assert again["source"]["conversion"] == facts
-    assert again["outputs"]["kl"] < 1e-9
+    assert again["outputs"]["kl"] < 1e-8  # rounding, which depends on the number of threads
 
 
 def test_the_same_command_gives_the_same_weights(run: Run, source: Path, text: Path, tmp_path: Path) -> None:
@@ -204,7 +206,7 @@ def test_without_a_tokenizer_only_what_needs_no_text(run: Run, source: Path, tmp
 
 
 REFUSED = [
-    ([], "no change is asked for; give --n-kv-head, --position, --window, --context, or several"),
+    ([], "no change is asked for; give --n-kv-head, --position, --window, --context, --rope-scaling, or"),
     (["--no-refit"], "no change is asked for"),
     (["--n-kv-head", 3], "cannot be given 3 key/value heads; possible: 1, 2, 4"),
     (["--window", 0], "window must be a whole number of at least 1"),
@@ -249,3 +251,58 @@ def test_refusals_of_places_texts_and_models(run: Run, source: Path, text: Path,
         assert words in refused(tmp_path / "rope", *arguments, "--out", tmp_path / "new")
     assert "no model 'pockt' (did you mean 'pocket'?)" in refused("pockt", "--window", 8, "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn"])
+def test_rope_scaling_of_a_trained_model(run: Run, source: Path, text: Path, tmp_path: Path, kind: str) -> None:
+    lm = gptlab.load(source)
+    rope, out = tmp_path / "rope", tmp_path / "out"
+    gptlab.save(gptlab.LanguageModel(to_rope(lm.model, method="abrupt"), lm.tokenizer), rope)
+    flags = ["--rope-scaling", kind, "--rope-factor", 4, "--calibration", text]
+    code, said, err = run("convert", rope, *flags, "--out", out)
+    assert (code, err) == (0, "")
+    assert f"1. rope scaling: {kind}, factor 4: for texts of up to 256 tokens, 4 times the 64 of its context" in said
+    old, new = gptlab.load(rope), gptlab.load(out)
+    assert new.config.rope == RopeConfig(scaling=kind, factor=4.0)  # kept by the files
+    # A model that is made with the setting computes the same; transformers judges that one.
+    made = GPT(dataclasses.replace(old.config, rope=new.config.rope))
+    made.load_state_dict(old.model.state_dict(), strict=False)
+    made.tie()
+    ids = torch.arange(200)[None]
+    with torch.inference_mode():
+        assert torch.equal(new.model(ids), made.eval()(ids))
+        assert not torch.equal(new.model(ids), old.model(ids))
+    assert run("convert", out, "--rope-scaling", "none", "--calibration", text, "--out", tmp_path / "back")[0] == 0
+    assert torch.equal(gptlab.load(tmp_path / "back").model(ids), old.model(ids))
+
+
+def test_a_longer_context_of_rotary_positions_says_what_it_is(run: Run, source: Path, text: Path) -> None:
+    lm = gptlab.load(source)
+    rope = text.parent / "rope"
+    gptlab.save(gptlab.LanguageModel(to_rope(lm.model, method="abrupt"), lm.tokenizer), rope)
+    _, said, _ = run("convert", rope, "--context", 256, "--calibration", text, "--out", text.parent / "long")
+    advice = "nothing is done for texts longer than the 64 tokens trained on, which --rope-scaling yarn --rope-factor 4"
+    assert advice in said
+    flags = ["--rope-scaling", "yarn", "--rope-factor", 4]
+    assert run("convert", rope, *flags, "--calibration", text, "--out", text.parent / "yarn")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--rope-scaling", "yarn"], "go together"),
+        (["--rope-factor", 4], "go together"),
+        (["--rope-scaling", "dynamic", "--rope-factor", 4], "depends on the length of the text"),
+        (["--rope-scaling", "yarm", "--rope-factor", 4], "did you mean 'yarn'?"),
+        (["--rope-scaling", "yarn", "--rope-factor", 0.5], "factor must be a finite number at least 1"),
+        (["--rope-scaling", "none", "--rope-factor", 4], "has no effect with rope_scaling 'none'"),
+        (["--rope-scaling", "yarn", "--rope-factor", 4, "--context", 900], "leave context_length out"),
+    ],
+)
+def test_rope_scalings_that_are_none(run: Run, tmp_path: Path, flags: list[object], complaint: str) -> None:
+    code, said, err = run("convert", "pocket-rope", *flags, "--out", tmp_path / "out")
+    assert (code, said) == (2, "")
+    assert complaint in err
+    assert not (tmp_path / "out").exists()
+    code, _, err = run("convert", "pocket", "--rope-scaling", "yarn", "--rope-factor", 4, "--out", tmp_path / "out")
+    assert (code, "no effect on a model with position='learned'" in err) == (2, True)

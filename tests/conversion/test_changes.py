@@ -100,7 +100,10 @@ def test_without_a_table_the_context_is_a_number() -> None:
     converted = convert(model, Changes(context_length=100))
     assert same_state(converted.model, model)
     torch.testing.assert_close(converted.model(ids), model(ids), rtol=0.0, atol=1e-6)
-    assert converted.steps[0].change == "64 -> 100 tokens: a number, rope positions have no table"
+    assert converted.steps[0].change == (
+        "64 -> 100 tokens: a number, rope positions have no table; nothing is done for texts longer than the 64 tokens"
+        " trained on, which --rope-scaling yarn --rope-factor 2 without --context is for"
+    )
 
 
 # Heads

@@ -1,6 +1,7 @@
 # Protocols: known answers of a model that knows nothing, and a trained one judged by `transformers`.
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -428,3 +429,38 @@ def test_the_table_is_consistent() -> None:
         assert bool(protocol.original) == bool(protocol.source)
     for row in TABLE_3:
         assert row.protocol is None or row.metric in TASKS[row.protocol].metrics
+
+
+@pytest.mark.parametrize(
+    ("task", "line", "words"),
+    [
+        ("lambada:last-word", '{"text": "single"}', "passage 2 of .* has no words before its last one; leave it out"),
+        ("lambada:last-token", '{"text": "single"}', "passage 2 of .* has no words before its last one"),
+        ("lambada:last-token", '{"text": "ends in white "}', "passage 2 of .* ends in white space, not in a word"),
+        ("hellaswag:completion", ["a", ""], "item 2 of .* has '' as its ending 2, which is no text"),
+        ("hellaswag:lm-eval", [5, "b"], "item 2 of .* has 5 as its ending 1, which is no text"),
+        ("hellaswag:lm-eval", ["a", "[title]"], "item 2 of .* has an ending with nothing outside its brackets"),
+    ],
+)
+def test_items_that_ask_nothing(
+    even: GPT, write: Callable[[str], Path], task: str, line: str | list[object], words: str
+) -> None:
+    def item(endings: list[object]) -> str:
+        fields = {"ctx": "c d", "ctx_a": "c", "ctx_b": "d", "activity_label": "e", "endings": endings, "label": 0}
+        return json.dumps(fields)
+
+    lines = ['{"text": "\u00e9 b c"}', line] if isinstance(line, str) else [item(["f g", "h"]), item(line)]
+    path = write("\ufeff" + "\n\n".join(lines) + "\n\n")
+    data = {task.partition(":")[0]: path}
+    evaluate(even, byte_tokenizer(), task, data=data, limit=1)  # a byte-order mark and blank lines are nothing
+    with pytest.raises(GptlabError, match=words):
+        evaluate(even, byte_tokenizer(), task, data=data)
+
+
+def test_a_model_that_answers_nan(even: GPT, write: Callable[[str], Path]) -> None:
+    model = copy.deepcopy(even)
+    with torch.no_grad():
+        model.ln_f.bias.fill_(math.nan)
+    result = evaluate(model, byte_tokenizer(), f"text:{write('a b c')}")
+    assert result.metrics
+    assert all(map(math.isnan, result.metrics.values()))

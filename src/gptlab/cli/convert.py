@@ -49,6 +49,13 @@ def convert(
     context: Annotated[
         int | None, typer.Option(help="Longest text; learned positions are copied, as Longformer does.")
     ] = None,
+    rope_scaling: Annotated[
+        str | None,
+        typer.Option("--rope-scaling", help="For texts longer than trained: yarn, ntk, linear, or none (rope only)."),
+    ] = None,
+    rope_factor: Annotated[
+        float | None, typer.Option("--rope-factor", help="How many times longer than the context trained on.")
+    ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text to fit on: a file, a directory, or a name (default: pydoc).")
     ] = None,
@@ -78,12 +85,16 @@ def convert(
         "grouping": grouping,
         "rotary": rotary,
         "context_length": context,
+        "rope_scaling": rope_scaling,
+        "rope_factor": rope_factor,
         "refit": refit,
         "seed": seed,
     }
     asked = {name: value for name, value in asked.items() if value is not None}
     if not asked.keys() - {"refit", "seed"}:
-        raise GptlabError("no change is asked for; give --n-kv-head, --position, --window, --context, or several")
+        raise GptlabError(
+            "no change is asked for; give --n-kv-head, --position, --window, --context, --rope-scaling, or several"
+        )
     from gptlab import checkpoints
     from gptlab.checkpoints import hub
     from gptlab.conversion.convert import Changes, plan

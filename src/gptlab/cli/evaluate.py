@@ -162,6 +162,9 @@ def _differences(results: list[Result]) -> list[dict[str, Any]]:
     found = []
     for other in results[1:]:
         row: dict[str, Any] = {"of": other.model["name"], "minus": results[0].model["name"]}
+        if any(math.isnan(value) for result in (results[0], other) for value in result.metrics.values()):
+            found.append({**row, "words": "no difference: what is compared is not a number"})
+            continue
         try:
             answered = all(score.correct is not None for score in other.scores)
             difference = paired_difference(other, results[0], measure="accuracy" if answered else "nats_per_token")
@@ -201,6 +204,11 @@ def _show(results: list[Result], differences: list[dict[str, Any]]) -> None:
     if protocol.original:
         numbers = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in protocol.original.items())
         notes.append(f"OpenAI's 124M, all of the official file, float32, no overlap: {numbers} ({protocol.source}).")
+    notes += [
+        f"{result.model['name']} answers nan, which is not a number: its weights or its dtype are at fault."
+        for result in results
+        if any(map(math.isnan, result.metrics.values()))
+    ]
     notes += [f"{row['of']} - {row['minus']}: {row['words']}" for row in differences]
     _print(protocol.name, table, notes)
 
@@ -208,8 +216,14 @@ def _show(results: list[Result], differences: list[dict[str, Any]]) -> None:
 def _cell(metrics: dict[str, float], name: str) -> str:
     if name not in metrics:
         return "too large"
+    if math.isnan(metrics[name]):
+        return "not a number"
     error = f" ± {metrics[f'{name}_error']:.4f}" if f"{name}_error" in metrics else ""
     return f"{metrics[name]:.{DECIMALS.get(name, 2)}f}{error}"
+
+
+def _scaled(value: float) -> str:
+    return "too large" if value == math.inf else "not a number" if math.isnan(value) else f"{value:.2f}"
 
 
 def _conditions(result: Result) -> str:
@@ -259,8 +273,8 @@ def _show_paper(models: list[str], results: dict[str, list[Result]], absent: dic
     for row in TABLE_3:
         cells = ["-"] * len(models)
         if row.protocol in results:
-            values = [result.metrics.get(row.metric) for result in results[row.protocol]]
-            cells = ["too large" if value is None else f"{value * row.scale:.2f}" for value in values]
+            values = [result.metrics.get(row.metric, math.inf) for result in results[row.protocol]]
+            cells = [_scaled(value * row.scale) for value in values]
             notes[f"{row.protocol} beside the paper: {row.why}."] = None
             notes |= dict.fromkeys(f"{row.protocol}: {_conditions(result)}" for result in results[row.protocol])
         else:

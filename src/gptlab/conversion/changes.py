@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
-from gptlab.config import ModelConfig, RopeConfig
+from gptlab.config import ModelConfig, RopeConfig, Scaling
 from gptlab.conversion.context import Extension, check_length
 from gptlab.conversion.heads import Grouping, Method, check_grouping, check_heads, check_method
 from gptlab.conversion.rotary import RotaryMethod
@@ -26,6 +26,8 @@ class Changes:
         sinks: first tokens that stay visible outside the window.
         dilation: distance between the keys of a window: one number, or one per layer.
         context_length: longest text.
+        rope_scaling: how rotary positions run longer than trained (`gptlab.config.Scaling`); ``none`` is as trained.
+        rope_factor: by how much longer.
         method: how heads come to share; see `gptlab.conversion.heads.Method`.
         grouping: which heads share; see `gptlab.conversion.heads.Grouping`.
         rotary: see `gptlab.conversion.rotary.RotaryMethod`; by default the best, without a calibration text
@@ -44,6 +46,8 @@ class Changes:
     sinks: int | None = None
     dilation: int | Sequence[int] | None = None
     context_length: int | None = None
+    rope_scaling: Scaling | Literal["none"] | None = None
+    rope_factor: float | None = None
     method: Method | None = None
     grouping: Grouping | None = None
     rotary: RotaryMethod | None = None
@@ -111,6 +115,8 @@ def target(config: ModelConfig, changes: Changes) -> ModelConfig:
         check_length(config, changes.context_length)
         settings["context_length"] = changes.context_length
     found = dataclasses.replace(config, **settings)
+    if changes.rope_scaling is not None or changes.rope_factor is not None:
+        found = dataclasses.replace(found, rope=_scaled(found, changes))
     if changes.extension is not None:
         if changes.extension not in get_args(Extension):
             choices = get_args(Extension)
@@ -125,6 +131,40 @@ def target(config: ModelConfig, changes: Changes) -> ModelConfig:
     ):
         raise GptlabError("refit has no effect unless heads, positions or windows change; leave it out")
     return found
+
+
+def _scaled(config: ModelConfig, changes: Changes) -> RopeConfig:
+    """Return the settings of rotary positions with another scaling."""
+    kind: str | None = changes.rope_scaling
+    factor = changes.rope_factor
+    if config.position != "rope":
+        raise GptlabError(
+            f"rope scaling has no effect on a model with position={config.position!r}; set position to 'rope', or leave"
+            " rope_scaling and rope_factor out"
+        )
+    rope = config.rope or RopeConfig()
+    if kind == "none":
+        if factor is not None:
+            raise GptlabError("rope_factor has no effect with rope_scaling 'none'; leave one of them out")
+        return dataclasses.replace(rope, scaling=None, factor=1.0)
+    choices = (*get_args(Scaling), "none")
+    if kind is not None and kind not in choices:
+        why = nearest(str(kind), choices)
+        if kind == "dynamic":
+            why = ": it depends on the length of the text, and a cache holds keys that were rotated at a shorter one"
+        raise GptlabError(f"rope_scaling must be one of {', '.join(choices)}, got {kind!r}{why}")
+    kind = kind or rope.scaling
+    if kind is None or (factor is None and rope.scaling is None):
+        raise GptlabError(
+            "rope_scaling and rope_factor go together, as in rope_scaling yarn with rope_factor 4 for texts 4 times as"
+            " long as trained; set both"
+        )
+    if changes.context_length is not None and kind == "yarn":
+        raise GptlabError(
+            "rope scaling 'yarn' is worked out from the context_length trained on; leave context_length out: texts"
+            " beyond it are read with any rotary positions"
+        )
+    return dataclasses.replace(rope, scaling=cast(Scaling, kind), factor=rope.factor if factor is None else factor)
 
 
 def _uniform(value: Any, n_layer: int) -> Any:

@@ -5,7 +5,8 @@ T + i as position i, and so on. Heads that look at the tokens just before then f
 after a seam. Up to T tokens the model computes the same; beyond, it was never trained, and a little training is due.
 
 Rotary positions and models without positions have no table: there the context length is but a number, and what is
-computed stays the same at every length.
+computed stays the same at every length. How well a model of rotary positions does beyond the texts that it was trained
+on is a matter of their scaling (`rescale`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from gptlab.config import ModelConfig
+from gptlab.config import ModelConfig, RopeConfig
 from gptlab.conversion.layers import assemble
 from gptlab.errors import GptlabError
 from gptlab.model.gpt import GPT
@@ -67,3 +68,10 @@ def extend_context(model: GPT, length: int, *, method: Extension = "copy", seed:
             longer[: len(table)] = table
         state["wpe.weight"] = longer.clone()
     return assemble(config, state, training=model.training)
+
+
+@torch.no_grad()
+def rescale(model: GPT, rope: RopeConfig) -> GPT:
+    """Return a copy of a model of rotary positions whose angles are scaled otherwise (`gptlab.model.positions`)."""
+    config = dataclasses.replace(model.config, rope=rope)
+    return assemble(config, {name: tensor.clone() for name, tensor in model.tensors().items()}, training=model.training)

@@ -1,6 +1,6 @@
 """Several changes of a trained model at once, in the order that loses least.
 
-heads -> positions -> windows -> output projections -> context
+heads -> positions -> windows -> output projections -> context -> rope scaling
 
 Heads come before positions: as long as positions do not turn keys, a head's keys may be mixed freely, afterwards only
 pair by pair. Positions come before windows, since they are fitted with the whole context in sight. Output projections
@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-from gptlab.config import ModelConfig
+from gptlab.config import ModelConfig, RopeConfig
 from gptlab.conversion.changes import Changes, target
-from gptlab.conversion.context import extend_context
+from gptlab.conversion.context import extend_context, rescale
 from gptlab.conversion.heads import best_grouping, best_method, regroup, repeat_heads
 from gptlab.conversion.refit import refit_outputs
 from gptlab.conversion.rotary import RotaryMethod, best_rotary, finish_blend, to_blend, to_rope
@@ -36,7 +36,7 @@ class Step:
     """One step of a conversion, in words.
 
     Attributes:
-        name: ``heads``, ``positions``, ``windows``, ``output projections`` or ``context``.
+        name: ``heads``, ``positions``, ``windows``, ``output projections``, ``context`` or ``rope scaling``.
         change: what is done.
         exact: what stays exactly as it was.
         moved: what does not; empty where nothing moves.
@@ -56,6 +56,7 @@ ORDER = {
     "windows": "",
     "output projections": "output projections are fitted when all that heads compute has changed",
     "context": "the context comes last: what is fitted is fitted on texts as long as the source knows",
+    "rope scaling": "angles are scaled when nothing is fitted any more",
 }
 """Why steps come in this order."""
 
@@ -134,6 +135,8 @@ def _steps(
         found.append(_output_projections(rows))
     if new.context_length != config.context_length:
         found.append(_context(config, new, changes))
+    if new.position == "rope" and (new.rope or RopeConfig()) != (changes.rope or config.rope or RopeConfig()):
+        found.append(_scaling(new))
     return found
 
 
@@ -221,10 +224,30 @@ def _output_projections(rows: Sequence[Tensor] | None) -> tuple[Step, Act]:
     return step, lambda source, model: refit_outputs(source, model, rows or [])
 
 
+def _scaling(new: ModelConfig) -> tuple[Step, Act]:
+    rope = new.rope or RopeConfig()
+    if rope.scaling is None:
+        step = Step("rope scaling", "none: angles as trained", "all weights", "outputs")
+    else:
+        most = round(new.context_length * rope.factor)
+        words = f"{rope.scaling}, factor {rope.factor:g}: for texts of up to {most:,} tokens"
+        words += f", {rope.factor:g} times the {new.context_length:,} of its context"
+        step = Step("rope scaling", words, "all weights", "outputs, at every length")
+    return step, lambda _, model: rescale(model, rope)
+
+
 def _context(config: ModelConfig, new: ModelConfig, changes: Changes) -> tuple[Step, Act]:
     old, length = config.context_length, new.context_length
     if not new.has_table:
-        step = Step("context", f"{old:,} -> {length:,} tokens: a number, {new.position} positions have no table", "all")
+        words = f"{old:,} -> {length:,} tokens: a number, {new.position} positions have no table"
+        reach = [w and w * d for w, d in zip(new.windows, new.dilations, strict=True)]
+        scaled = new.rope is not None and new.rope.scaling is not None
+        if new.position == "rope" and not scaled and any(r is None or r > old for r in reach):
+            words += (
+                f"; nothing is done for texts longer than the {old:,} tokens trained on, which --rope-scaling yarn"
+                f" --rope-factor {-(-length // old)} without --context is for"
+            )
+        step = Step("context", words, "all")
     else:
         method = changes.extension or "copy"
         how = "copies of the table side by side" if method == "copy" else "further positions at random"

@@ -65,9 +65,14 @@ def hellaswag_harness(model: GPT, tokenizer: Tokenizer, settings: Settings, prog
     """``hellaswag:lm-eval``: activity and cleaned text, mean loss per character, as EleutherAI's harness."""
     source, items = _hellaswag_items(settings)
     pairs, sizes = [], []
-    for item in items:
+    for number, item in enumerate(items, 1):
         context = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}"
         for ending in map(detokenizers.hellaswag, item["endings"]):
+            if not ending.strip():
+                raise GptlabError(
+                    f"item {number} of {source.file} has an ending with nothing outside its brackets, which this"
+                    " protocol removes; leave the item out, or measure hellaswag:completion"
+                )
             pairs.append(encode_pair(tokenizer, detokenizers.hellaswag(context), " " + ending))
             sizes.append(len(ending))
     return _choose(model, settings, progress, source, items, pairs, sizes)
@@ -96,6 +101,11 @@ def _lambada(
     source = data.read("lambada", settings.paths)
     passages = [item["text"] for item in settings.first(source.items({"text": str}))]
     words = [text.split(" ")[-1] for text in passages]
+    for number, (text, word) in enumerate(zip(passages, words, strict=True), 1):
+        if not word.strip():
+            raise GptlabError(f"passage {number} of {source.file} ends in white space, not in a word; remove that")
+        if not text[: len(text) - len(word)].strip():
+            raise GptlabError(f"passage {number} of {source.file} has no words before its last one; leave it out")
     if whole_word:
         contexts = [text[: len(text) - len(word) - 1] for text, word in zip(passages, words, strict=True)]
         pairs = [encode_pair(tokenizer, c, " " + word) for c, word in zip(contexts, words, strict=True)]
@@ -122,6 +132,14 @@ def _hellaswag_items(settings: Settings) -> tuple[data.Data, Sequence[dict[str, 
     text = dict.fromkeys(("ctx", "ctx_a", "ctx_b", "activity_label"), str)
     items = settings.first(source.items({**text, "endings": list, "label": (int, str)}))
     for number, item in enumerate(items, 1):
+        for which, ending in enumerate(item["endings"], 1):
+            if not isinstance(ending, str) or not ending.strip():
+                raise GptlabError(
+                    f"item {number} of {source.file} has {ending!r} as its ending {which}, which is no text; mend the"
+                    " item, or leave it out"
+                )
+        if not item["ctx"].strip():
+            raise GptlabError(f"item {number} of {source.file} has no context; mend the item, or leave it out")
         if str(item["label"]) not in map(str, range(len(item["endings"]))):
             raise GptlabError(
                 f"item {number} of {source.file} names no right ending; only labelled items can be scored"

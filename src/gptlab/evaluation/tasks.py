@@ -14,7 +14,7 @@ import torch
 
 from gptlab.errors import GptlabError, nearest
 from gptlab.evaluation import answers, texts
-from gptlab.evaluation.protocol import Protocol, Settings
+from gptlab.evaluation.protocol import Outcome, Protocol, Settings
 from gptlab.evaluation.rows import Progress
 from gptlab.evaluation.scoring import Result, check_stride, window_length
 from gptlab.model.gpt import GPT
@@ -172,10 +172,17 @@ def evaluate(
         settings=chosen,
         model=identity(model, name),
         data=outcome.data,
-        metrics={key: value for key, value in outcome.metrics.items() if math.isfinite(value)},
+        metrics=_metrics(outcome, protocol),
         scores=outcome.scores,
         seconds=seconds,
     )
+
+
+def _metrics(outcome: Outcome, protocol: Protocol) -> dict[str, float]:
+    """Return the numbers that are finite; where the model answered nan, all numbers are that, accuracies too."""
+    if any(math.isnan(score.nats) for score in outcome.scores):
+        return dict.fromkeys(protocol.metrics, math.nan)
+    return {key: value for key, value in outcome.metrics.items() if math.isfinite(value)}
 
 
 @torch.no_grad()
