@@ -32,6 +32,7 @@ FLOORS = {
     "__init__": 5.5,
     "training": 6,
     "verification": 6,
+    "exporting": 6,
     "harness": 6,
     "plotting": 7,
     "study": 7,

@@ -10,6 +10,7 @@ import typer
 
 from gptlab.cli.convert import convert
 from gptlab.cli.evaluate import evaluate
+from gptlab.cli.export import export
 from gptlab.cli.generate import generate
 from gptlab.cli.import_model import import_model
 from gptlab.cli.inspect import inspect
@@ -23,8 +24,8 @@ from gptlab.cli.verify import verify
 from gptlab.errors import GptlabError
 
 ABOUT = (
-    "GPT-2 from scratch in PyTorch: generate, inspect, verify, prepare, train, convert, import, evaluate, plot, study,"
-    " report."
+    "GPT-2 from scratch in PyTorch: generate, inspect, verify, prepare, train, convert, import, export, evaluate, plot,"
+    " study, report."
 )
 
 app = typer.Typer(
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (generate, inspect, evaluate, verify, prepare, train, convert, plot, study, report):
+for command in (generate, inspect, evaluate, verify, prepare, train, convert, export, plot, study, report):
     app.command()(command)
 app.command("import")(import_model)
 

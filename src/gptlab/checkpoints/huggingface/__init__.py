@@ -14,12 +14,15 @@ from typing import Any, Protocol
 import torch
 
 from gptlab.checkpoints.files import Checkpoint, Lazy, complete_state, read_json
-from gptlab.checkpoints.huggingface import gpt2
+from gptlab.checkpoints.huggingface import bigcode, custom, gpt2, starcoder2
 from gptlab.checkpoints.huggingface.weights import open_weights
+from gptlab.checkpoints.huggingface.write import plan, write
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.placeholders import refuse_placeholder
 from gptlab.text.tokenizers import TOKENIZER_FILES, UnsupportedTokenizer, read_tokenizer
+
+__all__ = ["ABOUT", "FAMILIES", "Family", "plan", "read", "read_config", "recognises", "write"]
 
 ABOUT = "a directory in Hugging Face's layout with config.json and the weights"
 
@@ -34,7 +37,9 @@ class Family(Protocol):
         """Return the tensors by gptlab's names and in its layout; names that it does not know stay as they are."""
 
 
-FAMILIES: Mapping[str, Family] = MappingProxyType({"gpt2": gpt2})
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {"gpt2": gpt2, "gpt_bigcode": bigcode, "starcoder2": starcoder2, "gptlab": custom}
+)
 """The families by transformers' ``model_type``."""
 
 
@@ -88,7 +93,7 @@ def _describe(directory: Path) -> tuple[Family, ModelConfig]:
     if not isinstance(kind, str) or kind not in FAMILIES:
         readable = ", ".join(map(repr, FAMILIES))
         raise GptlabError(f"{path} describes model_type {kind!r}; only {readable} and gptlab's own format can be read")
-    if values.get("auto_map"):
+    if values.get("auto_map") and kind != "gptlab":
         warnings.warn(
             f"{path} names code of its own (auto_map), which gptlab does not run: it is read as plain {kind}",
             stacklevel=4,

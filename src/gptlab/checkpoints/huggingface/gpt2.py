@@ -20,6 +20,11 @@ from gptlab.config import ModelConfig
 CONV1D = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 # Causal masks that old versions stored as if they were weights.
 LEGACY = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+ARCHITECTURE = "GPT2LMHeadModel"
+ACTIVATIONS = {"gelu_tanh": "gelu_new"}
+"""Names of activations that differ from gptlab's."""
+SCORE_FACTORS = frozenset({"scale_attn_weights", "scale_attn_by_inverse_layer_idx"})
+"""The fields of `ModelConfig` about the scale of scores that the family has."""
 FIELDS = {
     "vocab_size": Field(("vocab_size",), 50257),
     "context_length": Field(("n_positions", "max_position_embeddings"), 1024),
@@ -59,3 +64,31 @@ def read_tensors(readers: Lazy, config: ModelConfig) -> Lazy:
 
 def _transposed(get: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return lambda: get().transpose(0, -1)  # of any rank: a wrong one is refused with the other wrong shapes
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """Return what `config.json` says of a model with learned positions and full attention."""
+    return {
+        "vocab_size": config.vocab_size,
+        "n_positions": config.context_length,
+        "n_ctx": config.context_length,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": config.inner,
+        "layer_norm_epsilon": config.norm_eps,
+        "scale_attn_weights": config.scale_attn_weights,
+        "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
+        "reorder_and_upcast_attn": False,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+    }
+
+
+def write_tensors(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Return the tensors by the family's names and in its layout."""
+    return {
+        name if name.startswith("lm_head") else f"transformer.{name}": tensor.t() if CONV1D.fullmatch(name) else tensor
+        for name, tensor in state.items()
+    }

@@ -1,0 +1,124 @@
+"""The model card of an export: what the model is, what it was trained and converted with, how it scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gptlab.checkpoints.huggingface.homes import Home
+from gptlab.config import ModelConfig
+
+SOURCES = ("card.json", "conversion.json", "training.json")
+"""Files beside a checkpoint that say where it comes from."""
+
+
+def read_facts(directory: Path) -> dict[str, Any]:
+    """Return what the files beside a checkpoint say of it, by their stems; damaged ones are left out."""
+    facts: dict[str, Any] = {}
+    run = directory.parent.parent / "run.json"
+    for path in [*(directory / name for name in SOURCES), *([run] if directory.parent.name == "checkpoints" else [])]:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(values, dict):
+            facts[path.stem] = values
+    return facts
+
+
+def make_card(config: ModelConfig, home: Home, architecture: str, facts: Mapping[str, Any]) -> str:
+    """Return the model card as Markdown, with the header that the hub reads."""
+    heads = f"{config.n_head} query heads on {config.kv_heads} key/value heads, {config.head_dim} wide"
+    window = (
+        "full causal attention" if set(config.windows) == {None} else f"attention windows of {config.window} tokens"
+    )
+    extras = [f"{config.sinks} sinks"] if config.sinks else []
+    extras += [f"dilation {config.dilation}"] if set(config.dilations) != {1} else []
+    loading = ", trust_remote_code=True" if home.family == "gptlab" else ""
+    sections = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- gptlab\n- gpt2\n---",
+        "# " + str(facts.get("name", "A model from gptlab")),
+        f"A causal language model exported by gptlab as `{architecture}`.",
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("."{loading})\n'
+        'tokenizer = AutoTokenizer.from_pretrained(".")\n```',
+        "## Architecture\n"
+        + _list(
+            f"{config.n_layer} layers, {config.n_embd} channels, feed-forward {config.inner} ({config.activation})",
+            heads,
+            ", ".join([f"{config.position} positions, context {config.context_length:,}", window, *extras]),
+            f"vocabulary {config.vocab_size:,}, output head {'tied' if config.tie_embeddings else 'of its own'}",
+        ),
+    ]
+    if home.rewritten or home.lost:
+        lost = [f"what is lost: {what}" for what in home.lost]
+        sections.append("## As it is written here\n" + _list(*home.rewritten, *lost))
+    sections += [
+        section for section in (_data(facts), _training(facts), _evaluation(facts), _history(facts)) if section
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _list(*items: str) -> str:
+    return "\n".join(f"- {item}" for item in items)
+
+
+def _data(facts: Mapping[str, Any]) -> str:
+    card, run = _of(facts, "card"), _of(facts, "run", "data")
+    items = [f"corpus: {card['corpus']}"] if card.get("corpus") else []
+    items += [f"trained on {card['training_tokens']:,} different tokens"] if _number(card, "training_tokens") else []
+    digest = card.get("data_sha256") or run.get("sha256")
+    items += [f"sha256 of the prepared data: {digest}"] if digest else []
+    return "## Data\n" + _list(*items) if items else ""
+
+
+def _training(facts: Mapping[str, Any]) -> str:
+    card, training = _of(facts, "card"), _of(facts, "training")
+    recipe = card.get("recipe") or _of(facts, "run").get("recipe")
+    items = [f"{card['tokens_trained']:,} tokens"] if _number(card, "tokens_trained") else []
+    items += [f"step {training['step']:,} of its run"] if _number(training, "step") else []
+    parts = [f"## Training\n{_list(*items)}"] if items or recipe else []
+    if recipe:
+        parts.append(f"The whole recipe:\n\n```json\n{json.dumps(recipe, indent=2)}\n```")
+    return "\n\n".join(parts)
+
+
+def _evaluation(facts: Mapping[str, Any]) -> str:
+    card, training = _of(facts, "card"), _of(facts, "training")
+    items = [f"{card['nats_per_token']:.4f} nats per token"] if _number(card, "nats_per_token") else []
+    items += [f"{card['bits_per_byte']:.4f} bits per byte"] if _number(card, "bits_per_byte") else []
+    if items and isinstance(card.get("protocol"), str):
+        items.append(f"protocol: {card['protocol']}")
+    if not items and _number(training, "validation_loss"):
+        items = [f"{training['validation_loss']:.4f} nats per token on the run's validation stream"]
+    return "## Evaluation\n" + _list(*items) if items else ""
+
+
+def _history(facts: Mapping[str, Any]) -> str:
+    """Every conversion on the way to this model, the last one first."""
+    items = []
+    conversion: Any = facts.get("conversion")
+    while isinstance(conversion, dict):
+        source = _of(conversion, "source")
+        steps = [step for step in conversion.get("steps") or [] if isinstance(step, dict)]
+        changes = "; ".join(f"{step.get('name')}: {step.get('change')}" for step in steps)
+        outputs = conversion.get("outputs")
+        moved = ""
+        if isinstance(outputs, dict) and _number(outputs, "before") and _number(outputs, "after"):
+            moved = f" ({outputs['before']:.4f} to {outputs['after']:.4f} nats per token on a text not fitted on)"
+        items.append(f"converted from {source.get('name', 'another model')}: {changes}{moved}")
+        conversion = source.get("conversion")
+    return "## Conversion history\n" + _list(*items) if items else ""
+
+
+def _of(facts: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    found: Any = facts
+    for name in names:
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _number(values: Mapping[str, Any], name: str) -> bool:
+    return isinstance(values.get(name), (int, float)) and not isinstance(values[name], bool)

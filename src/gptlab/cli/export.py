@@ -1,0 +1,63 @@
+"""`gptlab export`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gptlab.errors import GptlabError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="A built-in model, a directory, a file, a run, or owner/name.")],
+    out: Annotated[Path, typer.Option(help="Directory or file to write.")],
+    format: Annotated[str, typer.Option(help="hf: a directory for transformers.")] = "hf",
+    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "float32",
+    custom_code: Annotated[
+        bool, typer.Option("--custom-code", help="hf: where no class computes the model, send code of its own along.")
+    ] = False,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="hf: most bytes of a file, as 500MB (default 50GB).")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Read the result back and compare its logits.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Write a model for another program, in the form that computes exactly the same."""
+    if dtype not in DTYPES:
+        raise GptlabError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    import torch
+
+    from gptlab.exporting import export as write
+
+    found = write(
+        model,
+        out,
+        format=format,
+        dtype=getattr(torch, dtype),
+        verify=verify,
+        planning={"custom_code": custom_code},
+        **({} if max_shard_size is None else {"max_shard_size": max_shard_size}),
+    )
+    if as_json:
+        print(json.dumps({"model": model, "out": str(out), "format": format, **dataclasses.asdict(found)}, indent=2))
+        return
+    print(f"{model} as {found.family}: {out}")
+    for words in found.rewritten:
+        print(f"   the same function: {words}")
+    for words in found.lost:
+        print(f"   lost: {words}")
+    if found.difference is None:
+        print("not compared with its source, as was asked for")
+    else:
+        print(
+            f"read back and compared on {found.tokens:,} tokens: logits differ by at most {found.difference:.2g}"
+            f" (their standard deviation is {found.spread:.2g})"
+        )
