@@ -1,0 +1,331 @@
+"""GGUF, the format of llama.cpp: its architectures `gpt2` (learned positions) and `starcoder2` (rotary ones).
+
+Both honour fewer key/value heads than query heads. Neither knows windows: llama.cpp loads a windowed StarCoder2 and
+attends to everything, so that a model with windows is written only with its context capped at the window, where the
+two are the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptlab.checkpoints.files import Checkpoint, Lazy, complete_state, write_files
+from gptlab.checkpoints.gguf.container import MAGIC, open_gguf
+from gptlab.checkpoints.gguf.vocabulary import add_vocabulary, read_vocabulary
+from gptlab.config import ModelConfig
+from gptlab.errors import GptlabError
+
+ABOUT = "a GGUF file"
+ARCHITECTURES = {"gpt2": "learned", "starcoder2": "rope"}
+TYPES = ("f32", "f16", "bf16", "q8_0")
+NAMES = {
+    "wte.weight": "token_embd.weight",
+    "wpe.weight": "position_embd.weight",
+    "ln_f": "output_norm",
+    "lm_head.weight": "output.weight",
+    "ln_1": "attn_norm",
+    "ln_2": "ffn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+_OURS = {theirs: ours for ours, theirs in NAMES.items()}
+_BLOCK = re.compile(r"blk\.(\d{1,4})\.(\w+)\.(weight|bias)")
+LARGEST_F16 = 65504.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Home:
+    """Where a model lives in llama.cpp.
+
+    Attributes:
+        family: the architecture there.
+        config: of the model as it is written.
+        rewritten: what is written otherwise than it was, with the same function.
+        lost: what llama.cpp does not have.
+    """
+
+    family: str
+    config: ModelConfig
+    rewritten: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+
+
+def recognises(path: Path) -> bool:
+    """Is this a GGUF file, or a directory with exactly one?"""
+    if path.is_dir():
+        return len(list(path.glob("*.gguf"))) == 1
+    try:
+        with path.open("rb") as file:
+            return path.suffix == ".gguf" or file.read(4) == MAGIC
+    except OSError:
+        return False
+
+
+def _file(path: Path) -> Path:
+    return next(path.glob("*.gguf")) if path.is_dir() else path
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Translate the metadata of a GGUF file.
+
+    Raises:
+        GptlabError: damaged, another architecture, or a setting that gptlab does not compute.
+    """
+    file = _file(path)
+    metadata, tensors = open_gguf(file)
+    return _config(file, metadata, tensors)
+
+
+def read(path: Path, dtype: torch.dtype) -> Checkpoint:
+    """Read a GGUF file, each tensor dequantised to ``dtype``.
+
+    Raises:
+        GptlabError: as `read_config`, tensors missing or left over, or a tokenizer that is not supported.
+    """
+    file = _file(path)
+    metadata, tensors = open_gguf(file)
+    config = _config(file, metadata, tensors)
+    state = complete_state(config, _renamed(tensors), dtype, file, described_by="metadata")
+    return Checkpoint(config, state, read_vocabulary(metadata, file))
+
+
+def _config(file: Path, metadata: Mapping[str, Any], tensors: Lazy) -> ModelConfig:
+    family = metadata.get("general.architecture")
+    if not isinstance(family, str) or family not in ARCHITECTURES:
+        raise GptlabError(f"{file} has the architecture {family!r}; gptlab reads {' and '.join(ARCHITECTURES)}")
+    get = {key.removeprefix(f"{family}."): value for key, value in metadata.items()}
+    width, heads = get.get("embedding_length"), get.get("attention.head_count")
+    vocabulary = metadata.get("tokenizer.ggml.tokens")
+    rope: dict[str, Any] | None = None
+    if family == "starcoder2":
+        rope = {"theta": get.get("rope.freq_base", 10000.0)}
+        scaling = get.get("rope.scaling.type", "none")
+        if scaling == "linear":
+            rope |= {"scaling": "linear", "factor": get.get("rope.scaling.factor", 1.0)}
+        elif scaling != "none":
+            raise GptlabError(f"{file} has rope.scaling.type={scaling!r}, which gptlab does not read from GGUF")
+        dimensions = get.get("rope.dimension_count")
+        whole = width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
+        if dimensions not in (None, whole):
+            raise GptlabError(f"{file} rotates {dimensions} channels of a head of {whole}; gptlab rotates all of them")
+        if rope == {"theta": 10000.0}:
+            rope = None
+    values: dict[str, Any] = {
+        "vocab_size": get.get("vocab_size") if vocabulary is None else len(vocabulary),
+        "context_length": get.get("context_length"),
+        "n_layer": get.get("block_count"),
+        "n_head": heads,
+        "n_kv_head": get.get("attention.head_count_kv"),
+        "n_embd": width,
+        "n_inner": get.get("feed_forward_length"),
+        "norm_eps": get.get("attention.layer_norm_epsilon", 1e-5),
+        "position": ARCHITECTURES[family],
+        "rope": rope,
+        "window": get.get("attention.sliding_window") or None,
+        "tie_embeddings": "output.weight" not in tensors,
+    }
+    try:
+        return ModelConfig.from_dict(values)
+    except GptlabError as error:
+        raise GptlabError(f"{file}: {error}") from None
+
+
+def _renamed(tensors: Lazy) -> Lazy:
+    renamed: Lazy = {}
+    for name, get in tensors.items():
+        block = _BLOCK.fullmatch(name)
+        stem, _, leaf = name.rpartition(".")
+        if block is not None:
+            layer, part, leaf = block.groups()
+            ours = f"h.{layer}.{_OURS.get(part, part)}.{leaf}"
+        else:
+            ours = _OURS.get(name) or f"{_OURS.get(stem, stem)}.{leaf}"
+        renamed[ours] = get
+    for name in [name for name in renamed if re.fullmatch(r"h\.\d+\.attn_q\.(weight|bias)", name)]:
+        parts = [name.replace("attn_q", f"attn_{letter}") for letter in "qkv"]
+        if all(part in renamed for part in parts):
+            renamed[name.replace("attn_q", "attn.c_attn")] = functools.partial(_joined, [renamed.pop(p) for p in parts])
+    return renamed
+
+
+def _joined(parts: list[Callable[[], Tensor]]) -> Tensor:
+    read_parts = [get().float() for get in parts]
+    if any(part.ndim != read_parts[0].ndim or part.shape[1:] != read_parts[0].shape[1:] for part in read_parts):
+        return read_parts[0]  # refused with the other wrong shapes
+    return torch.cat(read_parts)
+
+
+def plan(config: ModelConfig, *, type: str = "f32", context: int | None = None) -> Home:
+    """Say how a model lives in llama.cpp, before any weight is read.
+
+    Args:
+        config: the model's configuration.
+        type: of the weights, one of `TYPES`.
+        context: cap the context at so many tokens.
+
+    Raises:
+        GptlabError: llama.cpp would compute something else; it names the feature.
+    """
+    if type not in TYPES:
+        raise GptlabError(f"--type must be one of {', '.join(TYPES)}, got {type!r}")
+    if context is not None and not 1 <= context <= config.context_length:
+        raise GptlabError(f"--context must be 1 to {config.context_length}, the model's own, got {context}")
+    length = context or config.context_length
+    rewritten, lost = [], []
+    if obstacle := _obstacle(config):
+        raise GptlabError(f"llama.cpp cannot compute this model: in the way is {obstacle}")
+    narrow = [w for w in config.windows if w is not None and w < length]
+    if narrow:
+        raise GptlabError(
+            f"llama.cpp ignores windows and would attend to everything: cap the context at the window with --context"
+            f" {min(narrow)}, or convert the model to full attention"
+        )
+    values: dict[str, Any] = {**config.to_dict(), "context_length": length, "bias": True, "dropout": 0.0}
+    if any(w is not None for w in config.windows):
+        rewritten.append(f"within {length} tokens the window hides nothing and is left out")
+        lost.append(f"texts of more than {length} tokens")
+        values |= {"window": None, "sinks": 0}
+    elif length < config.context_length:
+        lost.append(f"texts of more than {length} tokens")
+    if not config.bias:
+        rewritten.append("biases of zero where the model has none")
+    if config.rope is not None and config.rope.scaling == "ntk":
+        theta = config.rope.theta * config.rope.factor ** (config.head_dim / (config.head_dim - 2))
+        rewritten.append(f"NTK scaling as a base of {theta:g}")
+        values["rope"] = {"theta": theta}
+    family = "gpt2" if config.position == "learned" else "starcoder2"
+    return Home(family, ModelConfig.from_dict(values), tuple(rewritten), tuple(lost))
+
+
+def _obstacle(config: ModelConfig) -> str | None:
+    if config.position not in ARCHITECTURES.values():
+        return f"position={config.position!r} (it has learned and rotary positions)"
+    if config.activation != "gelu_tanh":
+        return f"activation={config.activation!r} (it computes gelu_tanh)"
+    if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
+        return "its way to scale attention scores"
+    if any(dilation != 1 for dilation in config.dilations):
+        return "dilation, which hides keys at any distance"
+    if config.rope is not None and config.rope.scaling == "yarn":
+        return "YaRN scaling, whose ramp it computes in its own way"
+    return None
+
+
+def write(
+    path: Path,
+    checkpoint: Checkpoint,
+    *,
+    type: str = "f32",
+    context: int | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Home:
+    """Write a GGUF file, replacing an earlier one only once it is wholly on disk.
+
+    Args:
+        path: the file.
+        checkpoint: the model; without a tokenizer llama.cpp takes token ids alone.
+        type: of the matrices; norms, biases and positions are float32. With q8_0 a matrix whose rows are no multiple
+            of 32 is f16.
+        context: see `plan`.
+        facts: ``name`` is written as the model's.
+
+    Returns:
+        How it lives in llama.cpp.
+
+    Raises:
+        GptlabError: the `gguf` package is missing, llama.cpp would compute something else, numbers too large for f16,
+            or the file cannot be written.
+    """
+    home = plan(checkpoint.config, type=type, context=context)
+    try:
+        import gguf
+    except ImportError:
+        raise GptlabError("writing GGUF needs the gguf package: pip install 'gptlab[gguf]'") from None
+
+    def fill(temporary: Path) -> None:
+        writer = gguf.GGUFWriter(temporary, home.family)
+        try:
+            _add_metadata(writer, home.config, type, str((facts or {}).get("name", path.stem)))
+            add_vocabulary(writer, checkpoint.tokenizer, home.config.vocab_size)
+            for name, tensor in _tensors(checkpoint, home).items():
+                numbers = tensor.detach().float().numpy()
+                kind = _type_of(name, tensor, type)
+                if kind == "f16" and np.abs(numbers).max(initial=0.0) > LARGEST_F16:
+                    raise GptlabError(f"{name} holds numbers too large for f16; use --type bf16 or f32")
+                stored = gguf.GGMLQuantizationType[kind.upper()]
+                writer.add_tensor(name, gguf.quants.quantize(numbers, stored), raw_dtype=stored)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+
+    write_files(path.parent, {path.name: fill})
+    return home
+
+
+def _type_of(name: str, tensor: Tensor, type: str) -> str:
+    if tensor.ndim == 1 or name == NAMES["wpe.weight"]:
+        return "f32"
+    return "f16" if type == "q8_0" and tensor.shape[-1] % 32 else type
+
+
+def _add_metadata(writer: Any, config: ModelConfig, type: str, name: str) -> None:
+    import gguf
+
+    writer.add_name(name)
+    kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+    writer.add_file_type(gguf.LlamaFileType[kinds[type]])
+    if type == "q8_0":
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(config.inner)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_layer_norm_eps(config.norm_eps)
+    if config.has_rotation:
+        rope = config.rope
+        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_rope_freq_base(10000.0 if rope is None else rope.theta)
+        if rope is not None and rope.scaling == "linear":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(rope.factor)
+
+
+def _tensors(checkpoint: Checkpoint, home: Home) -> dict[str, Tensor]:
+    """Return the model's tensors under llama.cpp's names, with zeros where it asks for a bias."""
+    source, config = checkpoint.state, home.config
+    state = dict(source)
+    for name in source:
+        if name.startswith(("h.", "ln_f.")) and name.endswith(".weight"):
+            state.setdefault(name.removesuffix("weight") + "bias", torch.zeros(len(source[name])))
+    if "wpe.weight" in state:
+        state["wpe.weight"] = state["wpe.weight"][: config.context_length]
+    width, kv = config.n_embd, config.kv_heads * config.head_dim
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if not name.startswith("h."):
+            stem, _, leaf = name.rpartition(".")
+            found[NAMES.get(name) or f"{NAMES[stem]}.{leaf}"] = tensor
+            continue
+        _, layer, rest = name.split(".", 2)
+        stem, _, leaf = rest.rpartition(".")
+        if stem == "attn.c_attn" and home.family == "starcoder2":
+            for letter, part in zip("qkv", tensor.split([width, kv, kv]), strict=True):
+                found[f"blk.{layer}.attn_{letter}.{leaf}"] = part
+        else:
+            found[f"blk.{layer}.{NAMES[stem]}.{leaf}"] = tensor
+    return found
