@@ -165,7 +165,7 @@ def test_a_mixed_directory_says_what_it_left_out(tmp_path: Path) -> None:
     assert left == {
         "c.html": "no text",
         "config.json": "no records with 'text'",
-        "x.zip": "no text",
+        "x.zip": "an archive, read when it is named",
         "y.bin": "no text",
     }
 

@@ -20,7 +20,7 @@ from typing import IO, Any
 from gptlab.errors import GptlabError, nearest
 from gptlab.text import downloads
 from gptlab.text.decoding import decoded
-from gptlab.text.files import READ, Reading, holds_records, read_file, stem_of, suffixes_of
+from gptlab.text.files import ARCHIVES, READ, Reading, holds_records, read_file, stem_of, suffixes_of
 from gptlab.text.records import TEXT_FIELD
 from gptlab.text.segmentation import PIECE, Piece, document_pieces, in_pieces, line_pieces
 
@@ -164,7 +164,7 @@ def _belongs(path: Path, reading: Reading) -> bool:
     suffix = suffixes_of(path.name)[0]
     reason = ""
     if suffix not in READ or path.name.startswith("._"):
-        reason = "no text"
+        reason = "an archive, read when it is named" if suffix in ARCHIVES else "no text"
     elif path.name == "merges.txt" and (path.parent / "tokenizer.json").exists():
         reason = "a tokenizer's merges"  # datasets and models may lie below the directory
     elif suffix == ".json":

@@ -116,7 +116,7 @@ def _no_record(where: str, field: str, record: Any) -> GptlabError:
     others = [name for name, value in record.items() if isinstance(value, str)] if isinstance(record, dict) else []
     hint = ""
     if others and field not in record:
-        hint = f"; it has {_quoted(others)}: name the one to read with gptlab prepare --text-field {others[0]}"
+        hint = f"; it has {_quoted(others)}: name the one to read with gptlab prepare --text-field {others[0] if len(others) == 1 else 'NAME'}"
     what = "a text" if field == TEXT_FIELD else f"a text in {field!r}"
     return GptlabError(f'{where} is no JSON object with {what}, as {{"{field}": "..."}}{hint}')
 
@@ -136,7 +136,7 @@ def _table(file: IO[bytes], name: object, suffix: str, field: str) -> Texts:
         names = next(iter(found.values()))
         raise GptlabError(
             f"{name} has no column {field!r}; its first row has {_quoted(names)}: name the column to read with"
-            f" gptlab prepare --text-field {names[0] if names else 'NAME'}"
+            " gptlab prepare --text-field NAME"
         )
     names = found[mark]
     rows = csv.reader(lines, delimiter=mark, strict=True)
@@ -163,7 +163,7 @@ def _parquet(file: IO[bytes], name: object, suffix: str, field: str) -> Texts:
             names = table.schema_arrow.names
             raise GptlabError(
                 f"{name} has no column {field!r}; it has {_quoted(names)}: name the column to read with gptlab prepare"
-                f" --text-field {names[0]}"
+                " --text-field NAME"
             )
         number = 0
         for batch in table.iter_batches(batch_size=_BATCH, columns=[field]):
