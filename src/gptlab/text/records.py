@@ -116,7 +116,8 @@ def _no_record(where: str, field: str, record: Any) -> GptlabError:
     others = [name for name, value in record.items() if isinstance(value, str)] if isinstance(record, dict) else []
     hint = ""
     if others and field not in record:
-        hint = f"; it has {_quoted(others)}: name the one to read with gptlab prepare --text-field {others[0] if len(others) == 1 else 'NAME'}"
+        which = others[0] if len(others) == 1 else "NAME"
+        hint = f"; it has {_quoted(others)}: name the one to read with gptlab prepare --text-field {which}"
     what = "a text" if field == TEXT_FIELD else f"a text in {field!r}"
     return GptlabError(f'{where} is no JSON object with {what}, as {{"{field}": "..."}}{hint}')
 
