@@ -96,6 +96,15 @@ def test_one_schedule_of_all_runs_is_drawn_as_such(tmp_path: Path) -> None:
     assert to_rgb(lower.lines[0].get_color()) not in [to_rgb(colour) for colour in style.COLOURS]
 
 
+@pytest.mark.parametrize("length", [5, 16, 60, 200])
+def test_a_long_name_leaves_the_plot_its_room(tmp_path: Path, length: int) -> None:
+    drawing = draw([read_curve(write(tmp_path, [START, *(step(n) for n in range(10, 60, 10))]), "W" * length)])
+    drawing.draw_without_rendering()
+    upper = axes(drawing)[0]
+    assert upper.get_position().width * drawing.get_figwidth() > 4  # inches
+    assert all(text.get_window_extent().x1 <= drawing.bbox.x1 for text in upper.texts)
+
+
 def test_the_end_of_a_long_run_fills_the_picture(tmp_path: Path) -> None:
     rows = [START, *(step(n, loss=3 + 600 / n) for n in range(1, 1001))]
     low, high = axes(draw([read_curve(write(tmp_path, rows))]))[0].get_ylim()

@@ -247,12 +247,14 @@ def _sampling(arguments: dict[str, Any]) -> Sampling:
 
     With one seed for all batches, a prompt that comes in two of them would be continued alike.
     """
-    known = ("do_sample", "temperature", "top_k", "top_p")
+    known = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     if unknown := [name for name in arguments if name not in known]:
         raise GptlabError(f"gptlab does not generate with {unknown[0]!r}; it knows {', '.join(known)}")
     return Sampling(
         temperature=float(arguments.get("temperature", 1.0)) if arguments["do_sample"] else 0.0,
-        top_k=int(arguments.get("top_k", 0)) or None,
+        top_k=int(arguments.get("top_k") or 0),
         top_p=arguments.get("top_p"),
+        min_p=arguments.get("min_p"),
+        repetition_penalty=float(arguments.get("repetition_penalty", 1.0)),
         seed=int(torch.randint(2**31, ())),
     )

@@ -25,6 +25,7 @@ MARK: dict[str, Any] = {
     "markeredgewidth": 0.8,
 }
 UNITS = ((1e9, " (billions)"), (1e6, " (millions)"), (1e3, " (thousands)"), (1, ""))
+WIDTH, ROOM = 7.2, 1.4  # inches: of the picture, and of the longest name that fits beside the plot
 
 
 def draw(curves: Sequence[Curve], x: str = "tokens", span: float | None = None) -> Figure:
@@ -54,7 +55,7 @@ def draw(curves: Sequence[Curve], x: str = "tokens", span: float | None = None) 
 
 
 def _draw(curves: Sequence[Curve], x: str, span: float) -> Figure:
-    drawing = figure(4.6, 7.2)
+    drawing = figure(4.6, WIDTH)
     upper, lower = drawing.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     rates = [np.stack([curve.training[x], curve.training["learning_rate"]]) for curve in curves]
     longest = max(rates, key=np.size)
@@ -71,6 +72,9 @@ def _draw(curves: Sequence[Curve], x: str, span: float) -> Figure:
     _legend(upper, span, any(len(curve.validation["loss"]) for curve in curves))
     drawing.draw_without_rendering()  # the height of the axes is known afterwards
     label_ends(upper, ends, upper.get_position().height * drawing.get_figheight() * 72, 9)
+    # A longer name widens the picture; it takes nothing from the plot.
+    longest_name = max(text.get_window_extent().width for text in upper.texts) / drawing.dpi
+    drawing.set_figwidth(WIDTH + max(0, longest_name - ROOM))
     return drawing
 
 
