@@ -33,6 +33,9 @@ def export(
     """Write a model for another program, in the form that computes exactly the same."""
     if dtype not in DTYPES:
         raise GptlabError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    for flag, given in (("--custom-code", custom_code), ("--max-shard-size", max_shard_size is not None)):
+        if given and format != "hf":
+            raise GptlabError(f"{flag} belongs to --format hf; drop it")
     import torch
 
     from gptlab.exporting import export as write
@@ -43,7 +46,7 @@ def export(
         format=format,
         dtype=getattr(torch, dtype),
         verify=verify,
-        planning={"custom_code": custom_code},
+        planning={"custom_code": True} if custom_code else {},
         **({} if max_shard_size is None else {"max_shard_size": max_shard_size}),
     )
     if as_json:

@@ -39,8 +39,8 @@ def plan(config: ModelConfig, custom_code: bool = False) -> Home:
         return home_of(config)
     if not custom_code:
         raise GptlabError(
-            f"no class of transformers computes this model exactly: in the way is {reason}; write it with code of its"
-            " own (--custom-code), which transformers loads with trust_remote_code=True, or convert it first"
+            f"no class of transformers computes this model exactly: in the way is {reason}; with --custom-code its own"
+            " code is sent along, which transformers loads with trust_remote_code=True"
         )
     return Home("gptlab", (f"code of its own is sent along: in the way of any class is {reason}",))
 

@@ -1,0 +1,135 @@
+"""Exports end by reading the result back; what cannot be written is refused before anything is read or written."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gptlab
+from gptlab import checkpoints, exporting
+from gptlab.exporting import export
+from gptlab.text.tokenizers import byte_tokenizer
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    config = gptlab.ModelConfig.preset("tiny", vocab_size=257, n_kv_head=2)
+    gptlab.save(gptlab.LanguageModel(gptlab.GPT(config, seed=1), byte_tokenizer()), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_result_is_compared_with_what_was_asked_for(saved: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    found = export(saved, tmp_path / "out", dtype=dtype)
+    # The same numbers in the same order of operations: repeated heads change nothing but rounding.
+    assert found.difference is not None
+    assert found.difference < 1e-5
+    assert found.tokens == 512 // 4  # two rows of the context
+    assert found.family == "gpt2"
+    assert "the saving of 2 key/value heads" in found.lost[0]
+
+
+def test_a_model_without_a_tokenizer_is_compared_on_random_tokens(tmp_path: Path) -> None:
+    gptlab.save(gptlab.LanguageModel(gptlab.GPT(gptlab.ModelConfig.preset("tiny"))), tmp_path / "model")
+    found = export(tmp_path / "model", tmp_path / "out")
+    assert (found.difference, found.tokens) == (0.0, 128)
+
+
+def test_without_a_comparison(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "compare", lambda *_: pytest.fail("compared"))
+    found = export(saved, tmp_path / "out", verify=False)
+    assert (found.difference, found.tokens) == (None, 0)
+
+
+def spoil_a_weight(checkpoint: checkpoints.Checkpoint) -> None:
+    checkpoint.state["h.1.attn.c_proj.weight"][0, 0] += 1.0
+
+
+def transpose_a_square(checkpoint: checkpoints.Checkpoint) -> None:
+    checkpoint.state["h.0.attn.c_proj.weight"] = checkpoint.state["h.0.attn.c_proj.weight"].t().contiguous()
+
+
+def nan(checkpoint: checkpoints.Checkpoint) -> None:
+    checkpoint.state["ln_f.bias"].fill_(float("nan"))
+
+
+@pytest.mark.parametrize("mistake", [spoil_a_weight, transpose_a_square, nan])
+def test_a_result_that_computes_something_else_is_refused(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: Any
+) -> None:
+    read = checkpoints.read
+
+    def spoiled(path: Path) -> checkpoints.Checkpoint:
+        found = read(path)
+        if path.name == "out":
+            mistake(found)
+        return found
+
+    monkeypatch.setattr(checkpoints, "read", spoiled)
+    with pytest.raises(gptlab.GptlabError, match=r"does not compute what .* does: logits differ by up to"):
+        export(saved, tmp_path / "out")
+
+
+def test_a_format_that_is_not_there(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(gptlab.GptlabError, match=r"unknown format 'hff' \(did you mean 'hf'\?\)"):
+        export(saved, tmp_path / "out", format="hff")
+
+
+def test_a_place_that_is_taken_stays_as_it_is(saved: Path) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with pytest.raises(gptlab.GptlabError, match="is there already; choose another --out"):
+        export(saved, saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_what_has_no_home_is_refused_before_its_weights_are_read(saved: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(checkpoints.read_config(saved), window=8)
+    gptlab.save(gptlab.LanguageModel(gptlab.GPT(config)), saved)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(
+        gptlab.GptlabError, match=r"in the way is window=8 with learned positions: no class has both; with"
+    ):
+        export(saved, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", ["", "0MB", "5", "5 TB", "-1GB", "many"])
+def test_a_size_that_is_none(saved: Path, tmp_path: Path, size: str) -> None:
+    with pytest.raises(gptlab.GptlabError, match="is no size of a file; write it as 500MB or 5GB"):
+        export(saved, tmp_path / "out", max_shard_size=size)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_tells_the_whole_history(tmp_path: Path) -> None:
+    first = {"source": {"name": "pocket"}, "steps": [{"name": "heads", "change": "6 to 2"}], "outputs": None}
+    outputs = {"before": 4.5, "after": 4.75}
+    second = {"source": {"name": "m1", "conversion": first}, "steps": [{"name": "windows", "change": "64"}]}
+    import json
+
+    config = gptlab.ModelConfig.preset("tiny", position="rope", n_kv_head=2, window=16)
+    files = {"conversion.json": json.dumps({**second, "outputs": outputs}).encode(), "card.json": b"{damaged"}
+    gptlab.save(gptlab.LanguageModel(gptlab.GPT(config)), tmp_path / "model", files=files)
+    export(tmp_path / "model", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- converted from m1: windows: 64 (4.5000 to 4.7500 nats per token on a text not fitted on)" in card
+    assert "- converted from pocket: heads: 6 to 2\n" in card
+    assert card.index("from m1") < card.index("from pocket")
+    assert "4 query heads on 2 key/value heads, 8 wide" in card
+    assert "rope positions, context 64, attention windows of 16 tokens" in card
+
+
+def test_the_card_of_a_trained_model() -> None:
+    from gptlab.checkpoints.hub import built_in
+    from gptlab.checkpoints.huggingface import plan
+    from gptlab.checkpoints.huggingface.card import make_card, read_facts
+
+    path = built_in()["pocket"]
+    config = checkpoints.read_config(path)
+    card = make_card(config, plan(config), "GPT2LMHeadModel", {"name": "pocket", **read_facts(path)})
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for part in ("- corpus: enwiki", "- 8,192,000 tokens", "- 4.3800 nats per token", '"name": "muon"'):
+        assert part in card
