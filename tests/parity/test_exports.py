@@ -24,10 +24,6 @@ EXACT: dict[str, tuple[dict[str, Any], str]] = {
     "as GPT-2": ({}, "GPT2LMHeadModel"),
     "untied, exact GELU": ({"tie_embeddings": False, "activation": "gelu", "norm_eps": 1e-3}, "GPT2LMHeadModel"),
     "ReLU, other width": ({"activation": "relu", "n_inner": 60}, "GPT2LMHeadModel"),
-    "scores by layer": (
-        {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False},
-        "GPT2LMHeadModel",
-    ),
     "an idle window": ({"window": CONTEXT}, "GPT2LMHeadModel"),
     "one key head": ({"n_kv_head": 1}, "GPTBigCodeForCausalLM"),
     "one key head, SiLU, untied": (
@@ -50,6 +46,8 @@ REWRITTEN: dict[str, tuple[dict[str, Any], str, str]] = {
     "no biases": ({"bias": False}, "GPT2LMHeadModel", "biases"),
     "RoPE, no biases": ({"position": "rope", "bias": False, "n_kv_head": 2}, "Starcoder2ForCausalLM", "biases"),
     "RoPE, NTK": ({"position": "rope", "rope": {"scaling": "ntk", "factor": 4.0}}, "Starcoder2ForCausalLM", "NTK"),
+    "scores by layer": ({"scale_attn_by_inverse_layer_idx": True}, "GPT2LMHeadModel", "multiplied into the weights"),
+    "unscaled": ({"scale_attn_weights": False, "n_kv_head": 1}, "GPTBigCodeForCausalLM", "multiplied into the weights"),
     "RoPE, scores by layer": (
         {"position": "rope", "scale_attn_by_inverse_layer_idx": True},
         "Starcoder2ForCausalLM",
@@ -170,7 +168,7 @@ def test_what_has_an_exact_home_goes_there_and_comes_back_bit_by_bit(name: str, 
     assert_generates_the_same(lm, theirs)
     again = checkpoints.read(tmp_path)
     same_state(again, checkpoint(lm))
-    assert (again.config.score_factors, again.config.activation) == (lm.config.score_factors, lm.config.activation)
+    assert (again.config.activation, again.config.norm_eps) == (lm.config.activation, lm.config.norm_eps)
     # And what transformers itself writes of it.
     theirs.save_pretrained(tmp_path / "theirs")
     same_state(checkpoints.read(tmp_path / "theirs"), checkpoint(lm))

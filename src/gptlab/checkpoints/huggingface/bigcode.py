@@ -21,8 +21,6 @@ from gptlab.errors import GptlabError
 
 ARCHITECTURE = "GPTBigCodeForCausalLM"
 ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}
-SCORE_FACTORS = frozenset({"scale_attn_weights"})
-"""The fields of `ModelConfig` about the scale of scores that the family has."""
 FIELDS = {
     **{name: field for name, field in gpt2.FIELDS.items() if name != "scale_attn_by_inverse_layer_idx"},
     "activation": Field(("activation_function",), "gelu_pytorch_tanh"),

@@ -23,8 +23,6 @@ LEGACY = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 ARCHITECTURE = "GPT2LMHeadModel"
 ACTIVATIONS = {"gelu_tanh": "gelu_new"}
 """Names of activations that differ from gptlab's."""
-SCORE_FACTORS = frozenset({"scale_attn_weights", "scale_attn_by_inverse_layer_idx"})
-"""The fields of `ModelConfig` about the scale of scores that the family has."""
 FIELDS = {
     "vocab_size": Field(("vocab_size",), 50257),
     "context_length": Field(("n_positions", "max_position_embeddings"), 1024),

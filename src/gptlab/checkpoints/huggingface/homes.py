@@ -66,10 +66,8 @@ def home_of(config: ModelConfig) -> Home:
         rewritten.append("biases, which the model does not have, are written as 0")
     if config.rope is not None and config.rope.scaling == "ntk":
         rewritten.append("NTK scaling is written as the base that it amounts to")
-    if config.scale_attn_by_inverse_layer_idx and family != "gpt2":
-        rewritten.append("the factors of the scores of each layer are multiplied into the weights of its queries")
-    elif not config.scale_attn_weights and family == "starcoder2":
-        rewritten.append("the factor of the scores is multiplied into the weights of the queries")
+    if set(config.score_factors) != {1.0}:
+        rewritten.append("the factors of the scores are multiplied into the weights of the queries")
     if config.position == "none":
         rewritten.append("a table of positions is written, all 0")
         lost.append(f"texts of more than {config.context_length:,} tokens, where the table ends")
@@ -90,13 +88,15 @@ def without_idle_windows(config: ModelConfig) -> ModelConfig:
     return config
 
 
-def move_in(checkpoint: Checkpoint, family: str, score_factors: frozenset[str]) -> Checkpoint:
+def move_in(checkpoint: Checkpoint, family: str) -> Checkpoint:
     """Return the same function in the fields that a family has.
+
+    Factors of scores always go into the weights: GPT-2 has fields for them, but the fused attention of transformers 4
+    ignores these silently, and other programs do not have them.
 
     Args:
         checkpoint: of a configuration without `obstacle`.
         family: transformers' ``model_type``.
-        score_factors: the fields about the scale of scores that the family has.
     """
     config, state = without_idle_windows(checkpoint.config), dict(checkpoint.state)
     if not config.bias:
@@ -107,19 +107,13 @@ def move_in(checkpoint: Checkpoint, family: str, score_factors: frozenset[str]) 
     if config.rope is not None and config.rope.scaling == "ntk":
         grown = config.rope.theta * config.rope.factor ** (config.head_dim / (config.head_dim - 2))
         config = dataclasses.replace(config, rope=RopeConfig(theta=grown))
-    changes: dict[str, bool] = {}
-    if config.scale_attn_by_inverse_layer_idx and "scale_attn_by_inverse_layer_idx" not in score_factors:
-        changes["scale_attn_by_inverse_layer_idx"] = False
-    if not config.scale_attn_weights and "scale_attn_weights" not in score_factors:
-        changes["scale_attn_weights"] = True
-    if changes:
-        new = dataclasses.replace(config, **changes)  # type: ignore[arg-type]
-        for layer, (before, after) in enumerate(zip(config.score_factors, new.score_factors, strict=True)):
+    if set(config.score_factors) != {1.0}:
+        for layer, factor in enumerate(config.score_factors):
             for kind in ("weight", "bias"):
                 rows = state[f"h.{layer}.attn.c_attn.{kind}"].clone()
-                rows[: config.n_embd] *= before / after
+                rows[: config.n_embd] *= factor
                 state[f"h.{layer}.attn.c_attn.{kind}"] = rows
-        config = new
+        config = dataclasses.replace(config, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
     if family == "gpt2" and config.kv_heads != config.n_head:
         config, state = _repeated(config, state)
     return checkpoint._replace(config=config, state=state)

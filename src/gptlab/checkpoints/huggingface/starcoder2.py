@@ -20,7 +20,6 @@ from gptlab.errors import GptlabError
 
 ARCHITECTURE = "Starcoder2ForCausalLM"
 ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}
-SCORE_FACTORS: frozenset[str] = frozenset()
 FIELDS = {
     "vocab_size": Field(("vocab_size",), 49152),
     "context_length": Field(("max_position_embeddings",), 4096),

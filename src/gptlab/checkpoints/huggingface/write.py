@@ -77,7 +77,7 @@ def write(
         tensors, architecture = custom.write_tensors(checkpoint.state, checkpoint.config), custom.ARCHITECTURE
         files.update(custom.code())
     else:
-        moved = move_in(checkpoint, home.family, family.SCORE_FACTORS)
+        moved = move_in(checkpoint, home.family)
         act = family.ACTIVATIONS.get(moved.config.activation, moved.config.activation)
         name = "hidden_act" if family is starcoder2 else "activation_function"
         values = {**family.write_config(moved.config), name: act}
