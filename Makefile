@@ -19,7 +19,7 @@ $(VENV)/.gptlab: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing gptlab into $(VENV) (a minute or two; torch is large)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		$(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX)) -c constraints.txt -e '.[hub,report,gguf,test,lint]'
+		$(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX)) -c constraints.txt -e '.[hub,report,gguf,parquet,test,lint]'
 	@touch $@
 
 demo: setup
