@@ -55,6 +55,12 @@ def refusal(path: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["model.ckpt.index", "model.ckpt.data-00000-of-00001", "hparams.json"])
+def test_a_pointer_in_a_files_place_is_called_that(copy: Path, name: str) -> None:
+    (copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5481\n")
+    assert refusal(copy) == f"{copy / name} is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder"
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize("form", [Path, str])
 def test_what_tensorflow_wrote_computes_the_logits_of_transformers(folder: str, form: Callable[[Path], Any]) -> None:

@@ -1,9 +1,11 @@
 # Every way in which a GPT-2 of `transformers` may lie on disk gives the same model.
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -168,6 +170,56 @@ def test_a_projection_of_a_wrong_shape_or_rank_is_refused(shape: tuple[int, ...]
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(GptlabError, match=r"h\.1\.attn\.c_attn\.weight of shape .* asks for \(96, 32\)"):
         gptlab.load(tmp_path)
+
+
+ALIASES = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ALIASES,
+        {"n_head": "num_attention_heads"},
+        {"activation_function": {"value": "gelu_fast"}},
+        {"activation_function": {"value": "gelu_accurate"}},
+        {"activation_function": {"value": "gelu_python"}},
+        {"activation_function": {"value": "swish"}},
+        {"scale_attn_by_inverse_layer_idx": {"value": True}, "scale_attn_weights": {"value": False}},
+    ],
+    ids=str,
+)
+def test_a_configuration_means_what_transformers_takes_it_for(changes: dict[str, Any], tmp_path: Path) -> None:
+    judge().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    for name, change in changes.items():
+        if isinstance(change, str):
+            values[change] = values.pop(name)
+        else:
+            values[name] = change["value"]
+    path.write_text(json.dumps(values))
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()  # from the very same directory
+    ids = random_ids(2, 30, 257)
+    close(gptlab.load(tmp_path).model(ids), theirs(ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["GPT2DoubleHeadsModel", "GPT2ForSequenceClassification", "GPT2Model"])
+def test_what_models_of_other_tasks_save_is_their_language_model(kind: str, tmp_path: Path) -> None:
+    theirs = judge()
+    other = getattr(transformers, kind)(theirs.config).eval()
+    (other if kind == "GPT2Model" else other.transformer).load_state_dict(theirs.transformer.state_dict())
+    other.save_pretrained(tmp_path)
+    ids = random_ids(2, 30, 257)
+    with contextlib.nullcontext() if kind == "GPT2Model" else pytest.warns(UserWarning, match="is left aside"):
+        ours = gptlab.load(tmp_path).model
+    close(ours(ids), theirs(ids).logits)
 
 
 @torch.no_grad()

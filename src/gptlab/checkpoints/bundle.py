@@ -24,6 +24,7 @@ from torch import Tensor
 from gptlab.checkpoints.crc32c import masked_crc32c
 from gptlab.checkpoints.files import Lazy
 from gptlab.errors import GptlabError
+from gptlab.placeholders import refuse_placeholder
 
 LARGEST_INDEX = 2**20
 """Bytes; that of GPT-2 XL, with 580 tensors, has 20,000."""
@@ -58,6 +59,7 @@ def open_bundle(prefix: Path) -> Lazy:
         GptlabError: a file is missing or damaged, or in a variant of the format that is not supported.
     """
     index = prefix.with_name(prefix.name + ".index")
+    refuse_placeholder(index)
     try:
         if index.stat().st_size > LARGEST_INDEX:
             raise Damaged(f"it has more than {LARGEST_INDEX:,} bytes")
@@ -76,6 +78,7 @@ def open_bundle(prefix: Path) -> Lazy:
 
 
 def _map(path: Path) -> np.memmap:
+    refuse_placeholder(path)
     try:
         # Copy on write: PyTorch warns of memory that cannot be written, and nobody writes to it.
         return np.memmap(path, dtype=np.uint8, mode="c")

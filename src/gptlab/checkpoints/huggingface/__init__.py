@@ -19,8 +19,7 @@ from gptlab.checkpoints.huggingface.weights import open_weights
 from gptlab.checkpoints.huggingface.write import plan, write
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
-from gptlab.placeholders import refuse_placeholder
-from gptlab.text.tokenizers import TOKENIZER_FILES, UnsupportedTokenizer, read_tokenizer
+from gptlab.text.tokenizers import UnsupportedTokenizer, read_tokenizer
 
 __all__ = ["ABOUT", "FAMILIES", "Family", "plan", "read", "read_config", "recognises", "write"]
 
@@ -76,8 +75,6 @@ def read(directory: Path, dtype: torch.dtype) -> Checkpoint:
                 " ties them; set tie_word_embeddings to false there"
             )
     state = complete_state(config, readers, dtype, directory)
-    for name in TOKENIZER_FILES:
-        refuse_placeholder(directory / name)
     try:
         return Checkpoint(config, state, read_tokenizer(directory))
     except UnsupportedTokenizer as error:  # the weights are of use without it

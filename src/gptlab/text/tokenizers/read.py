@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.errors import GptlabError
+from gptlab.placeholders import refuse_placeholder
 from gptlab.text.tokenizers.base import END_OF_TEXT, Tokenizer
 from gptlab.text.tokenizers.declared import FLAGS, Declared, read_declared
 from gptlab.text.tokenizers.files import FileTokenizer, UnsupportedTokenizer
@@ -43,6 +44,8 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
     """
     from tokenizers import Tokenizer as Engine
 
+    for name in TOKENIZER_FILES:
+        refuse_placeholder(directory / name)
     try:
         values = _values(directory)
         if values is None:
