@@ -84,7 +84,7 @@ def card(name: str) -> str:
 
 
 def built_ins() -> str:
-    rows = ["| model | parameters | nats a token | bits a byte |", "|---|---:|---:|---:|"]
+    rows = ["| model | parameters | nats per token | bits per byte |", "|---|---:|---:|---:|"]
     for name, values in cards().items():
         figures = f"{values['parameters']:,} | {values['nats_per_token']:.3f} | {values['bits_per_byte']:.4f}"
         rows.append(f"| [`{name}`](src/gptlab/assets/{name}/README.md) | {figures} |")
@@ -128,7 +128,7 @@ def decode_attention() -> str:
         texts = (f"{cell['milliseconds']:,.1f} ({cell['megabytes_read']:,.0f})" for cell in cells)
         rows.append(f"| {batch} | {context:,} | {' | '.join(texts)} |")
     rows.append(
-        f"\nMilliseconds a step (MB of keys and values to read). {values['work'].capitalize()}; medians of"
+        f"\nMilliseconds per step (MB of keys and values to read). {values['work'].capitalize()}; medians of"
         f" {values['rounds']}; torch {values['torch']}, {values['threads']} threads on {values['cores']} CPU cores;"
         " `make bench-attention`."
     )
@@ -138,7 +138,7 @@ def decode_attention() -> str:
 def training_step() -> str:
     values = results("train")
     rows = [
-        "| tokens | dtype | program | tokens a second | memory above weights, gradients, optimizer and libraries, GB |",
+        "| tokens | dtype | program | tokens per second | memory above weights, gradients, optimizer, libraries, GB |",
         "|---|---|---|---:|---:|",
     ]
     for row in values["rows"]:
@@ -155,7 +155,7 @@ def training_step() -> str:
 
 def prepare_speed() -> str:
     values = results("prepare")
-    rows = ["| program | MB a second and core | share of tiktoken's rate |", "|---|---:|---:|"]
+    rows = ["| program | MB per second and core | share of tiktoken's rate |", "|---|---:|---:|"]
     for row in values["rates"]:
         share = f"{100 * row['share_of_tiktoken']:.0f}%"
         rows.append(f"| {row['program']} | {row['megabytes_per_second_and_core']:.2f} | {share} |")
@@ -172,7 +172,7 @@ def prepare_speed() -> str:
 
 def evaluation_speed() -> str:
     values = results("evaluate")
-    rows = ["| program | dtype | passages a second | gptlab is faster by |", "|---|---|---:|---:|"]
+    rows = ["| program | dtype | passages per second | gptlab is faster by |", "|---|---|---:|---:|"]
     for row in values["rows"]:
         figures = f"{row['passages_per_second']:.2f} | {row['gptlab_is_faster_by']:.2f}"
         rows.append(f"| {row['program']} | {row['dtype']} | {figures} |")

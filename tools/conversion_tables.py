@@ -33,10 +33,10 @@ def table(found: Mapping[str, Results]) -> str:
         rows.append(f"| {title} | {' | '.join(cells)} |")
     of = (f"{_base(found[name])} {_pretraining(found[name]) / 1e6:.1f} million" for name in columns)
     rows.append(
-        "\nNats a token on held-out text more than the base has, and, in the columns after training, than the base that"
-        f" was trained on with the same tokens: {100 * last:g}% of those that it was trained on ({', '.join(of)})."
-        " 0% is right after the conversion; what was not trained on has no second figure. In brackets: the 95% interval"
-        " of the difference, over documents, has 0 in it. One seed."
+        "\nLoss in nats per token on held-out text, less that of the base; after continued training, less"
+        f" that of the base after the same training: {100 * last:g}% of its pre-training ({', '.join(of)})."
+        " 0% is right after the conversion; variants without a second figure were not uptrained. In brackets: within"
+        " noise, the 95% interval of the difference, over documents, includes 0. One seed."
     )
     return "\n".join(rows)
 
@@ -54,13 +54,13 @@ def headline(results: Results, name: str = "all-fit-distilled-faster") -> str:
     sizes = [cache_bytes(config, before.context_length, 2) / 2**20 for config in (before, after)]
     first, last = (about.checkpoints[i] for i in (0, -1))
     taught = any(setting.startswith("distill.") for setting in about.settings)
-    how = ", the original its teacher" if taught else ""
+    how = ", with the original as teacher" if taught else ""
     return (
         f"A trained model converted: `{base.label}` with {after.kv_heads} of its {before.kv_heads} key heads, rotary"
         f" positions and a window of {after.windows[0]} needs {sizes[1]:.2f} MiB of cache for {before.context_length}"
         f" tokens in place of {sizes[0]:.2f}. Right after the conversion its loss is {_apart(first.difference)} that"
-        f" of the base; after training on for {100 * last.share:g}% of its pre-training{how},"
-        f" {_apart(last.difference)} that of the base trained on as long. 95% intervals over documents, one seed"
+        f" of the base. After continued training for {100 * last.share:g}% of its pre-training{how}, it is"
+        f" {_apart(last.difference)} that of the base after the same training. 95% intervals over documents, one seed"
         " ([results](docs/conversion_results.md))."
     )
 
@@ -73,10 +73,10 @@ def _apart(gap: Interval | None) -> str:
     low, high = gap.low, gap.high
     if low <= 0 <= high:
         signed = (f"{value:+.3f}".replace("-", "−") for value in (gap.mean, low, high))
-        return "not to be told ({} nats a token, {} to {}) from".format(*signed)
+        return "within noise ({} nats per token, {} to {}) of".format(*signed)
     ends = sorted((abs(low), abs(high)))
     where = "higher" if gap.mean > 0 else "lower"
-    return f"{abs(gap.mean):.3f} nats a token ({ends[0]:.3f} to {ends[1]:.3f}) {where} than"
+    return f"{abs(gap.mean):.3f} nats per token ({ends[0]:.3f} to {ends[1]:.3f}) {where} than"
 
 
 def converted(results: Results) -> dict[str, Conversion]:

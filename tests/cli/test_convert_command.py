@@ -125,7 +125,7 @@ def test_a_blend_gives_the_outputs_of_its_source_and_says_how_to_go_on(
     out = tmp_path / "blend"
     code, said, err = run("convert", source, "--position", "blend", "--calibration", text, "--out", out)
     assert (code, err) == (0, "")
-    assert "1. positions: learned -> blend, gauge: trained on, it becomes rope" in said.splitlines()
+    assert "1. positions: learned -> blend, gauge: becomes rope during uptraining" in said.splitlines()
     assert said.splitlines()[-1].endswith(f"--set distill.teacher={source} --set blend.ramp=geometric")
     outputs = json.loads((out / "conversion.json").read_text())["outputs"]
     assert outputs["kl"] < 1e-7

@@ -240,17 +240,6 @@ def counterpart(size: str, factors: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def race(seed: int = 0) -> dict[str, Any]:
-    """A race of two, as `results.json` has it."""
-    racers = {}
-    for name, factors in (("base", ()), ("rope-gqa-swa", ("rope", "gqa", "swa"))):
-        whole = variant(factors, [seed])
-        racers[name] = {key: whole[key] for key in ("label", "changes", "config")}
-        racers[name] |= {"parameters": whole["parameters"]["total"], "run": whole["runs"][0]}
-    corpus = {"name": "pydoc", "sha256": "0" * 64}
-    return {"label": "a race", "base": "base", "corpus": corpus, "tokens": TOKENS, "recipe": {}, "variants": racers}
-
-
 def study(found: dict[str, Any], timed: dict[str, Any] | None = None) -> Study:
     """The files as the report reads them."""
     return Study(

@@ -22,7 +22,7 @@ MADE: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
 
 def interval(mean: float, half: float = 0.006) -> dict[str, Any]:
     method = "paired bootstrap over documents"
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": 39, "unit": "nats a token", "method": method}
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": 39, "unit": "nats per token", "method": method}
 
 
 def found(only: tuple[str, ...] = tuple(MADE), uptrained: bool = True) -> dict[str, Any]:

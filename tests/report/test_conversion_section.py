@@ -9,8 +9,7 @@ import pytest
 from helpers import plausible
 from helpers.plausible_conversions import MADE, found
 
-from gptlab.report import pictures_conversion as pictures
-from gptlab.report.blocks import Bullets, Section, Table, to_plain
+from gptlab.report.blocks import Section, Table, to_plain
 from gptlab.report.conversion import conversion
 from gptlab.report.page import outline, write_report
 from gptlab.report.summary import in_brief
@@ -21,61 +20,53 @@ def section(results: dict[str, Any]) -> Section:
     return conversion(plausible.study(results))
 
 
-def sentences(part: Section) -> str:
-    return " ".join(to_plain(item) for block in part.blocks if isinstance(block, Bullets) for item in block.items)
-
-
 @pytest.mark.usefixtures("no_drawing")
 def test_the_table_has_variants_in_the_order_of_the_file() -> None:
-    table, made = (block for block in section(found()).blocks if isinstance(block, Table))
+    table, _, made = (block for block in section(found()).blocks if isinstance(block, Table))
     assert [row[0] for row in table.rows] == [f"**by {name}**" for name in MADE]
     assert [column.title for column in table.columns][:4] == ["variant", "0%", "1%", "5%"]
-    rows = {row[0].strip("*").removeprefix("by "): row[1:5] for row in table.rows}
-    assert rows["longer"] == ["4.4000", "4.3900", "4.3800", ""]
-    assert rows["mean"] == ["+0.200", "+0.060", "+0.030", "+0.024 to +0.036"]
+    rows = {row[0].strip("*").removeprefix("by "): row[1:7] for row in table.rows}
+    assert rows["longer"] == ["4.4000", "4.3900", "4.3800", "", "", ""]
+    assert rows["mean"] == ["+0.200", "+0.060", "+0.030", "85%", "+0.194 to +0.206", "+0.024 to +0.036"]
     assert rows["svd"][2] == "(+0.00010)"  # inside the noise
     assert [row[0] for row in made.rows] == [row[0] for row in table.rows]
 
 
-@pytest.mark.usefixtures("no_drawing")
-def test_sentences_are_made_of_numbers() -> None:
-    parts = {part.title: sentences(part) for part in section(found()).parts}
-    assert list(parts) == ["Fewer key heads", "Rotary positions", "Windows", "Several changes at once"]
-    heads = parts["Fewer key heads"]
-    assert "by mean. Right after conversion loss 0.200 nats a token higher (95% interval +0.194 to +0.206)." in heads
-    assert "After 5% loss 0.030 nats a token higher (95% interval +0.024 to +0.036): 85% of it came back." in heads
-    assert "by svd. Right after conversion loss 0.010 nats a token higher" in heads
-    assert "After 5% loss inside the noise, +0.00010 nats a token" in heads
-    assert "Right after conversion by svd has the lowest loss of 2 ways to the same architecture." in heads
-    assert "Behind it: by mean (+0.190) nats a token. It adds 5.0% of the loss that the other adds." in heads
-    assert (
-        "After 5% by svd has the lowest loss of 2 ways to the same architecture. Behind it: by mean (+0.030)" in heads
-    )
-    assert "came back" not in parts["Windows"]
-    assert "ways to the same" not in parts["Rotary positions"]
+def ranking(whole: Section) -> list[list[str]]:
+    """The rows that compare several ways to one architecture."""
+    (table,) = (block for block in whole.blocks if isinstance(block, Table) and block.title.startswith("Several ways"))
+    return [[to_plain(cell) for cell in row] for row in table.rows]
 
 
 @pytest.mark.usefixtures("no_drawing")
-def test_one_that_was_not_trained_on_is_compared_where_it_can_be() -> None:
+def test_what_came_back_and_which_way_is_the_best() -> None:
+    whole = section(found())
+    table = next(block for block in whole.blocks if isinstance(block, Table))
+    recovered = {row[0].strip("*").removeprefix("by "): row[4] for row in table.rows}
+    assert recovered == {"longer": "", "svd": "99.0%", "mean": "85%", "rope": "95.0%", "swa": "", "all": "90.9%"}
+    assert ranking(whole) == [
+        ["conversion", "by svd", "by mean +0.190"],
+        ["5%", "by svd", "by mean +0.030"],
+    ]
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_one_that_was_not_uptrained_is_compared_where_it_can_be() -> None:
     results = found(("longer", "svd", "mean"))
     about = results["variants"]["mean"]["conversion"]
     for name, n in (("early", 2), ("still", 1)):
         shorter = {"label": name, "conversion": {**about, "checkpoints": about["checkpoints"][:n]}}
         results["variants"][name] = results["variants"]["mean"] | shorter
-    whole = conversion(plausible.study(results))
-    heads = sentences(whole.parts[0])
-    assert "Right after conversion by svd has the lowest loss of 4 ways to the same architecture." in heads
-    assert "After 5% by svd has the lowest loss of 2 ways to the same architecture." in heads
-    assert "After 1%" not in heads.partition("After 5% by svd has")[2]
-    assert "still (not trained on). Right after conversion loss 0.200 nats" in heads
-    assert "early. Right after" in heads
-    brief = in_brief(plausible.study(results))
+    study = plausible.study(results)
+    assert [row[:2] for row in ranking(conversion(study))] == [["conversion", "by svd"], ["5%", "by svd"]]
+    labels = [row[0].strip("*") for block in conversion(study).blocks if isinstance(block, Table) for row in block.rows]
+    assert "still (not uptrained)" in labels
+    assert "early" in labels
+    brief = in_brief(study)
     said = [item.partition(".**")[0].strip("*") for item in brief.blocks[0].items]  # type: ignore[union-attr]
-    assert [name for name in said if name in ("by svd", "by mean", "early", "still (not trained on)")] == [
+    assert [name for name in said if name in ("by svd", "by mean", "early", "still (not uptrained)")] == [
         "by svd", "by mean", "early",
     ]  # fmt: skip
-    assert "Those with figures after 0% were then trained on" in to_plain(whole.blocks[0].text)  # type: ignore[union-attr]
-    assert "It was then trained on" in to_plain(section(found()).blocks[0].text)  # type: ignore[union-attr]
 
 
 @pytest.mark.usefixtures("no_drawing")
@@ -83,7 +74,7 @@ def test_without_uptraining_and_without_conversions() -> None:
     whole = section(found(("svd", "mean"), uptrained=False))
     table = next(block for block in whole.blocks if isinstance(block, Table))
     assert [column.title for column in table.columns][:2] == ["variant", "0%"]
-    assert "None was trained on" in to_plain(whole.blocks[0].text)  # type: ignore[union-attr]
+    assert "There was no continued training." in to_plain(whole.blocks[0].text)  # type: ignore[union-attr]
     assert section(plausible.results()).empty
 
 
@@ -115,12 +106,12 @@ def test_the_rest_of_the_report_compares_like_with_like(tmp_path: Path) -> None:
     assert titles[:4] == ["In brief", "Summary", "Quality", "Conversion"]
     write_report(directory)
     text = (directory / "report.md").read_text(encoding="utf-8")
-    assert "What was converted and trained on is compared with by longer, which saw as many tokens." in text
-    assert "Variants of one architecture have one row, that of the first." in text
+    assert "Uptrained variants are compared with by longer, which saw the same number of tokens." in text
+    assert "Variants of one architecture share a row, named after the best of them." in text
 
 
 def test_the_curves_are_drawn(tmp_path: Path) -> None:
-    drawn = pictures.curves(plausible.study(found()))
+    drawn = conversion(plausible.study(found())).blocks[2].pictures  # type: ignore[union-attr]
     assert [one.name for one in drawn] == [
         f"conversion-{kind}" for kind in ("heads", "positions", "windows", "several")
     ]
@@ -130,5 +121,5 @@ def test_the_curves_are_drawn(tmp_path: Path) -> None:
     assert all(tuple(line.get_xdata()) == (0.0, 1.0, 5.0) for line in lines.values())
     assert len({line.get_linestyle() for line in lines.values()}) == 2  # one architecture, two ways
     assert axes[1].get_ylim()[1] < 1.0  # the first point of abrupt leaves the picture, and the caption says so
-    assert "leave the picture" in drawn[1].caption
-    assert "leave the picture" not in drawn[2].caption
+    assert "are outside the figure" in drawn[1].caption
+    assert "are outside the figure" not in drawn[2].caption

@@ -85,7 +85,7 @@ def test_the_page_holds_the_results_own_figures(
         f"## {found['study']['title']}",
         "### In brief",
         "### Summary",
-        "### Quality, and how the changes go together",
+        "### Quality, and how the changes combine",
         "### Beyond the trained length",
         "### Claims of the papers",
         "### How it was made",
@@ -93,7 +93,7 @@ def test_the_page_holds_the_results_own_figures(
     assert page.startswith("# Results\n\n<!-- standard -->\n## ")
     assert page.endswith("<!-- end standard -->\n\n<!-- papers -->\n\n<!-- end papers -->\n\nThe end.\n")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
-    by_name = {row[0]: row for row in rows}
+    by_name = {row[0]: row for row in reversed(rows)}  # the first table has all variants
     for name, variant in found["variants"].items():
         row = by_name[f"**{variant['label']}**"]
         assert row[1] == f"{variant['parameters']['total']:,}"
@@ -203,7 +203,7 @@ def test_a_study_of_conversions_is_kept_and_shown(
     docs.main()
     text = page.read_text()
     assert "### Conversion\n" in text
-    assert "| **by mean** | +0.200 | +0.060 | +0.030 | +0.024 to +0.036 |" in text
+    assert "| **by mean** | +0.200 | +0.060 | +0.030 | 85% | +0.194 to +0.206 | +0.024 to +0.036 |" in text
     assert "| 2 key heads, svd, distilled | +0.010 | (0.000) |" in text
     for link in re.findall(r"\]\((results/.*?)\)", text):
         assert (docs.ROOT / "docs" / link).is_file()
@@ -217,10 +217,13 @@ def test_the_headline_of_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
         "with 2 of its 6 key heads, rotary positions and a window of 128 needs 0.12 MiB of cache for 512 tokens" in said
     )
     assert (
-        "tokens in place of 1.50. Right after the conversion its loss is 2.200 nats a token (2.194 to 2.206) higher"
-        " than that of the base;" in said
+        "tokens in place of 1.50. Right after the conversion its loss is 2.200 nats per token (2.194 to 2.206) higher"
+        " than that of the base." in said
     )
-    assert "training on for 5% of its pre-training, 0.200 nats a token (0.194 to 0.206) higher than that" in said
+    assert (
+        "continued training for 5% of its pre-training, it is 0.200 nats per token (0.194 to 0.206) higher than that"
+        in said
+    )
 
 
 def test_a_headline_inside_the_noise_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +234,7 @@ def test_a_headline_inside_the_noise_says_so(monkeypatch: pytest.MonkeyPatch) ->
         "high": 0.007,
     }
     said = tool("conversion_tables", monkeypatch).headline(plausible.study(found).results, "all")
-    assert "not to be told (+0.003 nats a token, −0.001 to +0.007) from that of the base trained on as long" in said
+    assert "within noise (+0.003 nats per token, −0.001 to +0.007) of that of the base after the same training" in said
 
 
 def test_conversions_of_several_studies_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -382,16 +382,15 @@ def test_the_report_of_a_study_with_conversions(whole: Path, no_drawing: None) -
     section = section.partition("\n## ")[0]
     table = section.partition("**Loss added**")[2]
     names = [line.split("|")[1].strip(" *") for line in table.splitlines() if line.startswith("| **")]
-    assert names[:6] == ["trained on", "twin", "mean", "first", "still (not trained on)", "taught"]  # as in the file
+    assert names[:6] == ["trained on", "twin", "mean", "first", "still (not uptrained)", "taught"]  # as in the file
     longer = looks(whole, "longer")
     assert all(f"{look.nats_per_token:.4f}" in table for look in longer)
-    assert "### Fewer key heads" in section
-    assert "### Windows" in section
-    assert "A curve is one run, looked at on its way: its learning rate falls as a cosine" in section
-    assert "Differences are to trained on, which is base trained on with the same tokens" in section
-    assert "of 2 ways to the same architecture" in section
+    assert "conversion-windows" in section
+    assert "The learning rate decays to the end of the run" in section
+    assert "trained on: the same base after continued training on the same tokens" in section
+    assert "Several ways to the same architecture" in section
     assert "None" not in section
-    assert "is compared with trained on, which saw as many tokens" in text
+    assert "are compared with trained on, which saw the same number of tokens" in text
 
 
 def test_the_order_of_the_file_is_that_of_the_results(corpus: Path, whole: Path) -> None:

@@ -184,7 +184,7 @@ def _positions(
         raise GptlabError("rotary 'fit' changes what a model computes, which a blend must not; choose 'gauge'")
     if changes.position == "blend":
         step = Step(
-            "positions", f"learned -> blend, {method}: trained on, it becomes rope", "all outputs", fitted=calibrated
+            "positions", f"learned -> blend, {method}: becomes rope during uptraining", "all outputs", fitted=calibrated
         )
         return step, lambda _, model: to_blend(model, method=method, rope=changes.rope, rows=rows, seed=changes.seed)
     step = Step("positions", f"learned -> rope, {method}", "", "scores of heads; the table is deleted", calibrated)

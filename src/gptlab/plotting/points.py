@@ -13,6 +13,7 @@ from gptlab.plotting.style import (
     Look,
     figure,
     in_unit,
+    label_ends,
     place_of,
     powers_of_two,
     short,
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 Point = tuple[str, Look, float, float, float | None, float | None]
 """A labelled point: how it is drawn, bytes, height, and the ends of an interval of the height or None."""
+
+LONGEST = 24
+"""Letters of a name that has room beside its point; longer ones stand right of the axes."""
 
 
 @styled
@@ -78,7 +82,8 @@ def scatter(
     drawing = figure()
     axes = drawing.subplots()
     axes.set_xscale("log", base=2)
-    powers_of_two(axes.xaxis, [point[2] for point in points], in_unit)
+    outside = max(len(point[0]) for point in points) > LONGEST
+    powers_of_two(axes.xaxis, [point[2] for point in points], in_unit, 3 if outside else 6)
     axes.plot([points[i][2] for i in front], [points[i][3] for i in front], color=GREY, linewidth=0.9, zorder=1)
     for _, look, x, y, low, high in points:
         if low is not None and high is not None:
@@ -87,7 +92,10 @@ def scatter(
     axes.set_xlabel(xlabel)
     title(axes, ylabel)
     axes.margins(x=0.12, y=0.12)
-    _label_points(axes, points)
+    if outside:
+        label_ends(axes, [(label, look.colour, x, y) for label, look, x, y, *_ in points], 0.72 * 72 * HEIGHT)
+    else:
+        _label_points(axes, points)
     return drawing
 
 

@@ -136,10 +136,10 @@ def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
     return drawn
 
 
-def powers_of_two(axis: Axis, values: Sequence[float], write: Callable[[float], str]) -> None:
-    """Set at most six ticks, at powers of two."""
+def powers_of_two(axis: Axis, values: Sequence[float], write: Callable[[float], str], most: int = 6) -> None:
+    """Set at most so many ticks, at powers of two."""
     first, last = math.ceil(math.log2(min(values)) - 1e-9), math.floor(math.log2(max(values)) + 1e-9)
-    step = max(1, math.ceil((last - first + 1) / 6))
+    step = max(1, math.ceil((last - first + 1) / most))
     axis.set_ticks([2.0**i for i in range(first, last + 1, step)])
     axis.set_ticks([], minor=True)
     axis.set_major_formatter(lambda value, _: write(value))

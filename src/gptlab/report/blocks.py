@@ -1,22 +1,26 @@
-"""What a report is made of, before it is HTML or Markdown: sections of blocks, and the writing of numbers.
+"""What a report is made of, before it is HTML or Markdown: sections of blocks, and differences in words.
 
-Text is Markdown's simplest part, which both forms understand: ``**strong**``, ``*emphasis*``, `` `code` `` and a
-backslash before a character that is to be itself. What comes from a file goes through `literal` first.
+Text is inline Markdown: ``**strong**``, ``*emphasis*``, `` `code` `` and a backslash before a character that is to be
+itself. What comes from a file goes through `literal` first.
 """
 
 from __future__ import annotations
 
-import html
+import functools
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gptlab.errors import GptlabError
 from gptlab.formatting import MINUS, signed
 from gptlab.study.results import Interval
 
-MARKUP = re.compile(r"\\(?P<itself>[\\`*_\[\]<>|#])|`(?P<code>[^`]+)`|\*\*(?P<strong>.+?)\*\*|\*(?P<em>.+?)\*")
+if TYPE_CHECKING:
+    from markdown_it import MarkdownIt
+
+NOISE = "within noise"
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class Column(NamedTuple):
     kind: str = "number"
 
 
+VARIANT = Column("variant", "text")
+
+
 @dataclass(frozen=True)
 class Table:
     """A table.
@@ -69,10 +76,19 @@ class Table:
 
     def limits(self, column: int) -> tuple[float, float]:
         """Return the ends of the scale of a column of ranges, zero included."""
-        found = [0.0]
-        for one in (row[column] for row in self.rows if row[column] is not None):
-            found += [one.mean, *(ends(one) or ())]
-        return min(found), max(found)
+        values = [0.0]
+        for interval in (row[column] for row in self.rows if row[column] is not None):
+            values += [interval.mean, *(ends(interval) or ())]
+        return min(values), max(values)
+
+    @property
+    def markdown(self) -> str:
+        """The table in Markdown, without the columns of drawn intervals."""
+        shown = [i for i, column in enumerate(self.columns) if column.kind != "range"]
+        rules = ("---:" if self.columns[i].kind == "number" else "---" for i in shown)
+        lines = [" | ".join(self.columns[i].title for i in shown), "|".join(rules)]
+        lines += [" | ".join(str(row[i]) for i in shown) for row in self.rows]
+        return "\n".join(f"|{line}|" if n == 1 else f"| {line} |" for n, line in enumerate(lines))
 
 
 @dataclass(frozen=True)
@@ -123,6 +139,11 @@ class Section:
         return not self.blocks and all(part.empty for part in self.parts)
 
 
+def side_by_side(pictures: Sequence[Picture]) -> list[Block]:
+    """Return pictures as a block, if there are any."""
+    return [Pictures(pictures)] if pictures else []
+
+
 def literal(text: object) -> str:
     """Return text that stands for itself, whatever it holds."""
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
@@ -133,63 +154,74 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9-]+", "-", name)
 
 
+@functools.cache
+def _parser() -> MarkdownIt:
+    try:
+        from markdown_it import MarkdownIt
+    except ImportError:
+        raise GptlabError(
+            "a report needs markdown-it-py, matplotlib and jinja2; install them: pip install 'gptlab[report]'"
+        ) from None
+    # Emphasis, code and escapes; whatever else a text holds is text.
+    return MarkdownIt("zero").enable(["emphasis", "backticks", "escape"])
+
+
 def to_html(text: str) -> str:
     """Return a text's markup as HTML, everything else escaped."""
-    found, end = [], 0
-    for match in MARKUP.finditer(text):
-        found.append(html.escape(text[end : match.start()]))
-        end = match.end()
-        kind, inner = match.lastgroup, match[match.lastgroup or 0]
-        if kind == "itself":
-            found.append(html.escape(inner))
-        elif kind == "code":
-            found.append(f"<code>{html.escape(inner)}</code>")
-        else:
-            found.append(f"<{kind}>{to_html(inner)}</{kind}>")
-    return "".join([*found, html.escape(text[end:])])
+    return str(_parser().renderInline(text))
+
+
+def to_plain(text: str) -> str:
+    """Return a text without its markup."""
+    return "".join(token.content for line in _parser().parseInline(text) for token in line.children or ())
 
 
 def ends(interval: Interval) -> tuple[float, float] | None:
-    """The ends of an interval; None where it has none."""
+    """Return the ends of an interval; None where it has none."""
     return None if interval.low is None or interval.high is None else (interval.low, interval.high)
 
 
 def in_noise(interval: Interval) -> bool:
-    """Whether an interval covers zero."""
-    found = ends(interval)
-    return found is not None and found[0] <= 0 <= found[1]
+    """Return whether an interval covers zero."""
+    around = ends(interval)
+    return around is not None and around[0] <= 0 <= around[1]
 
 
-def nats(difference: float | Interval) -> str:
-    """A difference of the loss with its sign, in as many decimals as it, or its interval, needs."""
+def nats(difference: Interval | float) -> str:
+    """Return a difference of the loss with its sign, in as many decimals as it, or its interval, needs."""
     if isinstance(difference, Interval):
         return signed(difference.mean, _places(difference.mean, ends(difference)))
     return signed(difference, _places(difference, None))
 
 
 def span(interval: Interval) -> str:
-    """The ends of an interval, or nothing where it has none."""
-    found = ends(interval)
-    return "" if found is None else " to ".join(signed(end, _places(interval.mean, found)) for end in found)
+    """Return the ends of an interval, or nothing where it has none."""
+    around = ends(interval)
+    return " to ".join(signed(end, _places(interval.mean, around)) for end in around or ())
+
+
+def bracketed(interval: Interval) -> str:
+    """Return a difference, in brackets where its interval covers zero."""
+    return f"({nats(interval)})" if in_noise(interval) else nats(interval)
+
+
+def direction(interval: Interval, below: str = "lower loss", above: str = "higher loss") -> str:
+    """Return what a difference says in two words."""
+    if in_noise(interval):
+        return NOISE
+    return "no interval" if ends(interval) is None else below if interval.mean < 0 else above
 
 
 def verdict(interval: Interval) -> str:
-    """What a difference of the loss says: its direction, its size, and whether it is more than noise."""
+    """Return what a difference of the loss says: its direction, its size, and whether it is more than noise."""
     if in_noise(interval):
-        return f"inside the noise, {nats(interval)} nats a token (95% interval {span(interval)})"
+        return f"{NOISE}, {nats(interval)} nats per token (95% interval {span(interval)})"
     size = nats(interval).lstrip(f"+{MINUS}")
-    words = f"{size} nats a token {'lower' if interval['mean'] < 0 else 'higher'}"
-    if interval.low is None:
-        return f"{words}, without an interval: it may be noise"
-    return f"{words} (95% interval {span(interval)})"
+    words = f"{size} nats per token {'lower' if interval.mean < 0 else 'higher'}"
+    return f"{words} ({f'95% interval {span(interval)}' if ends(interval) else 'no interval; it may be noise'})"
 
 
-def _places(mean: float, found: tuple[float, float] | None) -> int:
+def _places(mean: float, around: tuple[float, float] | None) -> int:
     """Decimals, three to five, in which both the difference and the width of its interval have two digits."""
-    least = min(abs(mean), math.inf if found is None else found[1] - found[0])
+    least = min(abs(mean), math.inf if around is None else around[1] - around[0])
     return next((n for n in (3, 4) if least >= 10 ** (1 - n)), 5)
-
-
-def to_plain(text: str) -> str:
-    """Return a text without its markup."""
-    return MARKUP.sub(lambda m: m["itself"] if m.lastgroup == "itself" else to_plain(m[m.lastgroup or 0]), text)

@@ -1,203 +1,214 @@
-"""The report's section on conversions: what was lost right after them, and what came back by training on."""
+"""The report's section on conversions: the loss right after them, and after continued training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from gptlab.formatting import count, digits, listed, memory
+from gptlab.config import ModelConfig
+from gptlab.formatting import count, digits, memory
+from gptlab.plotting import lines
+from gptlab.plotting.lines import Series
+from gptlab.plotting.style import COLOURS, INK, STROKES, Look
 from gptlab.report.blocks import (
+    VARIANT,
     Block,
-    Bullets,
     Column,
     Paragraph,
-    Pictures,
+    Picture,
     Section,
     Table,
+    bracketed,
     ends,
     in_noise,
     literal,
-    nats,
+    side_by_side,
     span,
-    verdict,
 )
-from gptlab.report.pictures_conversion import FAMILIES, curves, families
 from gptlab.report.view import Study
-from gptlab.study.results import Checkpoint, Interval
+from gptlab.study.results import Checkpoint, Conversions, Interval
+
+FAMILIES = {
+    "gqa": ("heads", "Fewer key heads"),
+    "rope": ("positions", "Rotary positions"),
+    "swa": ("windows", "Windows"),
+    "other": ("context", "A longer context"),
+    "several": ("several", "Several changes at once"),
+}
+"""Kinds of conversions, by what they change, with the names of their figures, in the order in which they are shown."""
+
+
+def families(study: Study) -> dict[str, list[str]]:
+    """Return the converted variants that were evaluated, by family."""
+    found: dict[str, list[str]] = {name: [] for name in FAMILIES}
+    for name, kinds in study.kinds.items():
+        if study.checkpoints(name) and kinds:
+            found[next(iter(kinds)) if len(kinds) == 1 else "several"].append(name)
+    return {kind: names for kind, names in found.items() if names}
 
 
 def conversion(study: Study) -> Section:
-    """Losses by share of the pre-training, curves, and what they say."""
-    found = families(study)
-    if not found:
+    """Return losses by share of the pre-training, their curves, and the best of several ways to one architecture."""
+    about, found = study.about.conversion, families(study)
+    if about is None or not found:
         return Section("conversion", "Conversion", [])
-    drawn = curves(study)
-    blocks: list[Block] = [Paragraph(_how(study)), _losses(study)]
-    blocks += [Pictures(drawn)] if drawn else []
-    parts = [Section(f"conversion-{kind}", FAMILIES[kind], [Bullets(_said(study, found[kind]))]) for kind in found]
-    return Section("conversion", "Conversion", [*blocks, _made(study)], parts)
+    blocks = [*_method(study, about), _losses(study, about), *side_by_side(_curves(study, found))]
+    return Section("conversion", "Conversion", [*blocks, *_rivals(study), _steps(study)])
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:g}%"
 
 
-def _how(study: Study) -> str:
+def _method(study: Study, about: Conversions) -> list[Block]:
     """What was done, and what the figures mean."""
-    about, base = study.about.conversion, study.label(study.base_name)
-    assert about is not None
-    made = [name for name in study.variants if study.checkpoints(name)]
-    text = (
-        f"Every variant here begins as {base}, converted; conversions were fitted on {literal(about['calibration'])}."
+    base = study.label(study.base_name)
+    text = f"Every variant is a conversion of {base}. Conversions were fitted on {literal(about.calibration)}."
+    if about.recipe is None or about.pretraining_tokens is None:
+        return [Paragraph(f"{text} There was no continued training. Differences are to {base}.")]
+    text += (
+        f" Variants with figures after 0% were then trained further (uptraining). Shares are of the"
+        f" {count(about.pretraining_tokens)} tokens of pre-training. Each row is one run, evaluated along the way."
     )
-    recipe, yardstick = about.recipe, about.reference
-    if recipe is None:
-        return f"{text} None was trained on: differences are to {base}."
-    who = "It was" if all(len(study.checkpoints(name)) > 1 for name in made) else "Those with figures after 0% were"
-    text += f" {who} then trained on; shares are of the {count(about['of'])} tokens that {base} was trained on."
-    text += " A curve is one run, looked at on its way: its learning rate"
-    kind = recipe["schedule"]["kind"]
-    if kind == "constant":
-        text += " stays the same after the warm-up."
-    else:
-        words = {"cosine": "falls as a cosine", "wsd": "falls in its last part"}[kind]
-        text += f" {words} to the end of the run, so that a run that ended at a smaller share would do better there."
-    if yardstick is None:
-        return f"{text} Differences right after conversion are to {base}; no base was trained on to compare with later."
-    text += f" Differences are to {study.label(yardstick)}, which is {base} trained on with the same tokens in the same"
-    return f"{text} order; right after conversion to {base} itself."
+    if about.recipe["schedule"]["kind"] != "constant":
+        text += " The learning rate decays to the end of the run: a shorter run would do better at its own end."
+    if about.reference is None:
+        return [Paragraph(f"{text} Differences right after conversion are to {base}.")]
+    text += (
+        f" Differences at 0% are to {base}. Later ones are to {study.label(about.reference)}: the same {base} after"
+        " continued training on the same tokens in the same order."
+    )
+    return [Paragraph(text)]
 
 
-def _losses(study: Study) -> Table:
-    """Variant by share: the loss of base and yardstick, and what the others have more."""
+def _losses(study: Study, about: Conversions) -> Table:
+    """Variant by share: the loss of the reference, and what the others have more."""
     names = [name for name in study.variants if study.checkpoints(name)]
-    yardstick = study.about.conversion.reference if study.about.conversion else None
-    shares = sorted({look.share for name in names for look in study.checkpoints(name)})
+    shares = sorted({at.share for name in names for at in study.checkpoints(name)})
     rows = []
     for name in names:
-        looks = {look.share: look for look in study.checkpoints(name)}
-        row = [f"**{study.label(name)}**"]
-        for share in shares:
-            look = looks.get(share)
-            row.append("" if look is None else _cell(look, name == yardstick))
-        last = max(looks)
-        gap = looks[last].difference if name != yardstick else None
-        rows.append([*row, span(gap) if gap else "", gap])
-    columns = [Column("variant", "text"), *(Column(_percent(share)) for share in shares)]
-    columns += [Column("95% interval, last"), Column("", "range")]
-    note = f"Nats a token on {study.text}"
-    note += (
-        f": the loss of {study.label(yardstick)}, and how much more the others have"
-        if yardstick
-        else ", more than the base"
+        own = name == about.reference
+        at = {checkpoint.share: checkpoint for checkpoint in study.checkpoints(name)}
+        row = [_cell(at[share], own) if share in at else "" for share in shares]
+        gaps = {share: checkpoint.difference for share, checkpoint in at.items() if not own}
+        if len(shares) > 1:
+            row += [_recovered(at) if not own else "", _interval(gaps.get(shares[0]))]
+        rows.append([f"**{study.label(name)}**", *row, _interval(gaps.get(shares[-1]))])
+    columns = [VARIANT, *(Column(_percent(share)) for share in shares)]
+    if len(shares) > 1:
+        columns += [Column("recovered"), Column(f"95% interval, {_percent(shares[0])}")]
+    columns.append(Column(f"95% interval, {_percent(shares[-1])}"))
+    first = f"the loss of {study.label(about.reference)}, and " if about.reference else ""
+    note = (
+        f"Nats per token on {study.text}: {first}how much higher the others are, by share of the pre-training; 0% is"
+        " right after conversion. In brackets: within noise."
     )
-    note += ", after a share of the pre-training; 0% is right after conversion. In brackets: inside the noise."
+    if len(shares) > 1:
+        note += " Recovered: the part of the loss added by the conversion that continued training removed."
     return Table("Loss added", study.setting, columns, rows, note)
 
 
-def _cell(look: Checkpoint, own: bool) -> str:
-    """The loss of the yardstick, or a difference, in brackets where it is inside the noise."""
-    gap = look.difference
-    if own or gap is None:
-        return f"{look['nats_per_token']:.4f}"
-    return f"({nats(gap)})" if in_noise(gap) else nats(gap)
+def _interval(gap: Interval | None) -> str:
+    return span(gap) if gap else ""
 
 
-def _made(study: Study) -> Table:
-    """How each variant was made, its size, and how far its outputs moved."""
-    context = study.configs[study.base_name].context_length
+def _cell(at: Checkpoint, own: bool) -> str:
+    """The loss of the reference, or a difference."""
+    return f"{at.nats_per_token:.4f}" if own or at.difference is None else bracketed(at.difference)
+
+
+def _recovered(at: Mapping[float, Checkpoint]) -> str:
+    """The share of the added loss that is gone at the end; empty where nothing was added, or nobody trained."""
+    first, last = at[min(at)].difference, at[max(at)].difference
+    if len(at) < 2 or first is None or last is None or first.mean <= 0 or in_noise(first) or ends(first) is None:
+        return ""
+    back = 1 - last.mean / first.mean
+    return f"{100 * back:.1f}%" if 0.9 < back < 1 else "all" if back >= 1 else f"{100 * back:.0f}%" if back >= 0 else ""
+
+
+def _rivals(study: Study) -> list[Table]:
+    """The best of several ways to one architecture, right after conversion and at the end, and the gaps of others."""
+    groups: dict[ModelConfig, list[str]] = {}
+    for name, kinds in study.kinds.items():
+        if study.checkpoints(name) and kinds:
+            groups.setdefault(study.configs[name], []).append(name)
     rows = []
+    for names in groups.values():
+        for when in (0, -1):
+            at = {name: study.checkpoints(name)[when] for name in names}
+            share = max(checkpoint.share for checkpoint in at.values())
+            at = {name: checkpoint for name, checkpoint in at.items() if checkpoint.share == share}
+            if len(at) > 1 and not (when == -1 and share == 0):
+                rows.append(_ranking(study, share, at))
+    if not rows:
+        return []
+    columns = [Column(title, "text") for title in ("after", "lowest loss", "others, and how much higher")]
+    note = "Differences are paired over the same documents, in nats per token. In brackets: within noise."
+    return [Table("Several ways to the same architecture", study.setting, columns, rows, note)]
+
+
+def _ranking(study: Study, share: float, at: Mapping[str, Checkpoint]) -> list[str]:
+    best = min(at, key=lambda name: at[name].nats_per_token)
+    gaps = {name: at[best].rivals[name] for name in at if name in at[best].rivals}
+    others = [f"{study.label(name)} {bracketed(_reversed(gap))}" for name, gap in gaps.items()]
+    return ["conversion" if share == 0 else _percent(share), f"**{study.label(best)}**", "; ".join(others)]
+
+
+def _reversed(gap: Interval) -> Interval:
+    """The same difference with the other sign."""
+    low, high = (-end for end in ends(gap) or (0.0, 0.0))
+    return gap.model_copy(update={"mean": -gap.mean, "low": high, "high": low} if ends(gap) else {"mean": -gap.mean})
+
+
+def _steps(study: Study) -> Table:
+    """How each variant was made, its size, and how far its outputs moved."""
+    context, rows, measured = study.configs[study.base_name].context_length, [], 0
     for name, variant in study.variants.items():
-        about = variant.conversion
-        if not about:
+        if (about := variant.conversion) is None:
             continue
-        moved = about.divergence
-        row = [f"**{study.label(name)}**", "; ".join(literal(step) for step in about.steps) or "as it is"]
+        moved, measured = about.divergence, max(measured, about.divergence_tokens)
+        row = [f"**{study.label(name)}**", "; ".join(literal(step) for step in about.steps) or "none"]
         row += [count(variant.parameters["total"]), memory(study.cache(name, context) or 0)]
-        row += [
-            "-" if moved is None else "0" if moved < 1e-6 else digits(moved, 2),
-            literal(", ".join(about.settings)) or "",
-        ]
-        rows.append(row)
-    columns = [Column("variant", "text"), Column("conversion", "text"), Column("parameters")]
-    columns += [Column(f"cache, {count(context)} tokens"), Column("outputs moved"), Column("own settings", "text")]
-    tokens = max(v.conversion.divergence_tokens for v in study.variants.values() if v.conversion)
+        row.append("-" if moved is None else "0" if moved < 1e-6 else digits(moved, 2))
+        rows.append([*row, literal(", ".join(about.settings))])
+    columns = [VARIANT, Column("conversion", "text"), Column("parameters"), Column(f"cache, {count(context)} tokens")]
+    columns += [Column("divergence"), Column("own settings", "text")]
     note = (
-        "Outputs moved: mean divergence of the next token's distribution from the base's right after conversion,"
-        f" KL(base || converted) in nats a token, over {count(tokens)} tokens of the held-out text. Cache in bfloat16."
+        "Divergence: KL(base || converted) of the next token's distribution right after conversion, in nats per token,"
+        f" the mean over {count(measured)} tokens of the held-out text. Cache in bfloat16."
     )
     return Table("How each was made", study.setting, columns, rows, note)
 
 
-def _said(study: Study, names: Sequence[str]) -> list[str]:
-    """Sentences about the variants of a family: one for each, and one for all ways to one architecture."""
-    items = [f"**{study.label(name)}.** {_alone(study, name)}" for name in names]
-    groups: dict[Any, list[str]] = {}
-    for name in names:
-        groups.setdefault(study.configs[name], []).append(name)
-    return items + [item for group in groups.values() if len(group) > 1 for item in _among(study, group)]
-
-
-def _alone(study: Study, name: str) -> str:
-    """What a variant lost, and what came back."""
-    looks = [(look.share, look.difference) for look in study.checkpoints(name) if look.difference is not None]
-    if not looks:
-        return "There is nothing to compare it with."
-    (share, first), (until, last) = looks[0], looks[-1]
-    said = f"Right after conversion loss {verdict(first)}." if share == 0 else ""
-    if len(looks) == 1:
-        return said
-    said += f" After {_percent(until)} loss {verdict(last)}"
-    if first.mean > 0 and not in_noise(first) and first.low is not None:
-        back = 1 - last.mean / first.mean
-        said += f": {_back(back)}" if 0 <= back < 1 else ": more than all came back" if back >= 1 else ": it grew"
-    return f"{said}."
-
-
-def _back(share: float) -> str:
-    return f"{100 * share:.1f}% of what was lost came back" if share > 0.9 else f"{100 * share:.0f}% of it came back"
-
-
-def _among(study: Study, names: Sequence[str]) -> list[str]:
-    """Which of several ways to one architecture is ahead, right after conversion and at the end."""
-    found = []
-    for when in (0, -1):
-        looks = {name: study.checkpoints(name)[when] for name in names}
-        share = max(look.share for look in looks.values())
-        looks = {name: look for name, look in looks.items() if look.share == share}
-        if len(looks) < 2 or (when == -1 and share == 0):
+def _curves(study: Study, found: Mapping[str, Sequence[str]]) -> list[Picture]:
+    """For each family the added loss against the share of the pre-training."""
+    pictures = []
+    for kind, names in found.items():
+        series: list[Series] = []
+        for name, look in zip(names, _looks(study, names), strict=True):
+            points = [(100 * at.share, at.difference.mean) for at in study.checkpoints(name) if at.difference]
+            if len(points) > 1:
+                x, y = zip(*points, strict=True)
+                series.append(Series(study.name_of(name), look, x, y, marks=True))
+        if not series:
             continue
-        best = min(looks, key=lambda name: looks[name].nats_per_token)
-        tied: list[str] = []
-        behind: list[str] = []
-        for name in looks:
-            gap = looks[best].rivals.get(name)
-            if name != best and gap is not None:
-                (tied if in_noise(gap) else behind).append(f"{study.label(name)} ({nats(_turned(gap))})")
-        begin = "Right after conversion" if share == 0 else f"After {_percent(share)}"
-        said = f"**{begin} {study.label(best)} has the lowest loss of {len(looks)} ways to the same architecture.**"
-        said += f" Behind it: {listed(behind)} nats a token." if behind else ""
-        said += f" Inside the noise of it: {listed(tied)}." if tied else ""
-        ratio = _ratio(looks, best) if share == 0 else None
-        said += f" {ratio}" if ratio else ""
-        found.append(said)
-    return found
+        # What is lost right away may be many times what is left soon after: then it leaves the picture.
+        most, usual = max(max(one.y) for one in series), max(y for one in series for y in one.y[1:])
+        top = 1.25 * usual if usual > 0 and most > 2.5 * usual else None
+        drawing = lines.draw(series, "% of the pre-training", "loss added (nats per token)", zero=True, top=top)
+        caption = f"{FAMILIES[kind][1]}: loss added, by share of the pre-training. At zero nothing is lost."
+        caption += " The highest first points are outside the figure; the table has them." if top is not None else ""
+        pictures.append(Picture(f"conversion-{FAMILIES[kind][0]}", caption, drawing))
+    return pictures
 
 
-def _turned(gap: Interval) -> Interval:
-    """The same difference the other way round."""
-    found = ends(gap)
-    low, high = (None, None) if found is None else (-found[1], -found[0])
-    return gap.model_copy(update={"mean": -gap.mean, "low": low, "high": high})
-
-
-def _ratio(looks: Mapping[str, Checkpoint], best: str) -> str:
-    """How much of the loss that the others add the best one adds."""
-    gaps = {name: look.difference for name, look in looks.items() if look.difference}
-    own = gaps.get(best)
-    others = [gap.mean for name, gap in gaps.items() if name != best and gap.mean > 0 and not in_noise(gap)]
-    if own is None or not others or own.mean <= 0:
-        return ""
-    shares = sorted(100 * own.mean / other for other in others)
-    words = f"{digits(shares[0], 2)}%" if len(shares) == 1 else f"{digits(shares[0], 2)} to {digits(shares[-1], 2)}%"
-    return f"It adds {words} of the loss that the other{'s' * (len(shares) > 1)} add{'s' * (len(shares) == 1)}."
+def _looks(study: Study, names: Sequence[str]) -> list[Look]:
+    """A colour for each architecture, and a stroke for each way to it; where there is one alone, a colour for each."""
+    kinds = list(dict.fromkeys(study.configs[name] for name in names))
+    palette, looks = [INK, *COLOURS[:-1]], []
+    seen = dict.fromkeys(kinds, 0)
+    for i, name in enumerate(names):
+        config = study.configs[name]
+        way, colour = seen[config], kinds.index(config) if len(kinds) > 1 else i
+        seen[config] += 1
+        looks.append(Look(palette[colour % len(palette)], STROKES[way % len(STROKES)], way > 0))
+    return looks

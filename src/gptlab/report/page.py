@@ -6,22 +6,26 @@ import html
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from gptlab.checkpoints.files import write_files
 from gptlab.errors import GptlabError
-from gptlab.plotting import style
-from gptlab.plotting.style import encode
-from gptlab.report.blocks import Calculator, Picture, Pictures, Section, Table, literal, to_html, to_plain
+from gptlab.plotting.style import encode, inline
+from gptlab.report.blocks import Block, Calculator, Picture, Pictures, Section, literal, to_html, to_plain
 from gptlab.report.changes import changes
+from gptlab.report.claims import claims
 from gptlab.report.conversion import conversion
 from gptlab.report.counts import counts
-from gptlab.report.end import claims, making, race, samples
+from gptlab.report.making import making, samples
 from gptlab.report.operation import beyond, operation
+from gptlab.report.quality import quality
 from gptlab.report.speed import speed
-from gptlab.report.summary import in_brief, quality, summary
+from gptlab.report.summary import in_brief, summary
 from gptlab.report.texts import template as template_of
 from gptlab.report.view import Study, read_study
+
+if TYPE_CHECKING:
+    import jinja2
 
 HTML, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
 
@@ -38,19 +42,19 @@ def write_report(directory: Path) -> Path:
         The path of the page.
 
     Raises:
-        GptlabError: no results, damaged ones or those of another version, matplotlib or jinja2 missing, or a directory
-            that cannot be written.
+        GptlabError: no results, damaged ones or those of another version, a library missing, or a directory that cannot
+            be written.
     """
     study = read_study(directory)
     sections = [section for section in outline(study) if not section.empty]
     drawn = draw(sections, ("svg", "png"))
-    inline = {
-        picture.name: style.inline(
+    in_page = {
+        picture.name: inline(
             drawn[f"{picture.name}.svg"], picture.name, html.escape(to_plain(picture.caption), quote=True)
         )
         for picture in _pictures(sections)
     }
-    page, text = (render(name, study, sections, inline) for name in ("report.html.j2", "report.md.j2"))
+    page, text = (render(name, study, sections, in_page) for name in ("report.html.j2", "report.md.j2"))
     if drawn:
         write_files(directory / FIGURES, drawn)
     write_files(directory, {MARKDOWN: text.encode(), HTML: page.encode()})
@@ -68,7 +72,6 @@ def outline(study: Study) -> list[Section]:
         operation(study),
         speed(study),
         counts(study),
-        race(study),
         claims(study),
         samples(study),
         making(study),
@@ -76,15 +79,14 @@ def outline(study: Study) -> list[Section]:
 
 
 def excerpt(study: Study, files: str) -> list[Section]:
-    """Return what a page of the docs takes of a report: what was found, and how.
+    """Return what a page of the docs takes of a report.
 
     Args:
         study: what it is about.
         files: where its results lie, in words.
     """
-    found = [in_brief(study), summary(study), quality(study), conversion(study), beyond(study), claims(study)]
-    found.append(making(study, files))
-    return [section for section in found if not section.empty]
+    sections = [in_brief(study), summary(study), quality(study), conversion(study), beyond(study), claims(study)]
+    return [section for section in (*sections, making(study, files)) if not section.empty]
 
 
 def draw(sections: Sequence[Section], kinds: Sequence[str]) -> dict[str, bytes]:
@@ -113,26 +115,6 @@ def render(
         level: of the highest heading in Markdown.
         folder: of the figures in Markdown.
     """
-    try:
-        import jinja2
-        import markupsafe
-    except ImportError:
-        raise GptlabError("a report needs matplotlib and jinja2; install them: pip install 'gptlab[report]'") from None
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(template_of),
-        autoescape=template.endswith(".html.j2"),
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(
-        kind=lambda block: type(block).__name__,
-        markup=lambda text: markupsafe.Markup(to_html(text)),
-        plain=to_plain,
-        literal=literal,
-        rows=_markdown_rows,
-        # Inside a script element nothing is escaped, but its end must not appear.
-        json=lambda data: markupsafe.Markup(json.dumps(data).replace("<", "\\u003c")),
-    )
     values = {
         "title": study.about.title,
         "question": study.about.question,
@@ -141,14 +123,37 @@ def render(
         "drawings": drawings,
         "level": level,
         "folder": folder,
-        "style": markupsafe.Markup(template_of("style.css")),
-        "script": markupsafe.Markup(template_of("roofline.js") + template_of("calculator.js")),
         "calculates": any(isinstance(block, Calculator) for block in _blocks(sections)),
     }
-    return environment.get_template(template).render(values)
+    return _environment(template.endswith(".html.j2")).get_template(template).render(values)
 
 
-def _blocks(sections: Sequence[Section]) -> Iterator[Any]:
+def _environment(escaped: bool) -> jinja2.Environment:
+    try:
+        import jinja2
+        from markupsafe import Markup
+    except ImportError:
+        raise GptlabError(
+            "a report needs markdown-it-py, matplotlib and jinja2; install them: pip install 'gptlab[report]'"
+        ) from None
+    loader = jinja2.FunctionLoader(template_of)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=escaped, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
+    environment.filters.update(
+        kind=lambda block: type(block).__name__,
+        markup=lambda text: Markup(to_html(text)),
+        plain=to_plain,
+        literal=literal,
+        # Inside a script element nothing is escaped, but its end must not appear.
+        json=lambda data: Markup(json.dumps(data).replace("<", "\\u003c")),
+    )
+    environment.globals["style"] = Markup(template_of("style.css"))
+    environment.globals["script"] = Markup(template_of("roofline.js") + template_of("calculator.js"))
+    return environment
+
+
+def _blocks(sections: Sequence[Section]) -> Iterator[Block]:
     for section in sections:
         yield from section.blocks
         yield from _blocks(section.parts)
@@ -158,14 +163,3 @@ def _pictures(sections: Sequence[Section]) -> Iterator[Picture]:
     for block in _blocks(sections):
         if isinstance(block, Pictures):
             yield from block.pictures
-
-
-def _markdown_rows(table: Table) -> str:
-    """A table in Markdown, without the columns of drawn intervals."""
-    shown = [i for i, column in enumerate(table.columns) if column.kind != "range"]
-    lines = [
-        "| " + " | ".join(table.columns[i].title for i in shown) + " |",
-        "|" + "|".join("---:" if table.columns[i].kind == "number" else "---" for i in shown) + "|",
-    ]
-    lines += ["| " + " | ".join(str(row[i]) for i in shown) + " |" for row in table.rows]
-    return "\n".join(lines)

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 from gptlab.config import ModelConfig, divisors
 from gptlab.formatting import count, digits, memory
 from gptlab.model import cost
-from gptlab.report import pictures as pictures
-from gptlab.report.blocks import Block, Calculator, Column, Formula, Paragraph, Pictures, Section, Table, literal
-from gptlab.report.summary import common_point
+from gptlab.plotting import lines
+from gptlab.plotting.lines import Series
+from gptlab.report.blocks import (
+    VARIANT,
+    Block,
+    Calculator,
+    Column,
+    Formula,
+    Paragraph,
+    Picture,
+    Section,
+    Table,
+    literal,
+    side_by_side,
+)
 from gptlab.report.texts import known
-from gptlab.report.view import Study, make_config, tokens
+from gptlab.report.view import Study, make_config, sequences, tokens
 from gptlab.study import roofline
 
 SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -30,20 +43,18 @@ CHECKS: tuple[dict[str, int], ...] = (
 
 
 def speed(study: Study) -> Section:
-    """Prediction, calculator, measured speed and memory."""
+    """Return prediction, calculator, measured speed and memory."""
     text, machine = known()["prediction"], study.machine
     blocks: list[Block] = []
     if machine is not None and study.timings:
-        how = study.timings.peaks.how
         measured = (
             f"{text['where']} On this machine memory is read at {digits(machine.bandwidth / 1e9)} GB/s, and products in"
-            f" {study.dtype} reach {digits(machine.flops / 1e9)} GFLOP/s ({literal(how)})."
+            f" {study.dtype} reach {digits(machine.flops / 1e9)} GFLOP/s ({literal(study.timings.peaks.how)})."
         )
-        drawn = pictures.predictions(study)
         blocks += [Paragraph(text["what"]), Formula(text["tex"], text["mathml"]), Paragraph(measured, "note")]
-        blocks += [*_fit(study, machine), *([Pictures(drawn)] if drawn else []), Calculator(calculator(study, machine))]
-    drawn = pictures.decoding(study)
-    timed = [*([Pictures(drawn)] if drawn else []), *_timed(study)]
+        blocks += [*_fit(study, machine), *side_by_side(_predictions(study, machine))]
+        blocks.append(Calculator(calculator(study, machine)))
+    timed = [*side_by_side(_decoding(study)), *_timed(study)]
     return Section("pays", "When does it pay?", blocks, [Section("measured", "Measured speed and memory", timed)])
 
 
@@ -52,33 +63,27 @@ def _fit(study: Study, machine: roofline.Machine) -> list[Block]:
     shares, gaps = [], []
     for name, config in study.configs.items():
         for point in timed.decode if (timed := study.timed(name)) else ():
-            context, batch = point.context, point.batch
-            limit = roofline.predict(config, machine, context=context, batch=batch, dtype=study.dtype).seconds
-            shares.append(1000 * limit / point.milliseconds)
-            gaps.append(point.milliseconds - 1000 * limit)
+            step = roofline.predict(config, machine, context=point.context, batch=point.batch, dtype=study.dtype)
+            shares.append(1000 * step.seconds / point.milliseconds)
+            gaps.append(point.milliseconds - 1000 * step.seconds)
     if not shares:
         return []
-    small = statistics.median(shares) < 0.5
-    middle, above = statistics.median(gaps), sum(share > 1 for share in shares)
-    said = f"Over {len(shares)} measured points of this study's models, decoding reaches"
-    said += f" {100 * statistics.median(shares):.0f}% of the predicted limit"
-    said += f" (median; {100 * min(shares):.0f} to {100 * max(shares):.0f}%)."
-    if middle > 0:
-        leaves_out = known()["prediction"]["leaves_out"]
-        said += f" A step takes {digits(middle, 2)} ms longer than predicted (median), for what the formula leaves out:"
-        said += f" {leaves_out}. That is more than half of a step in models this small." if small else f" {leaves_out}."
-    smallest = min(v.parameters["total"] for v in study.variants.values())
+    share, gap, above = statistics.median(shares), statistics.median(gaps), sum(share > 1 for share in shares)
+    text = f"Over {len(shares)} measured points, decoding reaches {100 * share:.0f}% of the predicted limit (median;"
+    text += f" {100 * min(shares):.0f} to {100 * max(shares):.0f}%)."
+    if gap > 0:
+        text += f" A step takes {digits(gap, 2)} ms longer than predicted (median). The formula leaves out"
+        text += f" {known()['prediction']['leaves_out']}."
+        text += " In models this small, that is more than half of a step." if share < 0.5 else ""
     if above:
-        size = memory(smallest * roofline.BYTES[study.dtype])
-        said += (
-            f" {above} point{'s are' if above > 1 else ' is'} above it: weights of {size} may stay in the processor's"
-            " caches, which are faster than the memory."
-        )
-    return [Paragraph(said)]
+        smallest = min(v.parameters["total"] for v in study.variants.values()) * roofline.BYTES[study.dtype]
+        text += f" {above} point{'s are' if above > 1 else ' is'} above the limit: weights of {memory(smallest)} may"
+        text += " stay in the processor's caches, which are faster than the memory."
+    return [Paragraph(text)]
 
 
 def calculator(study: Study, machine: roofline.Machine) -> dict[str, Any]:
-    """Everything that the calculator in the page starts from, and what it must find to show itself."""
+    """Return everything that the calculator in the page starts from, and what it must compute to show itself."""
     base = study.configs[study.base_name]
     # Plain attention: what to change is the calculator's own question.
     own = dataclasses.replace(base, n_kv_head=base.n_head, window=None, sinks=0, dilation=1)
@@ -114,30 +119,82 @@ def check(name: str, config: ModelConfig, at: dict[str, int], machine: roofline.
     }
 
 
+def _decoding(study: Study) -> list[Picture]:
+    """Measured tokens per second against context, for each batch, and against batch."""
+    measured = {name: study.rates(name, "decode") for name in study.drawn}
+    pictures = []
+    for batch in sorted({batch for rates in measured.values() for _, batch in rates}):
+        series = _lines(study, {n: {c: v for (c, b), v in r.items() if b == batch} for n, r in measured.items()})
+        if series:
+            drawing = lines.draw(series, "tokens of context", "tokens/s, measured", powers=True, from_zero=True)
+            caption = f"Decoding {sequences(batch)} ({study.dtype}): tokens per second in all, against context."
+            pictures.append(Picture(f"decode-speed-batch-{batch}", caption, drawing))
+    own = measured[study.base_name]
+    several = [context for context, _ in own if len([b for c, b in own if c == context]) > 1]
+    if several:
+        context = max(several)
+        series = _lines(study, {n: {b: v for (c, b), v in r.items() if c == context} for n, r in measured.items()})
+        drawing = lines.draw(series, "sequences at once", "tokens/s, measured", powers=True, from_zero=True)
+        caption = f"Decoding against batch, {tokens(context)} of context ({study.dtype})."
+        caption += " The weights are read once for all sequences."
+        pictures.append(Picture("decode-speed-against-batch", caption, drawing))
+    return pictures
+
+
+def _lines(study: Study, measured: Mapping[str, Mapping[int, float]]) -> list[Series]:
+    return [
+        Series(study.name_of(name), study.looks[name], sorted(rates), [rates[at] for at in sorted(rates)], marks=True)
+        for name, rates in measured.items()
+        if len(rates) > 1
+    ]
+
+
+def _predictions(study: Study, machine: roofline.Machine) -> list[Picture]:
+    """Measured points over the roofline's lines, for each batch: the base and the variants of a single change."""
+    measured = {name: study.rates(name, "decode") for name in study.drawn if len(study.kinds[name]) <= 1}
+    pictures = []
+    for batch in sorted({batch for rates in measured.values() for _, batch in rates}):
+        drawn: list[Series] = []
+        for name, rates in measured.items():
+            own = sorted(context for context, b in rates if b == batch)
+            if len(own) < 2:
+                continue
+            places = sorted({*own, *(2**i for i in range(own[0].bit_length(), own[-1].bit_length()))})
+            steps = (
+                roofline.predict(study.configs[name], machine, context=n, batch=batch, dtype=study.dtype)
+                for n in places
+            )
+            look = study.looks[name]
+            drawn.append(Series(study.name_of(name), look, places, [step.tokens_per_second for step in steps]))
+            drawn.append(Series("", look, own, [rates[n, batch] for n in own], line=False, marks=True))
+        if drawn:
+            drawing = lines.draw(drawn, "tokens of context", "tokens/s", powers=True, up="tens")
+            caption = f"Decoding {sequences(batch)} ({study.dtype}): lines are the predicted limit, points measured."
+            pictures.append(Picture(f"prediction-batch-{batch}", caption, drawing))
+    return pictures
+
+
 def _timed(study: Study) -> list[Block]:
     """One row for each variant: training, memory, reading a prompt, generating."""
-    names = [name for name in study.drawn if study.timed(name)]
-    if not names or not study.timings:
+    timed = {name: one for name in study.drawn if (one := study.timed(name))}
+    if not timed:
         return []
-    makers = {
-        "training, tokens/s": ("training_tokens_per_second", count),
-        "memory, training": ("training_memory_bytes", memory),
-        "memory, decoding": ("decoding_memory_bytes", memory),
+    columns = {
+        "training, tokens/s": {n: count(t.training_tokens_per_second or 0) for n, t in timed.items()},
+        "memory, training": {n: memory(t.training_memory_bytes or 0) for n, t in timed.items()},
+        "memory, decoding": {n: memory(t.decoding_memory_bytes or 0) for n, t in timed.items()},
     }
-    titles = [title for title, (key, _) in makers.items() if any(getattr(study.timed(n), key) for n in names)]
-    prefill, decode = common_point(study, "prefill"), common_point(study, "decode")
-    rows = []
-    for name in names:
-        row = [f"**{study.label(name)}**"]
-        for title in titles:
-            key, write = makers[title]
-            value = getattr(study.timed(name), key)
-            row.append(write(value) if value else "-")
-        row += [count(study.rates(name, "prefill")[prefill])] if prefill else []
-        row += [count(study.rates(name, "decode")[decode])] if decode else []
-        rows.append(row)
-    columns = [Column("variant", "text"), *map(Column, titles)]
-    for point, what in ((prefill, "prefill"), (decode, "decoding")):
-        columns += [Column(f"{what}, tokens/s")] if point else []
-    points = [f"{what} {tokens(p[0])}, batch {p[1]}" for p, what in ((prefill, "prefill"), (decode, "decoding")) if p]
-    return [Table("Measured", study.setting, columns, rows, f"{study.dtype}; {'; '.join(points)}." if points else "")]
+    points = []
+    for what, title in (("prefill", "prefill"), ("decode", "decoding")):
+        point = study.common_point("prefill" if what == "prefill" else "decode")
+        if point:
+            rates = {n: study.rates(n, "prefill" if what == "prefill" else "decode")[point] for n in timed}
+            columns[f"{title}, tokens/s"] = {n: count(rate) for n, rate in rates.items()}
+            points.append(f"{title} {tokens(point[0])}, batch {point[1]}")
+    absent = ("0", "0\u00a0B")
+    shown = {title: cells for title, cells in columns.items() if set(cells.values()) - set(absent)}
+    rows = [
+        [f"**{study.label(n)}**", *("-" if cells[n] in absent else cells[n] for cells in shown.values())] for n in timed
+    ]
+    note = f"{study.dtype}; {'; '.join(points)}." if points else ""
+    return [Table("Measured", study.setting, [VARIANT, *map(Column, shown)], rows, note)]

@@ -1,70 +1,66 @@
-"""The head of the report: what was found in brief, the table of variants, the effects and the curves."""
+"""The head of the report: the main results in brief, and the table of variants with quality against memory."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
-from gptlab.formatting import count, listed, memory, percent, times
-from gptlab.report import pictures as pictures
+from gptlab.formatting import count, listed, memory, times
+from gptlab.model import cost
+from gptlab.plotting import lines, points
+from gptlab.plotting.lines import Series, merged
 from gptlab.report.blocks import (
+    VARIANT,
     Block,
     Bullets,
     Column,
     Paragraph,
     Picture,
-    Pictures,
     Section,
     Table,
+    ends,
     in_noise,
     literal,
     nats,
+    side_by_side,
     span,
     verdict,
 )
-from gptlab.report.end import claim_words
+from gptlab.report.claims import claim_words
 from gptlab.report.view import NAMES, Study, tokens
 from gptlab.study.claims import TIE
-from gptlab.study.results import Effects, Interval
 
 
 def in_brief(study: Study) -> Section:
-    """What each change did, in a sentence or two each, and what failed."""
-    items = [item for change in NAMES for item in _finding(study, change)]
-    every = _best_first(study, [n for n in study.variants if len(study.kinds[n] & set(NAMES)) == 3])
+    """Return what each change did, in a sentence or two each, and what failed."""
+    items = []
+    for change in NAMES:
+        items += [_finding(study, name, study.made(name)) for name in _best_first(study, study.alone(change))[:3]]
+    every = _best_first(study, [name for name in study.variants if set(NAMES) <= study.kinds[name]])
     if every and "other" not in study.kinds[every[0]]:
-        converted = study.variants[every[0]].source == "converted"
-        name = study.made(every[0]) if converted else "All three together"  # there are several ways to convert
-        items += [f"**{name}.** {_sentences(study, every[0])}"]
+        converted = study.variants[every[0]].source == "converted"  # there are several ways to convert
+        items.append(_finding(study, every[0], study.made(every[0]) if converted else "All three together"))
     items += [f"**Claims.** {claim_words(study)}."] if study.claims else []
     blocks: list[Block] = [Bullets(items)] if items else []
-    blocks += [Paragraph(note, "note") for note in caveats(study)]
+    blocks += [Paragraph(note, "note") for note in _caveats(study)]
     if study.failures:
         runs = sum(len(v.runs) for v in study.variants.values())
-        failed = f"**{len(study.failures)} of {runs} runs failed**"
-        text = f"{failed} and count in no figure: {'; '.join(study.failures)}."
-        blocks.append(Paragraph(text, "warning"))
+        failed = f"**{len(study.failures)} of {runs} runs failed** and are left out of all figures"
+        blocks.append(Paragraph(f"{failed}: {'; '.join(study.failures)}.", "warning"))
     return Section("in-brief", "In brief", blocks)
 
 
-def _finding(study: Study, change: str) -> list[str]:
-    return [
-        f"**{study.made(name)}.** {_sentences(study, name)}" for name in _best_first(study, study.alone(change))[:3]
-    ]
-
-
 def _best_first(study: Study, names: Sequence[str]) -> list[str]:
-    """Where there are many ways to one change, those that were trained on, by their loss; else as they are."""
+    """Where there are many ways to one change, those that were uptrained, by their loss; else as they are."""
     if any(study.variants[name].source != "converted" for name in names):
         return list(names)
     names = [name for name in names if not study.as_converted(name)]
     return sorted(names, key=lambda name: loss if (loss := study.loss(name)) is not None else math.inf)
 
 
-def _sentences(study: Study, name: str) -> str:
+def _finding(study: Study, name: str, title: str) -> str:
     """Quality, cache and speed of one variant against the base."""
-    parts, gap = [], study.variants[name].difference
+    parts, gap = [f"**{title}.**"], study.variants[name].difference
     if gap is not None:
         parts.append(f"Loss {verdict(gap)}.")
     elif study.untrained(name):
@@ -73,32 +69,18 @@ def _sentences(study: Study, name: str) -> str:
         context = study.contexts[-1]
         own, before = study.cache(name, context), study.cache(study.base_name, context)
         if own and before:
-            words = ", as in the base" if own == before else f" instead of {memory(before)}"
+            words = ", the same as the base" if own == before else f" instead of {memory(before)}"
             parts.append(f"Cache at {tokens(context)}: {memory(own)}{words}.")
-    points = study.decode(name).keys() & study.decode(study.base_name).keys()
-    if points:
-        parts.append(f"Decoding: {speed_words(study, name, max(points, key=weight))}.")
+    decode, reference = study.rates(name, "decode"), study.rates(study.base_name, "decode")
+    if shared := decode.keys() & reference.keys():
+        at = max(shared, key=lambda point: (point[0] * point[1], point[0]))
+        ratio = decode[at] / reference[at]
+        tie = ", a tie" if 1 / TIE < ratio < TIE else ""
+        parts.append(f"Decoding: {times(ratio)} the base's speed{tie} ({tokens(at[0])}, batch {at[1]}).")
     return " ".join(parts)
 
 
-def weight(at: tuple[int, int]) -> tuple[int, int]:
-    """Order (context, batch) by the tokens that are held in the cache."""
-    return at[0] * at[1], at[0]
-
-
-def speed_words(study: Study, name: str, at: tuple[int, int]) -> str:
-    """A measured ratio in words: a tie where it is within the noise of a shared machine."""
-    ratio = study.decode(name)[at] / study.decode(study.base_name)[at]
-    return f"{compared(ratio)} ({tokens(at[0])}, batch {at[1]})"
-
-
-def compared(ratio: float) -> str:
-    """A ratio of speeds in words: a tie where it is within the noise of a shared machine."""
-    tie = ", a tie" if 1 / TIE < ratio < TIE else ""
-    return f"{times(ratio)} the base's speed{tie}"
-
-
-def caveats(study: Study) -> list[str]:
+def _caveats(study: Study) -> list[str]:
     """What the reader must know before believing the figures."""
     notes: list[str] = []
     intervals = [v.difference for v in study.variants.values() if v.difference is not None]
@@ -106,135 +88,105 @@ def caveats(study: Study) -> list[str]:
         ns = sorted({one.n for one in intervals if one.method == method})
         notes.append(f"Intervals are 95%, {literal(method)} (n = {', '.join(map(str, ns))}).")
         if "documents" in method:
-            notes.append("They say how much the text matters; how much another training seed would is not in them.")
+            notes.append("They cover the choice of text, not the choice of training seed.")
     if any(in_noise(one) for one in intervals):
-        notes.append("A difference whose interval covers zero is called inside the noise.")
+        notes.append("A difference is called *within noise* if its interval covers zero.")
     if study.timings:
         notes.append(f"Speeds that differ by less than a factor of {TIE} are called a tie.")
     return [" ".join(notes)] if notes else []
 
 
 def summary(study: Study) -> Section:
-    """The table of all variants, and quality against cache."""
-    contexts = study.contexts
-    long = contexts[-1] if contexts else 0
-    speeds = common_point(study, "decode")
-    columns = [Column("variant", "text"), Column("parameters")]
-    if contexts:
-        columns += [Column("cache a token"), Column(f"cache, {count(long)} tokens")]
-    if speeds:
-        columns += [Column("tokens/s")]
-    has_loss = any(study.loss(n) is not None for n in study.variants)
-    has_gap = any(study.variants[n].difference for n in study.variants)
-    if has_loss:
-        columns += [Column("loss")]
-    if has_gap:
-        columns += [Column("difference"), Column("95% interval"), Column("", "range")]
+    """Return the table of all variants, and the figures of quality and cache."""
+    table = variants_table(study, "Variants", list(study.variants), {n: study.label(n) for n in study.variants})
+    return Section("summary", "Summary", [table, *side_by_side([*_pareto(study), *_cache(study)])])
+
+
+def variants_table(study: Study, title: str, names: Sequence[str], titles: dict[str, str]) -> Table:
+    """Return sizes, speed and loss of variants, with their difference to what they are compared with."""
+    context, point = (study.contexts or [0])[-1], study.common_point("decode")
+    has_loss = any(study.loss(n) is not None for n in names)
+    has_gap = any(study.variants[n].difference for n in names)
+    columns = [VARIANT, Column("parameters")]
+    columns += [Column("cache per token"), Column(f"cache, {count(context)} tokens")] if context else []
+    columns += [Column("tokens/s")] if point else []
+    columns += [Column("loss")] if has_loss else []
+    columns += [Column("difference"), Column("95% interval"), Column("", "range")] if has_gap else []
     rows = []
-    for name in study.variants:
-        row: list[object] = [f"**{study.label(name)}**", count(study.variants[name].parameters["total"])]
-        if contexts:
-            row += [memory(study.per_token(name)), memory(study.cache(name, long) or 0)]
-        if speeds:
-            value = study.decode(name).get(speeds)
-            row += [count(value) if value else "-"]
-        loss, gap = study.loss(name), study.variants[name].difference
-        if has_loss:
-            row += [f"{loss:.3f}" if loss is not None else "-"]
+    for name in names:
+        variant, loss = study.variants[name], study.loss(name)
+        row: list[object] = [f"**{titles[name]}**", count(variant.parameters["total"])]
+        row += [memory(study.per_token(name)), memory(study.cache(name, context) or 0)] if context else []
+        if point:
+            rate = study.rates(name, "decode").get(point)
+            row.append(count(rate) if rate else "-")
+        row += [f"{loss:.3f}" if loss is not None else "-"] if has_loss else []
         if has_gap:
-            row += [
-                nats(gap) if gap else ("base" if name == study.base_name else "-"),
-                span(gap) if gap else "",
-                gap,
-            ]
+            gap = variant.difference
+            without = "base" if name == study.base_name else "-"
+            row += [nats(gap) if gap else without, span(gap) if gap else "", gap]
         rows.append(row)
-    dtypes = sorted({entry.dtype for entry in study.base.cache})
-    note = f"Cache of one sequence in {listed(dtypes)}." if dtypes else ""
+    return Table(title, study.setting, columns, rows, _note(study, names, has_loss))
+
+
+def _note(study: Study, names: Sequence[str], has_loss: bool) -> str:
+    notes = []
+    if dtypes := sorted({entry.dtype for entry in study.base.cache}):
+        notes.append(f"Cache of one sequence in {listed(dtypes)}.")
+        if any(study.configs[name].window for name in names):
+            notes.append("With a window, the cache grows per token only until the window is full.")
     if has_loss:
         base = study.label(study.base_name)
-        note += f" Loss in nats a token on {study.text}; differences to {base}, below zero is better."
-        trained_on = {study.reference(name) for name in study.variants} - {study.base_name}
-        if trained_on:
-            other = study.label(trained_on.pop())
-            note += f" What was converted and trained on is compared with {other}, which saw as many tokens."
-    if speeds:
-        note += f" Decoding measured at {tokens(speeds[0])} of context, batch {speeds[1]}, {study.dtype}."
-    if any(config.window for config in study.configs.values()) and contexts:
-        note += " A window's cache takes so much for each token until the window is full, and no more after."
-    table = Table("Variants", study.setting, columns, rows, note.strip())
-    return Section("summary", "Summary", [table, *_row(pictures.pareto(study) + pictures.cache(study))])
+        notes.append(f"Loss in nats per token on {study.text}; differences to {base}, below zero is better.")
+        if others := {study.reference(name) for name in names} - {study.base_name}:
+            other = study.label(others.pop())
+            notes.append(f"Uptrained variants are compared with {other}, which saw the same number of tokens.")
+    if point := study.common_point("decode"):
+        notes.append(f"Decoding measured at {tokens(point[0])} of context, batch {point[1]}, {study.dtype}.")
+    return " ".join(notes)
 
 
-def common_point(study: Study, what: Literal["decode", "prefill"]) -> tuple[int, int] | None:
-    """The heaviest (context, batch) at which ``decode`` or ``prefill`` was measured in all timed variants."""
-    timed = [set(study.rates(n, what)) for n in study.variants if study.timed(n)]
-    common = set.intersection(*timed) if timed else set()
-    return max(common, key=weight) if common else None
-
-
-def _row(found: list[Picture]) -> list[Block]:
-    return [Pictures(found)] if found else []
-
-
-def quality(study: Study) -> Section:
-    """Effects and interactions where there is a factorial, the ladder, and the curves."""
-    blocks: list[Block] = []
-    found = study.results.effects
-    if found:
-        rows = [_effect(term, one, "lower loss", "higher loss") for term, one in found.main.items()]
-        rows += [_effect(term, one, "better together", "worse together") for term, one in found.interactions.items()]
-        columns = [Column("effect", "text"), Column("nats a token"), Column("95% interval"), Column("", "text")]
-        table = Table("Effects", study.setting, columns, rows, literal(found.definition))
-        blocks += [Paragraph(_interactions(found)), table, *_row(pictures.effects(study))]
-    ladder = _ladder(study)
-    if ladder:
-        blocks.append(ladder)
-    trained = {n: v for n, v in study.variants.items() if v.source != "converted"}
-    runs = {n: (pictures.name_of(study, n), v.runs) for n, v in trained.items()}
-    blocks += _row(pictures.losses(runs, study.base_name, pictures.looks(study)))
-    return Section("quality", "Quality, and how the changes go together" if found else "Quality", blocks)
-
-
-def _effect(term: str, one: Interval, below: str, above: str) -> list[str]:
-    word = "no interval" if one.low is None else below if one.mean < 0 else above
-    row = [literal(pictures.term_words(term)), nats(one), span(one) or "-"]
-    return [*row, "inside the noise" if in_noise(one) else word]
-
-
-def _interactions(found: Effects) -> str:
-    """Which changes depend on each other, in words."""
-    if all(one.low is None for one in found.interactions.values()):
-        return "Without intervals nothing can be said about how much the changes depend on each other."
-    certain = {t: one for t, one in found.interactions.items() if one.low is not None and not in_noise(one)}
-    if not certain:
-        return (
-            "No interaction stands out of the noise: as far as this study can tell, what one change does to the loss"
-            " does not depend on the others."
-        )
-    words = [f"{literal(pictures.term_words(t))} ({nats(one)}, {span(one)})" for t, one in certain.items()]
-    return (
-        f"The changes do not simply add up: {listed(words)} stand{'s' * (len(words) == 1)} out of the noise. Below zero"
-        " two changes together do better than apart would suggest, above zero they do worse."
+def _pareto(study: Study) -> list[Picture]:
+    """Loss against the cache at the longest context."""
+    losses = {name: loss for name in study.drawn if (loss := study.loss(name)) is not None}
+    context = study.contexts[-1] if study.contexts else 0
+    sizes = {name: size for name in losses if (size := study.cache(name, context)) is not None}
+    if len(sizes) < 2:
+        return []
+    dots: list[points.Point] = []
+    for name, size in sizes.items():
+        gap, base = study.variants[name].difference, study.loss(study.reference(name))
+        around = ends(gap) if gap is not None else None
+        low, high = (None, None) if around is None or base is None else (base + around[0], base + around[1])
+        dots.append((study.name_of(name), study.looks[name], float(size), losses[name], low, high))
+    front: list[int] = []
+    for i in sorted(range(len(dots)), key=lambda i: dots[i][2:4]):
+        if not front or dots[i][3] < dots[front[-1]][3]:
+            front.append(i)
+    drawing = points.scatter(dots, front, f"cache of one sequence of {tokens(context)}", "loss (nats per token)")
+    caption = (
+        f"Quality against memory, {tokens(context)} in {study.base.cache[0].dtype}. Lower is better text, further left"
+        " is a smaller cache. The grey line joins the variants that no other beats in both. Bars are 95% intervals of"
+        f" the difference to {study.label(study.base_name)}."
     )
+    return [Picture("quality-against-cache", caption, drawing)]
 
 
-def _ladder(study: Study) -> Table | None:
-    """One change after the other: the base, with RoPE, with GQA as well, with all three."""
-    steps, done = [study.base_name], set()
-    for change in NAMES:
-        done.add(change)
-        steps += [name for name, kinds in study.kinds.items() if kinds == done][:1]
-    losses = [loss for name in steps if (loss := study.loss(name)) is not None]
-    if len(losses) < len(NAMES) + 1:
-        return None
-    context, rows = study.contexts[-1] if study.contexts else 0, []
-    for i, name in enumerate(steps):
-        totals = [study.variants[n].parameters["total"] for n in steps[max(i - 1, 0) : i + 1]]
-        row = [f"+ {list(NAMES.values())[i - 1]}" if i else study.label(name), count(totals[-1])]
-        row += [percent(totals[-1], totals[0]) if i else ""]
-        row += [memory(study.cache(name, context) or 0)] if context else []
-        rows.append([*row, f"{losses[i]:.3f}", nats(losses[i] - losses[i - 1]) if i else ""])
-    columns = [Column("step", "text"), Column("parameters"), Column("to the step before")]
-    columns += [Column(f"cache, {count(context)} tokens")] if context else []
-    columns += [Column("loss"), Column("to the step before")]
-    return Table("One change after the other", study.setting, columns, rows, f"Loss in nats a token on {study.text}.")
+def _cache(study: Study) -> list[Picture]:
+    """Bytes of the cache against context, from the configurations."""
+    if not study.contexts:
+        return []
+    size, dtype = study.cache_size, study.base.cache[0].dtype
+    last = max(study.contexts[-1], 4 * study.configs[study.base_name].context_length)
+    places = [2**i for i in range(4, last.bit_length())]
+    series = [
+        Series(study.name_of(n), study.looks[n], places, [cost.cache_bytes(study.configs[n], p, size) for p in places])
+        for n in study.drawn
+    ]
+    drawing = lines.draw(
+        merged(series), "tokens of context", f"cache of one sequence ({dtype})", powers=True, up="bytes"
+    )
+    windows = any("swa" in kinds for kinds in study.kinds.values())
+    caption = "Grouped queries divide the cache at every length; a window stops its growth." if windows else ""
+    caption = f"{caption or 'The cache of keys and values against the context.'} Both axes are logarithmic."
+    return [Picture("cache-against-context", caption, drawing)]

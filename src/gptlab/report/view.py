@@ -13,6 +13,8 @@ from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.formatting import NBSP, count, listed, millions
 from gptlab.model import cost
+from gptlab.plotting import style
+from gptlab.plotting.style import Look
 from gptlab.report.blocks import literal
 from gptlab.study import roofline
 from gptlab.study.results import (
@@ -33,7 +35,7 @@ NAMES = {"rope": "RoPE", "gqa": "GQA", "swa": "SWA"}
 
 
 class Study:
-    """What was found and what was timed.
+    """The results of a study, and what was timed.
 
     Attributes:
         results: `results.json`.
@@ -63,10 +65,10 @@ class Study:
     def name_of(self, name: str) -> str:
         """A variant's name in words, for a drawing, which knows no markup."""
         own = " ".join(self.variants[name].label.split())
-        return f"{own} (not trained on)" if self.as_converted(name) else own
+        return f"{own} (not uptrained)" if self.as_converted(name) else own
 
     def as_converted(self, name: str) -> bool:
-        """Was it left as it came out of the conversion, where others were trained on?"""
+        """Was it left as it came out of the conversion, where others were uptrained?"""
         made, about = self.variants[name].conversion, self.about.conversion
         return bool(made and about and about.recipe and [at.share for at in made.checkpoints] == [0])
 
@@ -86,7 +88,7 @@ class Study:
     def drawn(self) -> list[str]:
         """The variants that figures and counts show: of conversions that come to one architecture, the best.
 
-        One that was trained on comes before those that were not.
+        One that was uptrained comes before those that were not.
         """
         found: list[str] = []
         for name, variant in self.variants.items():
@@ -102,7 +104,7 @@ class Study:
         return self.as_converted(name), math.inf if loss is None else loss
 
     def reference(self, name: str) -> str:
-        """The variant that another is compared with: the base, or for what was trained on the base trained on."""
+        """The variant that another is compared with: the base, or the base after the same continued training."""
         return self.variants[name].reference or self.base_name
 
     def checkpoints(self, name: str) -> list[Checkpoint]:
@@ -119,7 +121,7 @@ class Study:
         return [name for name, kinds in self.kinds.items() if change in kinds]
 
     def loss(self, name: str) -> float | None:
-        """Nats a token on the held-out text."""
+        """The loss on the held-out text, in nats per token."""
         quality = self.variants[name].quality
         return None if quality is None else quality.nats_per_token
 
@@ -132,13 +134,24 @@ class Study:
         timed = self.timed(name)
         if timed is None:
             return {}
-        return {
-            (p.context, p.batch): p.tokens_per_second for p in (timed.decode if what == "decode" else timed.prefill)
-        }
+        points = timed.decode if what == "decode" else timed.prefill
+        return {(p.context, p.batch): p.tokens_per_second for p in points}
 
-    def decode(self, name: str) -> dict[tuple[int, int], float]:
-        """Measured tokens per second of decoding by (context, batch)."""
-        return self.rates(name, "decode")
+    def common_point(self, what: Literal["decode", "prefill"]) -> tuple[int, int] | None:
+        """The heaviest (context, batch) that was measured in all timed variants: by tokens held in the cache."""
+        measured = [set(self.rates(name, what)) for name in self.variants if self.timed(name)]
+        common = set.intersection(*measured) if measured else set()
+        return max(common, key=lambda at: (at[0] * at[1], at[0])) if common else None
+
+    @cached_property
+    def looks(self) -> dict[str, Look]:
+        """How each variant is drawn: the colour tells its attention, dashes and hollow marks rotary positions."""
+        without = {"position", "rope"}
+        kinds = [
+            (str({f: v for f, v in config.to_dict().items() if f not in without}), config.position == "rope")
+            for config in self.configs.values()
+        ]
+        return dict(zip(self.configs, style.looks(kinds), strict=True))
 
     @property
     def machine(self) -> roofline.Machine | None:
@@ -160,10 +173,10 @@ class Study:
     @property
     def trained_words(self) -> str:
         """How long the variants were trained."""
-        tokens = sorted({v.tokens_trained for v in self.variants.values() if v.tokens_trained})
-        if not tokens:
+        seen = sorted({v.tokens_trained for v in self.variants.values() if v.tokens_trained})
+        if not seen:
             return "tokens trained: not recorded"
-        amount = millions(tokens[0]) if len(tokens) == 1 else f"{millions(tokens[0])} to {millions(tokens[-1])}"
+        amount = millions(seen[0]) if len(seen) == 1 else f"{millions(seen[0])} to {millions(seen[-1])}"
         seeds = max(len(v.runs) for v in self.variants.values())
         return f"{amount} tokens trained" + (f", {seeds} seed{'s' * (seeds > 1)}" if seeds else "")
 
@@ -248,6 +261,11 @@ def _windows(config: ModelConfig) -> str:
 def tokens(n: int) -> str:
     """So many tokens, in words."""
     return f"{count(n)} token{'s' * (n != 1)}"
+
+
+def sequences(batch: int) -> str:
+    """So many sequences, in words."""
+    return "one sequence" if batch == 1 else f"{batch} sequences"
 
 
 def read_study(directory: Path, names: tuple[str, str] = (RESULTS, TIMINGS)) -> Study:

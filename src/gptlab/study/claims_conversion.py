@@ -41,7 +41,7 @@ def pooling_after(results: Results, scored: Scored) -> Verdict:
     if not share:
         return NOTHING
     ours, holds, note = _pooling(results, scored, share)
-    return ours, holds, f"one key head, trained on for {share:.0%}; {note}"
+    return ours, holds, f"one key head, uptrained for {share:.0%}; {note}"
 
 
 def usable(results: Results, scored: Scored) -> Verdict:
@@ -70,7 +70,7 @@ def recovers(results: Results, scored: Scored) -> Verdict:
         left = {at(name, share): 1.0, at(general.reference, share): -1.0}
         pairs.append((f"{words}: what is left less half of what was lost", {**left, at(name, 0.0): -0.5, base: 0.5}))
     ours, holds, note = _lower(scored, *pairs)
-    return ours, holds, f"trained on for {share:.0%}, against the base trained on as long; {note}"
+    return ours, holds, f"uptrained for {share:.0%}, against the base after the same training; {note}"
 
 
 def _copied(results: Results, scored: Scored, share: float) -> Verdict:
@@ -90,4 +90,4 @@ def copied_after(results: Results, scored: Scored) -> Verdict:
     if not share:
         return NOTHING
     ours, holds, note = _copied(results, scored, share)
-    return ours, holds, f"trained on for {share:.0%}; {note}"
+    return ours, holds, f"uptrained for {share:.0%}; {note}"

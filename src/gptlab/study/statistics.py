@@ -12,7 +12,7 @@ from gptlab.evaluation.compare import COVERAGE, refuse_unlike, resampled_ratios
 from gptlab.evaluation.scoring import Result
 from gptlab.study.results import Effects, Interval
 
-UNIT = "nats a token"
+UNIT = "nats per token"
 OVER_SEEDS = "paired over seeds"
 OVER_DOCUMENTS = "paired bootstrap over documents"
 DEFINITION = (

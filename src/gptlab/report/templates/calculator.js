@@ -56,11 +56,11 @@ function startCalculator(root, data) {
     });
     const gain = valid ? steps[0].seconds / steps[1].seconds : 0;
     root.querySelector("[data-cell=gain]").textContent = valid
-      ? `${gain < 10 ? gain.toFixed(2) : whole(gain)}× the tokens per second, ${digits(steps[0].cacheBytes / steps[1].cacheBytes)} times less to read from the cache.`
+      ? `${gain < 10 ? gain.toFixed(2) : whole(gain)}× the tokens per second, 1/${digits(steps[0].cacheBytes / steps[1].cacheBytes)} of the cache reads.`
       : "Bandwidth and peak must be numbers above 0.";
     const beyond = plain.position === "learned" && context > plain.context_length;
     root.querySelector("[data-cell=remark]").textContent = beyond
-      ? `Learned positions end at ${whole(plain.context_length)}: a context this long needs rotary positions.` : "";
+      ? `Learned positions end at ${whole(plain.context_length)}; a context this long needs rotary positions.` : "";
   }
 
   if (!data.checks.every((check) => agrees(data, check))) {
