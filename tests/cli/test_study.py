@@ -168,7 +168,7 @@ def test_conversions_have_a_table_of_their_own(gptlab: Gptlab, file: Path, tmp_p
         assert f"{look.difference.mean:+.4f}" in own
         assert reference.difference is None or reference.difference.mean == 0
     assert f"{variants['z'].conversion.checkpoints[-1].nats_per_token:.4f}" in own
-    assert "is compared with 'trained on', the base trained on for as long." in own
+    assert "are compared with 'trained on': the base after the same continued training." in own
     assert "train a, seed 0 (2 of 2)" in told
 
 

@@ -20,9 +20,9 @@ def summary(results: Results, timings: Timings) -> Table:
     columns = (
         "parameters",
         f"cache, {context:,} tokens",
-        "loss, nats a token",
+        "loss, nats per token",
         "less the base [95%]",
-        f"ms a token, batch {batch}",
+        f"ms per token, batch {batch}",
     )
     for column in columns:
         table.add_column(column, justify="right")
@@ -93,7 +93,7 @@ def notes(results: Results, timings: Timings) -> list[str]:
         said.append(f"Loss: {quality.text}, {quality.tokens:,} tokens, {quality.protocol}.")
     if about.conversion is not None and about.conversion.reference:
         label = results.variants[about.conversion.reference].label
-        said.append(f"What was converted and trained on is compared with {label!r}, the base trained on for as long.")
+        said.append(f"Uptrained variants are compared with {label!r}: the base after the same continued training.")
     intervals = [variant.difference for variant in results.variants.values() if variant.difference]
     if intervals:
         said.append(f"Intervals: {intervals[0].method}, n = {intervals[0].n}.")

@@ -176,19 +176,19 @@ CLAIMS = {
     ),
     "windows-grow": Rule(
         LONGFORMER,
-        "windows that grow from layer to layer are better than fixed ones, and these than shrinking ones",
+        "windows that grow from layer to layer are better than fixed ones, and fixed ones better than shrinking ones",
         ("swa", "swa-increasing", "swa-decreasing"),
         judge=_windows_grow,
     ),
     "uptraining-pooling-before": Rule(
         GQA,
-        "right after conversion the mean of the heads is better than the first of them, and this than new ones",
+        "right after conversion, averaged heads are better than the first head, and the first than new ones",
         ("mqa-mean", "mqa-first", "mqa-random"),
         judge=claims_conversion.pooling_before,
     ),
     "uptraining-pooling": Rule(
         GQA,
-        "after uptraining, too, the mean of the heads is better than the first of them, and this than new ones",
+        "after uptraining too, averaged heads are better than the first head, and the first than new ones",
         ("mqa-mean", "mqa-first", "mqa-random"),
         judge=claims_conversion.pooling_after,
     ),
@@ -206,13 +206,13 @@ CLAIMS = {
     ),
     "positions-copied-before": Rule(
         LONGFORMER,
-        "a longer context that begins with copies of the positions is better than with random ones right away",
+        "a longer context that starts from copied positions is better right away than one from random ones",
         ("context-copied", "context-random"),
         judge=claims_conversion.copied_before,
     ),
     "positions-copied": Rule(
         LONGFORMER,
-        "a longer context that begins with copies of the positions is better than with random ones after training, too",
+        "a longer context that starts from copied positions is better after training, too",
         ("context-copied", "context-random"),
         judge=claims_conversion.copied_after,
     ),
