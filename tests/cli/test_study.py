@@ -111,7 +111,7 @@ def test_a_study_ends_with_a_table_and_the_path_of_its_report(gptlab: Gptlab, fi
         (line,) = [line for line in said.splitlines() if f"│ {variant.label} " in line]
         assert f"{variant.parameters['total']:,}" in line
         assert f"{variant.quality.nats_per_token:.4f}" in line
-        point = next(row for row in timings["variants"][name]["decode"] if (row["context"], row["batch"]) == (64, 2))
+        point = next(row for row in timings.variants[name].decode if (row.context, row.batch) == (64, 2))
         assert f" {point.milliseconds:.2f} " in line
     found = results.variants["rope"].difference
     assert difference(found) in said

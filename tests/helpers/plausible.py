@@ -216,7 +216,6 @@ def results(cells: Sequence[Sequence[str]] | None = None, seeds: Sequence[int] =
         "variants": {name: variant(factors, seeds, **versus(name)) for name, factors in named.items()},
         "effects": effects,
         "four_sizes": {size: {name: counterpart(size, f) for name, f in named.items()} for size in ("gpt2", "gpt2-xl")},
-        "race": None,
         "claims": [],
     }
 

@@ -131,12 +131,12 @@ def test_everything_is_timed_for_every_variant(tmp_path: Path) -> None:
     timings, said = run(tmp_path)
     assert list(timings.variants) == list(CONFIGS)
     for found in timings.variants.values():
-        points = [(row["context"], row["batch"]) for row in found["decode"]]
+        points = [(row.context, row.batch) for row in found.decode]
         assert points == [(16, 1), (16, 2), (96, 1), (96, 2)]  # 96 is beyond the learned positions
         for row in found.decode:
-            assert row["tokens_per_second"] == pytest.approx(1e3 * row["batch"] / row["milliseconds"])
-        assert [(row["context"], row["batch"]) for row in found["prefill"]] == [(16, 1), (96, 1)]
-        assert all(row["tokens_per_second"] > 0 for row in found["prefill"])
+            assert row.tokens_per_second == pytest.approx(1e3 * row.batch / row.milliseconds)
+        assert [(row.context, row.batch) for row in found.prefill] == [(16, 1), (96, 1)]
+        assert all(row.tokens_per_second > 0 for row in found.prefill)
         assert found.training_tokens_per_second > 0
         assert (found.training_memory_bytes, found.decoding_memory_bytes) == (2000, 1000)
     assert "2 x 96 tokens in the cache" in timings.how
@@ -166,7 +166,7 @@ def test_what_would_take_too_much_is_left_out(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(measuring, "MOST_BYTES", (sizes[1] + sizes[2]) // 2)
     timings, _ = run(tmp_path)
     for found in timings.variants.values():
-        assert [(row["context"], row["batch"]) for row in found["decode"]] == [(16, 1), (16, 2), (96, 1)]
+        assert [(row.context, row.batch) for row in found.decode] == [(16, 1), (16, 2), (96, 1)]
     assert "1 x 96 tokens in the cache" in timings.how
 
     def slow(steps: dict[str, Any], device: torch.device, seconds: float) -> dict[str, float]:
@@ -175,7 +175,7 @@ def test_what_would_take_too_much_is_left_out(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(measuring, "take_turns", slow)
     timings, _ = run(tmp_path / "slow", seconds=100)
     for found in timings.variants.values():
-        assert [row["context"] for row in found["prefill"]] == [16]  # the next would take minutes
+        assert [row.context for row in found.prefill] == [16]  # the next would take minutes
 
 
 @pytest.mark.usefixtures("no_measuring")
@@ -207,7 +207,7 @@ def test_memory_of_a_process_of_its_own() -> None:
     weights = 4 * sum(cost.parameters(big).values())
     held = weights + cost.cache_bytes(big, 4096, 4, batch=4)
     assert held < found["decoding"] < held + 2**28
-    assert 4 * weights < found.training < 4 * weights + 2**28  # weights, gradients, two moments
+    assert 4 * weights < found["training"] < 4 * weights + 2**28  # weights, gradients, two moments
     narrow = dataclasses.replace(big, window=64).to_dict()
     assert peak_memory({**asked, "config": narrow})["decoding"] < found["decoding"] - held // 4
     with pytest.raises(GptlabError, match="memory could not be measured"):
@@ -221,10 +221,10 @@ def test_caches_are_allocated_as_generation_does() -> None:
     for config in CONFIGS.values():
         longer = dataclasses.replace(config, context_length=4096)
         for row in costs.cache_sizes(config, [64, 2048], [1, 4]):
-            made = GPT(longer).make_cache(row["batch"], row["context"], chunk=CHUNK, dtype=torch.bfloat16)
-            assert row["allocated"] == made.nbytes
-            assert row["bytes"] == cost.cache_bytes(config, row["context"], 2, batch=row["batch"])
-            assert row["bytes"] <= made.nbytes
+            made = GPT(longer).make_cache(row.batch, row.context, chunk=CHUNK, dtype=torch.bfloat16)
+            assert row.allocated == made.nbytes
+            assert row.bytes == cost.cache_bytes(config, row.context, 2, batch=row.batch)
+            assert row.bytes <= made.nbytes
     huge = costs.cache_sizes(ModelConfig.preset("gpt2"), [100_000], [32])
     assert huge[0].allocated is None
 
@@ -249,10 +249,10 @@ def test_the_changes_in_the_four_sizes() -> None:
     assert small["rope"].parameters == 124_439_808 - 786_432
     assert small["gqa"].changes == {"n_kv_head": 4}
     assert round(small["gqa"].parameters / 1e4) == 11499
-    assert [row["bytes"] >> 20 for row in small["base"]["cache"]] == [36, 144, 576]
-    assert [row["bytes"] >> 20 for row in small["mqa"]["cache"]] == [3, 12, 48]
+    assert [row.bytes >> 20 for row in small["base"].cache] == [36, 144, 576]
+    assert [row.bytes >> 20 for row in small["mqa"].cache] == [3, 12, 48]
     assert small["swa"].changes == {"window": 256}
-    assert {row["bytes"] for row in small["swa"]["cache"]} == {9 << 20}
+    assert {row.bytes for row in small["swa"].cache} == {9 << 20}
     assert small["growing"].changes == {"window": [64] * 3 + [128] * 3 + [None] * 3 + [256] * 3}
     assert sizes["gpt2-xl"]["gqa"].changes == {"n_kv_head": 5}  # 25 heads cannot be divided by 3
     assert sizes["gpt2-xl"]["mqa"].changes == {"n_kv_head": 1}

@@ -102,13 +102,13 @@ def test_results_hold_what_was_asked_for(whole: Path, corpus: Path) -> None:
             assert [tokens for tokens, _ in run.validation_curve] == [384, 768]
             assert run.validation_curve[-1][1] == run.validation_loss < run.validation_curve[0][1]
             assert (whole / "runs" / run.key / "run.json").is_file()
-        assert [row["context"] for row in variant["cache"]] == [16, 16, 32, 32, 64, 64]
+        assert [row.context for row in variant.cache] == [16, 16, 32, 32, 64, 64]
         assert variant.heads is not None
         assert len(variant.heads.layers) == 2
         assert len(variant.samples) == 3
     assert results.variants["rope"].changes == {"position": "rope"}
     assert results.variants["rope"].factors == ["rope"]
-    assert results.effects is results["race"] is None
+    assert results.effects is None
     assert results.claims == []
     assert list(results.four_sizes["gpt2"]) == list(results.variants)
 
@@ -153,7 +153,7 @@ def test_the_answers_are_those_of_the_models(whole: Path) -> None:
     layer, head = variant.attention_map.layer, variant.attention_map.head
     base = results.variants["base"].heads
     assert base is not None
-    assert base["layers"][layer]["distance"][head] == max(d for row in base["layers"] for d in row["distance"])
+    assert base.layers[layer].distance[head] == max(d for row in base.layers for d in row.distance)
     maps = first.model.attention_maps(torch.tensor([stream[:32]]), layer)[0, head]
     for i, row in enumerate(variant.attention_map.weights):
         assert row == pytest.approx(maps[i, : i + 1].tolist(), abs=6e-4)
@@ -177,7 +177,7 @@ def test_by_position_all_models_read_the_same_tokens(tmp_path: Path) -> None:
         assert found is not None
         assert (found.buckets[0][0], found.buckets[-1][1]) == (1, reach)
         assert found.trained_length == length
-        protocols.add(found["protocol"])
+        protocols.add(found.protocol)
         with torch.no_grad():
             logprobs = lm.model(torch.tensor(pieces)[:, :reach]).log_softmax(-1)
         nats = -logprobs.gather(-1, torch.tensor(pieces)[:, 1 : reach + 1, None])[..., 0]
@@ -353,7 +353,7 @@ def test_a_tokenizer_of_few_characters(corpus: Path, tmp_path: Path, monkeypatch
     results, _ = run_study(requested(corpus, "tokenizer.kind=chars", variant=VARIANTS[:2]), tmp_path / "study")
     rope = results.variants["rope"]
     assert rope.config.vocab_size < 33  # too few for two strings of 16 different ones
-    assert [row["distance"] for row in rope["copy"]] == [16]
+    assert [row.distance for row in rope.copying] == [16]
     assert all(corpus.read_text().count(sample.prompt) for sample in rope.samples)
 
 
@@ -590,7 +590,7 @@ def _toml(values: dict[str, Any]) -> str:
         lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values[name].items())]
     for variant in values["variant"]:
         model = variant.get("model", {})
-        lines += ["[[variant]]", f"name = {json.dumps(variant.name)}"]
+        lines += ["[[variant]]", f"name = {json.dumps(variant['name'])}"]
         lines += [f"model.{key} = {json.dumps(value)}" for key, value in model.items()]
         if "convert" in variant:
             changes = ", ".join(f"{key} = {json.dumps(value)}" for key, value in variant["convert"].items())

@@ -57,9 +57,9 @@ def test_an_interval_over_seeds() -> None:
     assert found.mean == pytest.approx(1.58)
     assert (found.low, found.high) == (pytest.approx(0.70, abs=5e-3), pytest.approx(2.46, abs=5e-3))
     assert (found.n, found.method) == (10, OVER_SEEDS)
-    assert seeds_interval([0.5])["low"] is None
+    assert seeds_interval([0.5]).low is None
     twin = seeds_interval([0.0, 0.0, 0.0])
-    assert (twin["low"], twin["high"]) == (0.0, 0.0)
+    assert (twin.low, twin.high) == (0.0, 0.0)
 
 
 def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
@@ -96,7 +96,7 @@ def test_a_contrast_takes_the_seeds_that_all_have() -> None:
     assert found.mean == pytest.approx(1.05)
     assert contrast({"a": 1.0, "c": -1.0}, scored) is None
     single = documents_interval({"a": result([4.0]), "b": result([3.0])}, {"a": 1.0, "b": -1.0})
-    assert (single["mean"], single["low"], single["n"]) == (pytest.approx(1.0), None, 1)
+    assert (single.mean, single.low, single.n) == (pytest.approx(1.0), None, 1)
 
 
 def test_effects_against_a_regression() -> None:

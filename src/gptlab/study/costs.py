@@ -43,7 +43,7 @@ def cache_sizes(config: ModelConfig, contexts: Sequence[int], batches: Sequence[
 
     Learned positions end with the context; the figures beyond it are those of the same model with more of them.
     """
-    found = []
+    sizes = []
     for context in contexts:
         for batch in batches:
             n_bytes = cost.cache_bytes(config, context, 2, batch=batch)
@@ -60,8 +60,8 @@ def cache_sizes(config: ModelConfig, contexts: Sequence[int], batches: Sequence[
                     device=torch.device("cpu"),
                 )
                 allocated = cache.nbytes
-            found.append(CacheSize(context=context, batch=batch, dtype="bfloat16", bytes=n_bytes, allocated=allocated))
-    return found
+            sizes.append(CacheSize(context=context, batch=batch, dtype="bfloat16", bytes=n_bytes, allocated=allocated))
+    return sizes
 
 
 def four_sizes(configs: Mapping[str, ModelConfig], base: str) -> dict[str, dict[str, Counterpart]]:

@@ -6,25 +6,26 @@ changes in its file, leaves the results of the rest usable.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
+from pydantic import BaseModel, ValidationError
 
 from gptlab.checkpoints.files import write_files
 from gptlab.errors import GptlabError
 from gptlab.evaluation.tasks import identity
 from gptlab.language_model import LanguageModel
-from gptlab.study.results import STUDY, VERSION, encode
-from gptlab.study.settings import StudySettings, make_study
+from gptlab.study.results import STUDY, encode, explain
+from gptlab.study.settings import StudySettings
 from gptlab.study.variants import Converted, Loaded, Variant
 from gptlab.training.recipe import Recipe
 
-FORMAT = "gptlab study settings"
 CACHE, DATA, RUNS, CONVERTED = "cache", "data", "runs", "converted"
 CODE = {"train": 2, "evaluate": 1, "measure": 1, "convert": 2}
 """Versions of what the stages compute: raised by hand when the same inputs would give other numbers."""
@@ -51,6 +52,16 @@ class Request:
     device: str | None = None
 
 
+class _StudyFile(BaseModel):
+    """`study.json`: the request, and all that tells the study from others."""
+
+    format: Literal["gptlab study settings"] = "gptlab study settings"
+    version: Literal[1] = 1
+    request: Request
+    whole: dict[str, str | None]
+    variants: dict[str, dict[str, Any]]
+
+
 def claim_directory(request: Request, out: Path, variants: Sequence[Variant], data: str | None) -> None:
     """Write `study.json`, after making sure that the directory is free or holds this study.
 
@@ -71,20 +82,18 @@ def claim_directory(request: Request, out: Path, variants: Sequence[Variant], da
     if (out / STUDY).exists():
         before = _read(out)
         for name, value in whole.items():
-            if before["whole"][name] != value:
-                raise GptlabError(
-                    f"{out} holds another study ({name} {before['whole'][name]!r}, not {value!r}); choose another --out"
-                )
-        for name in sorted(before["variants"].keys() & parts.keys()):
-            if before["variants"][name] != parts[name]:
+            if (there := before.whole.get(name)) != value:
+                raise GptlabError(f"{out} holds another study ({name} {there!r}, not {value!r}); choose another --out")
+        for name in sorted(before.variants.keys() & parts.keys()):
+            if before.variants[name] != parts[name]:
                 raise GptlabError(
                     f"{out} holds another study: variant {name} is defined otherwise; choose another --out"
                 )
-        parts = before["variants"] | parts
+        parts = before.variants | parts
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise GptlabError(f"{out} holds something that is not a study; choose another --out")
-    content = {"format": FORMAT, "version": VERSION, "request": _plain(request), "whole": whole, "variants": parts}
-    write_files(out, {STUDY: encode(content)})
+    absolute = dataclasses.replace(request, data=None if request.data is None else request.data.resolve())
+    write_files(out, {STUDY: encode(_StudyFile(request=absolute, whole=whole, variants=parts))})
 
 
 def read_request(out: Path) -> Request:
@@ -93,37 +102,18 @@ def read_request(out: Path) -> Request:
     Raises:
         GptlabError: no study there, or a `study.json` that is damaged or of another version.
     """
-    values = _read(out)["request"]
-    data = None if values["data"] is None else Path(values["data"])
-    more = tuple(values["set"]), data, tuple(values["only"]), values["seeds"], values["device"]
-    return Request(make_study(values["study"]), *more)
+    return _read(out).request
 
 
-def _read(out: Path) -> dict[str, Any]:
+def _read(out: Path) -> _StudyFile:
     path = out / STUDY
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        known = (values["format"], values["version"]) == (FORMAT, VERSION)
-        if known and not {"request", "whole", "variants"} <= values.keys():
-            raise ValueError("it is incomplete")
+        return _StudyFile.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise GptlabError(f"{out} holds no study to go on with; name the directory that --out was given") from None
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise GptlabError(f"{path} cannot be read ({error}); restore it, or choose another --out") from None
-    if not known:
-        raise GptlabError(f"{path} was written by another version of gptlab; choose another --out")
-    return cast(dict[str, Any], values)
-
-
-def _plain(request: Request) -> dict[str, Any]:
-    return {
-        "study": request.study.model_dump(mode="json"),
-        "set": list(request.set),
-        "data": None if request.data is None else str(request.data.resolve()),
-        "only": list(request.only),
-        "seeds": request.seeds,
-        "device": request.device,
-    }
+    except (OSError, ValueError) as error:
+        said = explain(error) if isinstance(error, ValidationError) else error
+        raise GptlabError(f"{path} cannot be read ({said}); restore it, or choose another --out") from None
 
 
 def _definition(variant: Variant) -> dict[str, Any]:

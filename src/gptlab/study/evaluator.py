@@ -182,7 +182,7 @@ class Evaluator:
         return [Sample(**row) for row in rows]
 
     def attention_map(self, lm: LanguageModel, model: str, layer: int, head: int, tokens: int) -> AttentionMap | None:
-        """Return what one head looks at on the beginning of the text; None where the model has no such head."""
+        """Return what one head attends to on the beginning of the text; None where the model has no such head."""
         if layer >= lm.config.n_layer or head >= lm.config.n_head:
             return None
         tokens = min(tokens, self.length, MAP_TOKENS)

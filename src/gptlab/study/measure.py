@@ -172,14 +172,14 @@ class _Measurement:
         asked |= {"rows": self.rows, "batch": batch, "context": context}
         self._say(f"memory of {name}")
         try:
-            found = self.kept("memory", lambda: peak_memory(asked), **asked)
+            peak = self.kept("memory", lambda: peak_memory(asked), **asked)
         except GptlabError as error:
             self.report({"event": "note", "text": f"{name}: {error}"})
-            found = {}
+            peak = {}
         return VariantTimings(
             training_tokens_per_second=None,
-            training_memory_bytes=found.get("training"),
-            decoding_memory_bytes=found.get("decoding"),
+            training_memory_bytes=peak.get("training"),
+            decoding_memory_bytes=peak.get("decoding"),
             prefill=[],
             decode=[],
         )
@@ -213,11 +213,11 @@ class _Measurement:
         if self.rate and 2 * work / self.rate > max(self.left, 1.0):
             return
         make = lambda: {n: prefill_step(m, 1, context) for n, m in self.models.items()}  # noqa: E731
-        found = self._point("prefill", make, share, batch=1, context=context)
-        for name, seconds in found.items():
+        times = self._point("prefill", make, share, batch=1, context=context)
+        for name, seconds in times.items():
             row = Prefill(context=context, batch=1, tokens_per_second=context / seconds)
             timings[name].prefill.append(row)
-        self.rate = work / sum(found.values())
+        self.rate = work / sum(times.values())
 
     def _point(self, what: str, make: Callable[[], dict[str, Any]], share: float, **settings: Any) -> dict[str, float]:
         """Time all variants at one point, for about ``share`` seconds."""
@@ -225,9 +225,9 @@ class _Measurement:
         self._say(f"{what} {said}".strip())
         started = time.perf_counter()
         configs = {name: config.to_dict() for name, config in self.extended.items()}
-        found = self.kept(what, lambda: take_turns(make(), self.device, share), configs=configs, **settings)
+        times = self.kept(what, lambda: take_turns(make(), self.device, share), configs=configs, **settings)
         self.left -= time.perf_counter() - started
-        return found
+        return times
 
     def _say(self, what: str) -> None:
         self.report({"event": "phase", "phase": "measure", "what": what, "seconds_left": max(self.left, 0.0)})

@@ -28,19 +28,6 @@ _File = TypeVar("_File", bound="Record")
 Kind = Literal["rope", "gqa", "swa", "other"]
 """One of the three changes, or any other difference between two configurations."""
 
-# Names that moved; what still subscripts a record may use them until it is rewritten.
-_MOVED = {
-    "yardstick": "reference",
-    "of": "pretraining_tokens",
-    "uptrain": "settings",
-    "moved": "divergence",
-    "moved_tokens": "divergence_tokens",
-    "looks": "checkpoints",
-    "whole": "own_context",
-    "copy": "copying",
-    "attention_maps": "attention_map",
-}
-
 
 def _config(value: Any) -> ModelConfig:
     if isinstance(value, ModelConfig):
@@ -57,21 +44,6 @@ class Record(BaseModel):
     """A part of a result file. It cannot be changed, and has no other fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
-
-    # Until the report asks for attributes.
-    def __getitem__(self, name: str) -> Any:
-        value = getattr(self, _MOVED.get(name, name))
-        return value.to_dict() if isinstance(value, ModelConfig) else value
-
-    def __contains__(self, name: str) -> bool:
-        return getattr(self, _MOVED.get(name, name), None) is not None
-
-    def get(self, name: str, default: Any = None) -> Any:
-        value = self[name]
-        return default if value is None else value
-
-    def keys(self) -> list[str]:
-        return list(type(self).model_fields)
 
 
 class Interval(Record):
@@ -345,27 +317,6 @@ class Variant(Record):
     conversion: Conversion | None = None
 
 
-class Racer(Record):
-    """One variant of the race."""
-
-    label: str
-    changes: dict[str, Any]
-    config: Config
-    parameters: int
-    run: Run
-
-
-class Race(Record):
-    """A short training of tiny models side by side: it shows how training goes, not how good a variant is."""
-
-    label: str
-    base: str
-    corpus: Corpus
-    tokens: int
-    recipe: dict[str, Any]
-    variants: dict[str, Racer]
-
-
 class Effects(Record):
     """Main effects by factor and interactions by "a x b"; ``definition`` says what the numbers mean."""
 
@@ -413,12 +364,6 @@ class Results(Record):
     effects: Effects | None
     four_sizes: dict[str, dict[str, Counterpart]]
     claims: list[Claim] = []
-    race: Race | None = None
-
-    @property
-    def comparisons(self) -> dict[str, dict[str, Interval]]:
-        there = {name: v.difference for name, v in self.variants.items() if name != self.study.base}
-        return {name: {} if d is None else {"validation_loss": d} for name, d in there.items()}
 
 
 class Machine(Record):
@@ -525,7 +470,7 @@ def _read(path: Path, kind: str, model: type[_File]) -> _File:
     try:
         return model.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        raise GptlabError(f"{path} is damaged: {_explain(error)}; make it again by gptlab study") from None
+        raise GptlabError(f"{path} is damaged: {explain(error)}; make it again by gptlab study") from None
 
 
 _WORDS = {
@@ -543,8 +488,8 @@ _WORDS = {
 }
 
 
-def _explain(error: ValidationError) -> str:
-    """The first thing that is missing or of another type."""
+def explain(error: ValidationError) -> str:
+    """Return the first thing in a file that is missing or of another type, in words."""
     first = error.errors()[0]
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
     expected = first.get("ctx", {}).get("expected")

@@ -93,13 +93,13 @@ def take_turns(steps: Mapping[str, Step], device: torch.device, seconds: float) 
     started = time.perf_counter()
     for step in steps.values():
         step()
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    seconds_of: dict[str, list[float]] = {name: [] for name in steps}
     for done in range(1, ROUNDS + 1):
         for name, step in steps.items():
-            found[name].append(timed(step, device))
+            seconds_of[name].append(timed(step, device))
         if (time.perf_counter() - started) * (done + 2) / (done + 1) > seconds:
             break
-    return {name: statistics.median(times) for name, times in found.items()}
+    return {name: statistics.median(times) for name, times in seconds_of.items()}
 
 
 def timed(step: Step, device: torch.device) -> float:
