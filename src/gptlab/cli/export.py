@@ -17,13 +17,17 @@ DTYPES = ("float32", "bfloat16", "float16")
 def export(
     model: Annotated[str, typer.Argument(help="A built-in model, a directory, a file, a run, or owner/name.")],
     out: Annotated[Path, typer.Option(help="Directory or file to write.")],
-    format: Annotated[str, typer.Option(help="hf: a directory for transformers.")] = "hf",
+    format: Annotated[str, typer.Option(help="hf: a directory for transformers; gguf: a file for llama.cpp.")] = "hf",
     dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "float32",
     custom_code: Annotated[
         bool, typer.Option("--custom-code", help="hf: where no class computes the model, send code of its own along.")
     ] = False,
     max_shard_size: Annotated[
         str | None, typer.Option(help="hf: most bytes of a file, as 500MB (default 50GB).")
+    ] = None,
+    type: Annotated[str | None, typer.Option(help="gguf: of the weights: f32 (default), f16, bf16 or q8_0.")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="gguf: cap the context at so many tokens, as at a window that llama.cpp ignores.")
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Read the result back and compare its logits.")
@@ -36,6 +40,11 @@ def export(
     for flag, given in (("--custom-code", custom_code), ("--max-shard-size", max_shard_size is not None)):
         if given and format != "hf":
             raise GptlabError(f"{flag} belongs to --format hf; drop it")
+    for flag, given in (("--type", type is not None), ("--context", context is not None)):
+        if given and format != "gguf":
+            raise GptlabError(f"{flag} belongs to --format gguf; drop it")
+    if format == "gguf" and dtype != "float32":
+        raise GptlabError("of GGUF the weights have a type: use --type in place of --dtype")
     import torch
 
     from gptlab.exporting import export as write
@@ -46,7 +55,11 @@ def export(
         format=format,
         dtype=getattr(torch, dtype),
         verify=verify,
-        planning={"custom_code": True} if custom_code else {},
+        planning={
+            name: value
+            for name, value in (("custom_code", custom_code or None), ("type", type), ("context", context))
+            if value is not None
+        },
         **({} if max_shard_size is None else {"max_shard_size": max_shard_size}),
     )
     if as_json:
