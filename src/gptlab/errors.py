@@ -5,12 +5,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 800
+"""Characters of a sentence."""
+
 
 class GptlabError(ValueError):
     """Something the user can put right: one sentence that names the thing and the way out.
 
-    The command line prints the sentence and exits with code 2; a library caller may catch it.
+    The command line prints the sentence and exits with code 2; a library caller may catch it. A sentence that quotes
+    what somebody put into a file may be of any length, so its middle is cut out beyond `LONGEST`.
     """
+
+    def __init__(self, sentence: str) -> None:
+        half = LONGEST // 2
+        super().__init__(sentence if len(sentence) <= LONGEST else f"{sentence[:half]} [...] {sentence[-half:]}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -116,7 +116,7 @@ def export(
 
 
 def calibration(checkpoint: Checkpoint, length: int) -> list[Tensor]:
-    """Return rows of ``length`` ids to compare models on, of a text that every Python has; random without a tokenizer."""
+    """Return rows of ``length`` ids to compare models on: of a text of Python's own, random without a tokenizer."""
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     if tokenizer is None or tokenizer.vocab_size > config.vocab_size:
         drawn = torch.randint(config.vocab_size, (ROWS, length), generator=torch.Generator().manual_seed(0))

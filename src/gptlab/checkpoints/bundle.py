@@ -66,6 +66,8 @@ def open_bundle(prefix: Path) -> Lazy:
         n_shards, entries = _entries(index.read_bytes())
     except OSError as error:
         raise GptlabError(f"{index} cannot be read: {error.strerror}") from None
+    except ValueError:  # a zero byte, where the file `checkpoint` is damaged
+        raise GptlabError(f"{str(index)!r} is no name of a file; restore the file checkpoint, or remove it") from None
     except Damaged as error:
         raise GptlabError(f"{index} is no intact index of a TensorFlow checkpoint ({error}); copy it again") from None
     shards: dict[int, np.memmap] = {}

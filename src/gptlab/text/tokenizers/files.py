@@ -16,6 +16,8 @@ from gptlab.text.tokenizers.base import END_OF_TEXT, Tokenizer
 from gptlab.text.tokenizers.gpt2 import byte_alphabet
 
 EVERY_CHARACTER = "(?m)."
+LARGEST_VOCABULARY = 2**21
+"""Eight times the largest of any model; a table of tokens by id is made that long."""
 _UNKNOWN = np.uint32(2**32 - 1)
 
 
@@ -45,6 +47,8 @@ class FileTokenizer(Tokenizer):
         self._added = {token.content for token in added.values()}
         self._special = {token.content: i for i, token in sorted(added.items()) if token.special}
         self.vocab_size = max(vocab.values(), default=-1) + 1
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise ValueError(f"it has the id {self.vocab_size - 1}, where no vocabulary reaches {LARGEST_VOCABULARY:,}")
         self.end_of_text = vocab.get(END_OF_TEXT)
         byte_level = _is_byte_level(self._values)
         self._bytes: list[bytes | None] = [None] * self.vocab_size
