@@ -290,7 +290,7 @@ def test_a_signal_in_training_saves(file: Path, tmp_path: Path, number: signal.S
 
 
 def interval(low: float | None, high: float | None) -> Interval:
-    return Interval(mean=-0.25, low=low, high=high, n=3, unit="nats a token", method="paired over seeds")
+    return Interval(mean=-0.25, low=low, high=high, n=3, unit="nats per token", method="paired over seeds")
 
 
 def test_a_difference_inside_the_noise_is_called_that() -> None:
