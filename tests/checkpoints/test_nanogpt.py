@@ -174,6 +174,10 @@ def test_what_does_not_belong_together(tmp_path: Path, changes: dict[str, Any], 
 # --- pickles ---------------------------------------------------------------------------------------------------------
 
 
+STORAGE = torch.ones(20_000)
+SHARED = [STORAGE[i:] for i in range(20)]
+
+
 class Evil:
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = function, arguments
@@ -195,6 +199,7 @@ class Evil:
         (Path("x"), "is in it): loading it could run code"),
         (torch.ones(2, 2).to_sparse(), "is in it)"),
         (torch.ones(1).expand(2**40), "has fewer numbers than that"),
+        (SHARED, "its tensors share their numbers"),
     ],
 )
 def test_a_pickle_of_anything_else(

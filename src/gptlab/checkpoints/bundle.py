@@ -66,8 +66,6 @@ def open_bundle(prefix: Path) -> Lazy:
         n_shards, entries = _entries(index.read_bytes())
     except OSError as error:
         raise GptlabError(f"{index} cannot be read: {error.strerror}") from None
-    except ValueError:  # a zero byte, where the file `checkpoint` is damaged
-        raise GptlabError(f"{str(index)!r} is no name of a file; restore the file checkpoint, or remove it") from None
     except Damaged as error:
         raise GptlabError(f"{index} is no intact index of a TensorFlow checkpoint ({error}); copy it again") from None
     shards: dict[int, np.memmap] = {}
@@ -76,6 +74,8 @@ def open_bundle(prefix: Path) -> Lazy:
         if entry.shard not in shards:
             shards[entry.shard] = _map(prefix.with_name(f"{prefix.name}.data-{entry.shard:05}-of-{n_shards:05}"))
         tensors[name] = _reader(name, entry, shards[entry.shard])
+    if sum(entry.size for entry in entries.values()) > sum(map(len, shards.values())):
+        raise GptlabError(f"{index} is damaged: its tensors overlap; copy it again")
     return tensors
 
 

@@ -31,6 +31,8 @@ _ALLOWED = re.compile(
 LARGEST_PICKLE = 2**24
 MOST_TUPLES = 20_000
 """Tuples in tuples, as keys of a dictionary, overflow the stack of Python at 80,000; a checkpoint has four a tensor."""
+MOST_SHARED = 3
+"""Times the size of the file; embedding and head are often one tensor, and more than that nothing needs."""
 _OLD_PICKLES = 5  # before torch 1.6: a number, a version, the machine, the object, the names of its storages
 
 
@@ -60,8 +62,12 @@ def load_pickle(path: Path) -> Any:
                 _check(pickled)
         with warnings.catch_warnings(action="ignore"):  # about pickle protocols; what counts is said below
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        n_bytes = 0
         for tensor in tensors_in(values):
             _check_tensor(tensor)
+            n_bytes += tensor.numel() * tensor.element_size()
+        if n_bytes > MOST_SHARED * path.stat().st_size:
+            raise ValueError("its tensors share their numbers")
     except Foreign as error:
         what = f"{path} is no file of tensors alone ({error} is in it): loading it could run code, so it was not loaded"
         if str(error).startswith("numpy"):

@@ -218,7 +218,7 @@ def _obstacle(config: ModelConfig) -> str | None:
     if any(dilation != 1 for dilation in config.dilations):
         return "dilation, which hides keys at any distance"
     if config.rope is not None and config.rope.scaling == "yarn":
-        return "YaRN scaling, whose ramp it computes in its own way"
+        return "YaRN scaling, for which nobody has compared the two"
     return None
 
 
