@@ -1,7 +1,7 @@
 """Write the generated parts of README.md and docs/ from result files; `--check` only says whether they are current.
 
-Three things are generated: what stands between `<!-- NAME -->` and `<!-- end NAME -->`; the line numbers of links such
-as [`GPT.forward`](src/gptlab/model/gpt.py), which name a definition in the linked file; and the figures of the studies.
+Two things are generated: what stands between `<!-- NAME -->` and `<!-- end NAME -->`, and the figures of the studies.
+Links such as [`GPT.forward`](src/gptlab/model/gpt.py) are checked: the linked file must hold the definition they name.
 Drawings differ a little from one matplotlib to the next, so a figure is current when it says that it was drawn from
 the results that are there; one that is deleted is drawn again.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = ("standard", "papers", "convert", "convert-8m")
 """Those whose results the docs show, where a page has a place for them; tools/keep_results.py puts them there."""
-LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)*src/[\w/]+\.py)(?:#L\d+)?\)")
+LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)*src/[\w/]+\.py)(#\w*)?\)")
 
 
 def results(name: str) -> dict:
@@ -299,33 +299,37 @@ BLOCKS: dict[str, Callable[[], str]] = {
 }
 
 
-def definitions(source: str) -> dict[str, int]:
-    """Line numbers of all classes, functions and constants of a module, by qualified name."""
-    found: dict[str, int] = {}
+def definitions(source: str) -> set[str]:
+    """The qualified names of all classes, functions and constants of a module."""
+    names: set[str] = set()
 
     def walk(node: ast.AST, prefix: str) -> None:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.ClassDef | ast.FunctionDef):
-                found[prefix + child.name] = child.lineno
+                names.add(prefix + child.name)
                 walk(child, f"{prefix}{child.name}.")
             elif isinstance(child, ast.Assign | ast.AnnAssign):
                 targets = child.targets if isinstance(child, ast.Assign) else [child.target]
-                found.update({prefix + t.id: child.lineno for t in targets if isinstance(t, ast.Name)})
+                names.update(prefix + t.id for t in targets if isinstance(t, ast.Name))
 
     walk(ast.parse(source), "")
-    return found
+    return names
+
+
+def check_links(path: Path, text: str) -> None:
+    """Exit where a link to the source leads to no file, names a symbol that the file does not define, or a line."""
+    for name, target, line in LINK.findall(text):
+        source = path.parent / target
+        if not source.is_file():
+            sys.exit(f"{path.name}: there is no {target}")
+        if name not in definitions(source.read_text(encoding="utf-8")):
+            sys.exit(f"{path.name}: {target} defines no {name}")
+        if line:
+            sys.exit(f"{path.name}: the link to {name} ends in {line}; a line number goes stale, the name does not")
 
 
 def current(path: Path) -> str:
     """What the file should contain."""
-
-    def link(match: re.Match[str]) -> str:
-        name, target = match[1], match[2]
-        lines = definitions((path.parent / target).read_text(encoding="utf-8"))
-        if name not in lines:
-            sys.exit(f"{path.name}: {target} defines no {name}")
-        return f"[`{name}`]({target}#L{lines[name]})"
-
     text = path.read_text(encoding="utf-8")
     made = dict(BLOCKS)
     if path.parent.parent.name == "assets":
@@ -335,7 +339,8 @@ def current(path: Path) -> str:
         if begin in text:
             head, rest = text.split(begin, 1)
             text = head + begin + make() + "\n" + end + rest.split(end, 1)[1]
-    return LINK.sub(link, text)
+    check_links(path, text)
+    return text
 
 
 def pages() -> list[Path]:
