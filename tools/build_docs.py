@@ -346,7 +346,7 @@ def current(path: Path) -> str:
 def pages() -> list[Path]:
     """All files with generated parts."""
     cards = ROOT.glob("src/gptlab/assets/*/README.md")
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(cards)]
+    return [ROOT / "README.md", *ROOT.glob("CONTRIBUTING.md"), *sorted((ROOT / "docs").glob("*.md")), *sorted(cards)]
 
 
 def stale() -> dict[Path, bytes | None]:
