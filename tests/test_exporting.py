@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 import gptlab
 from gptlab import checkpoints, exporting
 from gptlab.exporting import export
+from gptlab.formatting import readable
 from gptlab.text.tokenizers import byte_tokenizer
 
 
@@ -84,6 +88,34 @@ def test_a_place_that_is_taken_stays_as_it_is(saved: Path) -> None:
     with pytest.raises(gptlab.GptlabError, match="is there already; choose another --out"):
         export(saved, saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode there")
+def test_paths_that_are_not_utf8(saved: Path, tmp_path: Path) -> None:
+    """safetensors writes to such a path and then cannot open it; a run must not find that out at its first save."""
+    from gptlab.training.lock import locked
+
+    path = tmp_path / os.fsdecode(b"mod\xe8le")
+    writers = (
+        lambda: export(saved, path),
+        lambda: gptlab.save(gptlab.load(saved), path),
+        lambda: locked(path).__enter__(),
+    )
+    for write in writers:
+        with pytest.raises(gptlab.GptlabError, match="is not a UTF-8 path, and safetensors opens no other; give"):
+            write()
+        assert not path.exists()
+    shutil.copytree(saved, path)
+    with pytest.raises(gptlab.GptlabError, match="is not a UTF-8 path"):
+        gptlab.load(path)
+
+
+def test_a_name_in_an_ascii_locale_is_written_as_text(saved: Path, tmp_path: Path) -> None:
+    escaped = os.fsencode("mod\u00e8le").decode("ascii", "surrogateescape")  # what Python makes of it there
+    assert [readable(name) for name in (escaped, "mod\u00e8le", "m\udce8")] == ["mod\u00e8le", "mod\u00e8le", r"m\xe8"]
+    saved.rename(saved.parent / escaped)
+    export(saved.parent / escaped, tmp_path / "out", verify=False)
+    assert "mod\u00e8le" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_what_has_no_home_is_refused_before_its_weights_are_read(saved: Path, tmp_path: Path) -> None:

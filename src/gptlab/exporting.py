@@ -13,9 +13,11 @@ from torch import Tensor
 
 from gptlab import checkpoints
 from gptlab.checkpoints import Checkpoint, gguf, hub, huggingface
+from gptlab.checkpoints.files import refuse_bytes
 from gptlab.checkpoints.huggingface.card import read_facts
 from gptlab.conversion.calibration import DEFAULT_TEXT, calibration_rows
 from gptlab.errors import GptlabError, nearest
+from gptlab.formatting import readable
 from gptlab.model.gpt import GPT, SCALES
 
 ROWS, LENGTH = 2, 256
@@ -93,12 +95,13 @@ def export(
         raise GptlabError(f"unknown format {format!r}{nearest(format, WRITERS)}; there are {', '.join(WRITERS)}")
     if out.exists():
         raise GptlabError(f"{out} is there already; choose another --out, or remove it")
+    refuse_bytes(out)
     path = hub.locate(str(model))
     planning = planning or {}
     PLANS[format](checkpoints.read_config(path), **planning)
     source = checkpoints.read(path)
     stored = {name: tensor if name in SCALES else tensor.to(dtype) for name, tensor in source.state.items()}
-    facts = {"name": str(model), **(read_facts(path) if path.is_dir() else {})}
+    facts = {"name": readable(str(model)), **(read_facts(path) if path.is_dir() else {})}
     report = WRITERS[format](out, source._replace(state=stored), facts=facts, **planning, **options)
     difference = spread = None
     rows: list[Tensor] = []

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 MINUS, TIMES, NBSP = "\u2212", "\u00d7", "\u00a0"
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+
+
+def readable(name: str) -> str:
+    """The name of a file as text: it need not be Unicode, and Python keeps such bytes as lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(name).decode(errors="backslashreplace")
+    return name
 
 
 def count(n: float) -> str:

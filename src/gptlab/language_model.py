@@ -249,8 +249,10 @@ def load(
         from gptlab.text.tokenizers import make_tokenizer
 
         chosen = make_tokenizer(tokenizer)
-    elif tokenizer is not None:
+    elif isinstance(tokenizer, Tokenizer):
         chosen = tokenizer
+    elif tokenizer is not None:
+        raise GptlabError(f"the tokenizer must be 'gpt2', 'bytes' or a Tokenizer, got {type(tokenizer).__name__}")
     return LanguageModel(model.to(device).eval(), chosen, no_tokenizer=checkpoint.no_tokenizer)
 
 

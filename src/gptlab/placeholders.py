@@ -15,6 +15,12 @@ _REFUSAL = re.compile(
 )
 
 
+def refuse_pointer(head: bytes, name: object) -> None:
+    """Raise GptlabError where a file that begins like this is a git-lfs pointer."""
+    if _POINTER.match(head):
+        raise GptlabError(f"{name} is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder")
+
+
 def refuse_placeholder(path: Path) -> None:
     """Refuse a file that stands for another; a file that is not there, or is anything else, passes.
 
@@ -26,8 +32,7 @@ def refuse_placeholder(path: Path) -> None:
             head = file.read(1024).removeprefix(b"\xef\xbb\xbf")
     except OSError:
         return
-    if _POINTER.match(head):
-        raise GptlabError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder")
+    refuse_pointer(head, path)
     if _PAGE.match(head):
         raise GptlabError(
             f"{path} is an HTML page, not the file itself; download it again, on the Hugging Face hub from the address"

@@ -161,3 +161,24 @@ def test_a_model_without_a_row_for_its_padding_token_can_be_trained(tmp_path: Pa
     dataset = prepare(open_documents([str(tmp_path / "a.txt")]), lm.tokenizer, tmp_path / "d", held_out=0.2)
     assert dataset.training.read(0, dataset.training.n_tokens).max() == END
     assert first_model(Recipe.model_validate({"budget": {"steps": 1}}), dataset, lm) is lm.model
+
+
+@pytest.mark.parametrize(
+    "name", ["config", "vocab", "merges", "added_tokens", "special_tokens_map", "tokenizer_config", "generation_config"]
+)
+def test_a_byte_order_mark_is_no_character(tmp_path: Path, name: str) -> None:
+    ends = ENDS["several"]
+    directory = fine_tuned(tmp_path, ends, **TEMPLATE)
+    expected = gptlab.load(directory).tokenizer
+    path = next(directory.glob(f"{name}.*"))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    lm = gptlab.load(directory)
+    assert lm.tokenizer is not None
+    assert expected is not None
+    assert lm.tokenizer.sha256 == expected.sha256
+    assert (lm.tokenizer.ends, lm.tokenizer.start_of_text) == (expected.ends, expected.start_of_text)
+
+
+def test_a_tokenizer_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GptlabError, match="must be 'gpt2', 'bytes' or a Tokenizer, got int"):
+        gptlab.load(fine_tuned(tmp_path), tokenizer=5)  # type: ignore[arg-type]

@@ -410,7 +410,7 @@ def test_something_else_named_model_safetensors(tmp_path: Path, content: bytes) 
     assert "no intact safetensors file" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"model_type": "gpt2"', "\ufeff{}"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"model_type": "gpt2"'])
 def test_a_config_that_is_no_json_object(tmp_path: Path, text: str) -> None:
     (write(tmp_path) / "config.json").write_text(text)
     assert "config.json is damaged" in refusal(tmp_path)
@@ -578,3 +578,26 @@ def test_damaged_pickles_are_refused_or_read_but_never_a_traceback(tmp_path: Pat
         except gptlab.GptlabError:
             refused += 1
     assert refused > 75
+
+
+@pytest.mark.parametrize(
+    ("field", "names"),
+    [
+        ("n_head", ["nhead", "nheads", "n_heads", "numHeads", "headcount", "num_attn_heads"]),
+        ("n_layer", ["nlayer", "nlayers", "num_layers", "layercount"]),
+        ("n_embd", ["nembd", "hiddenSize", "d_model", "dmodel"]),
+        ("n_positions", ["nctx", "maxpositions", "block_size", "seq_len"]),
+        ("layer_norm_epsilon", ["lneps", "ln_eps", "layernormepsilon", "eps"]),
+        ("activation_function", ["actfn", "act_fn", "activationfunction", "hidden_act"]),
+        ("scale_attn_weights", ["scale_attention_weights", "scale_attn", "attn_scale", "scaled_attention"]),
+    ],
+)
+def test_a_field_under_a_name_that_transformers_does_not_know_is_refused(
+    tmp_path: Path, field: str, names: list[str]
+) -> None:
+    value = False if field == "scale_attn_weights" else CONFIG.get(field, 1)
+    for name in names:
+        config = {key: kept for key, kept in CONFIG.items() if key not in (field, "n_ctx")}
+        (tmp_path / "config.json").write_text(json.dumps({**config, name: value}))
+        with pytest.raises(gptlab.GptlabError, match=f"has {name}=.*which it may mean"):
+            checkpoints.read_config(tmp_path)

@@ -186,10 +186,15 @@ def test_archives_of_several_files(tmp_path: Path) -> None:
     assert read(tmp_path / "text8.zip") == [" anarchism originated"]
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 123\n"
+POINTED = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".txt.gz", ".zip", ".tar")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
         ("a.html", b"<p>", "is an HTML page"),
+        *((f"a{end}", POINTER, "is a git-lfs pointer, not the file itself") for end in POINTED),
         ("a.txt", b"\n<!DOCTYPE html><p>", "is an HTML page, whose markup is no text"),
         ("a.txt", b"\xef\xbb\xbf<?xml version='1.0'?>", "is an XML file"),
         ("a.txt", b"%PDF-1.4\n\xe2\xe3", "is a PDF file, no text"),

@@ -47,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     refuse_placeholder(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise GptlabError(f"{path.parent} has no {path.name}; copy it there too") from None
     except OSError as error:
@@ -68,6 +68,7 @@ def open_safetensors(path: Path) -> tuple[Lazy, dict[str, str]]:
         GptlabError: the file is empty, truncated or damaged.
     """
     refuse_placeholder(path)
+    refuse_bytes(path)
     # One link only: the blob may itself be a link into the hub's shared store, whose names are other hashes.
     blob = Path(os.readlink(path)) if path.is_symlink() else path
     named = blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name)
@@ -89,6 +90,15 @@ def open_safetensors(path: Path) -> tuple[Lazy, dict[str, str]]:
         return get
 
     return {name: reader(name) for name in names}, metadata
+
+
+def refuse_bytes(path: Path) -> None:
+    """Raise GptlabError where a path is not UTF-8, which a file system allows and safetensors cannot open."""
+    try:
+        if os.name == "posix":
+            os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        raise GptlabError(f"{path} is not a UTF-8 path, and safetensors opens no other; give it another name") from None
 
 
 def sha256_of(path: Path) -> str:

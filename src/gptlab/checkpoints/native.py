@@ -20,6 +20,7 @@ from gptlab.checkpoints.files import (
     complete_state,
     open_safetensors,
     read_json,
+    refuse_bytes,
     tensor_sha256,
     write_files,
 )
@@ -96,8 +97,9 @@ def write(directory: Path, checkpoint: Checkpoint, extra: Mapping[str, bytes] | 
         extra: further files, by name.
 
     Raises:
-        GptlabError: the directory cannot be written, or the disk is full.
+        GptlabError: the directory cannot be written, its path is not UTF-8, or the disk is full.
     """
+    refuse_bytes(directory)
     config, state, tokenizer, _ = checkpoint
     values = config.to_dict()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

@@ -129,8 +129,8 @@ def _ids(text: str) -> list[int]:
     from gptlab.errors import GptlabError
 
     parts = text.replace(",", " ").split()
-    if not parts or not all(part.isdecimal() for part in parts):
-        raise GptlabError(f'--prompt-ids wants token ids, as "15496 11 50256", got {text!r}')
+    if not parts or not all(part.isdecimal() and len(part) < 20 for part in parts):
+        raise GptlabError(f'--prompt-ids wants token ids, as "15496 11 50256", got {text!r:.60}')
     return [int(part) for part in parts]
 
 

@@ -39,8 +39,8 @@ def check_input(config: ModelConfig, ids: Any, positions: Any, documents: Any, c
             " for one sequence use torch.tensor([ids])"
         )
     n_tokens = ids.shape[1]
-    if n_tokens == 0:
-        raise GptlabError(f"ids must hold at least one token a row, got shape {tuple(ids.shape)}")
+    if ids.numel() == 0:
+        raise GptlabError(f"ids must hold at least one row and one token in each, got shape {tuple(ids.shape)}")
     for name, x in (("positions", positions), ("documents", documents)):
         if x is not None and not (isinstance(x, Tensor) and x.shape == ids.shape and x.dtype in _INTEGERS):
             said = f"shape {tuple(x.shape)} and {x.dtype}" if isinstance(x, Tensor) else type(x).__name__

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 from gptlab.errors import GptlabError
+from gptlab.placeholders import refuse_pointer
 from gptlab.text import records
 from gptlab.text.decoding import CHUNK, decoded
 from gptlab.text.segmentation import Piece, document_pieces, line_pieces
@@ -88,6 +89,7 @@ def read_file(file: IO[bytes], name: str, reading: Reading) -> Iterator[Piece]:
     if inner in _REFUSED:
         raise GptlabError(f"{name} is {_REFUSED[inner]}, whose contents are no plain text; save its text as .txt")
     file = _peekable(file)
+    refuse_pointer(_head(file), name)
     if not outer:
         outer = next((suffix for suffix, magic in _MAGIC.items() if _head(file).startswith(magic)), "")
     if not outer:

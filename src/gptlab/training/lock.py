@@ -15,6 +15,7 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from gptlab.checkpoints.files import refuse_bytes
 from gptlab.errors import GptlabError
 from gptlab.training.parallel import Group
 
@@ -39,8 +40,9 @@ def locked(run: Path, say: Callable[[str], None] = lambda text: None) -> Iterato
         say: told in a sentence where the file system knows no locks; then nothing is locked.
 
     Raises:
-        GptlabError: another process has it, or the directory cannot be written.
+        GptlabError: another process has it, the directory cannot be written, or its path is not UTF-8.
     """
+    refuse_bytes(run)
     made = [path for path in (run, *run.parents) if not path.exists()]
     handle = _take(run, say)
     try:

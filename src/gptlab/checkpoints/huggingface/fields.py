@@ -84,6 +84,11 @@ _MEANINGS = {
     },
     "n_embd": {"embd", "embed", "emb", "embedding", "hidden", "width", "dim", "dmodel", "model"},
 }
+_WITHOUT_SPACE = {
+    *("head", "layer", "embd", "hidden", "vocab", "inner", "activation", "nonlinearity", "position", "epsilon"),
+    *("eps", "act", "ctx", "embed", "tied", "tying", "width", "depth", "dmodel"),
+}
+"""Of these names those that other words hardly ever hold."""
 _FOREIGN = {
     *("kv", "query", "groups", "window", "windows", "sliding", "local", "sink", "sinks", "dilation", "types"),
     *("rope", "rotary", "alibi", "theta", "softcap", "softcapping", "experts", "moe", "rms", "rmsnorm", "glu"),
@@ -146,7 +151,8 @@ def _refuse_look_alike(
     path: Path, name: str, value: Any, values: Mapping[str, Any], fields: Fields, family: str
 ) -> None:
     words = set(re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()))
-    if words & _FOREIGN or {"key", "value"} <= words:
+    unscaled = value is False and bool(words & {"scale", "scaled"}) and bool(words & {"attn", "attention"})
+    if (words & _FOREIGN or {"key", "value"} <= words) and not unscaled:
         one = value == 1 and value is not True and bool(words & {"scale", "multiplier", "scaling", "groups"})
         heads = bool(words & {"heads", "head"}) and value in fields["n_head"].stated(values).values()
         if value and not one and not heads:
@@ -162,13 +168,23 @@ def _refuse_look_alike(
                 f"{path} has {name}={_short(value)}, a kind of {kind} that {family} does not have;"
                 " delete it if it has no meaning"
             )
-    meant = [ours for ours, names in _MEANINGS.items() if words & names and ours in fields]
+    meant = [ours for ours, names in _MEANINGS.items() if _means(words, names) and ours in fields]
+    meant = ["scale_attn_weights"] if unscaled and "scale_attn_weights" in fields else meant
     silent = [ours for ours in meant if not fields[ours].stated(values)]
     if silent and value is not None:
         raise GptlabError(
             f"{path} has {name}={_short(value)}, which is no field of {family}, and not {fields[silent[0]].names[0]},"
             " which it may mean; rename it, or delete it if it has no meaning"
         )
+
+
+def _means(words: set[str], names: set[str]) -> bool:
+    """Is one of the words a name, or does it hold one, written without a space as in ``nhead``?"""
+    return bool(words & names) or any(
+        name in word if len(name) > 3 else word.removeprefix("n").startswith(name) or word.endswith(name)
+        for word in words
+        for name in names & _WITHOUT_SPACE
+    )
 
 
 def activation(path: Path, name: str, value: object) -> str:

@@ -96,7 +96,7 @@ def _read_borders(directory: Path, declared: Declared) -> None:
 def _read(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file, an empty one where there is none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
     except OSError as error:

@@ -66,16 +66,16 @@ def _values(directory: Path) -> dict[str, Any] | None:
     """Return what a `tokenizer.json` says or would say, without the tokens of the files beside it."""
     path, vocab, merges = (directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     if path.exists():
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
             raise ValueError("tokenizer.json describes no model")
         return values
     if not vocab.exists():  # as OpenAI named the two
         vocab, merges = directory / "encoder.json", directory / "vocab.bpe"
     if vocab.exists() and merges.exists():
-        lines = merges.read_text(encoding="utf-8").splitlines()
+        lines = merges.read_text(encoding="utf-8-sig").splitlines()
         pairs = [(a, b) for a, b in (line.split(" ") for line in lines if line and not line.startswith("#version"))]
-        table = json.loads(vocab.read_text(encoding="utf-8"))
+        table = json.loads(vocab.read_text(encoding="utf-8-sig"))
         values = json.loads(byte_level({}, [], special=()).to_str())
         values["model"].update(vocab=table, merges=pairs)
         return dict(values)
