@@ -41,7 +41,7 @@ def measure(variant: str, length: int, backward: bool, repeats: int) -> dict[str
     def once(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         tokens = Tokens(torch.arange(q.shape[2])[None], plain=True, in_order=True)  # new: so is flex's mask
         with torch.set_grad_enabled(backward):
-            y = kernel(q, k, v, visibility, tokens, tokens)
+            y = kernel(kernels.Inputs(q, k, v, visibility, tokens, tokens))
             if backward:
                 y.backward(y.detach())
                 q.grad = k.grad = v.grad = None

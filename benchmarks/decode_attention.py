@@ -43,12 +43,12 @@ def measure(context: int, batch: int, n_kv_head: int, window: int | None, rounds
     q = torch.randn(batch, HEADS, 1, HEAD_DIM).bfloat16()
     query = Tokens(torch.full((batch, 1), context - 1), plain=True)
     keys = Tokens(torch.arange(context - slots, context).expand(batch, -1), plain=True)
-    kernel = kernels.select(visibility, query, keys, 0.0)
+    kernel = kernels.select(kernels.Inputs(q, *layers[0], visibility, query, keys))
     times = []
     for _ in range(rounds + 1):
         started = time.perf_counter()
         for k, v in layers:
-            kernel(q, k, v, visibility, query, keys)
+            kernel(kernels.Inputs(q, k, v, visibility, query, keys))
         times.append(1000 * (time.perf_counter() - started) * LAYERS / n_layers)
     return statistics.median(times[1:])
 

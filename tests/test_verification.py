@@ -96,8 +96,8 @@ def shortcut_that_shows_everything(patch: pytest.MonkeyPatch) -> None:
 
 
 def model_that_does_not_read(patch: pytest.MonkeyPatch) -> None:
-    right = gpt.GPT._embed
-    patch.setattr(gpt.GPT, "_embed", lambda self, ids, *rest: right(self, torch.zeros_like(ids), *rest))
+    right = gpt.GPT.embed
+    patch.setattr(gpt.GPT, "embed", lambda self, ids, *rest: right(self, torch.zeros_like(ids), *rest))
 
 
 def cache_that_shifts_positions(patch: pytest.MonkeyPatch) -> None:

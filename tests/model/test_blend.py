@@ -94,7 +94,7 @@ def test_each_scale_is_a_factor_on_what_it_scales() -> None:
     ids = random_ids(model, 2, LENGTH)
     expected = sibling(model, "rope")
     table = model.wpe.weight * 0.37
-    expected._frequencies = (expected._frequencies[0] * model.rope_scale.double(), 1.0)
+    expected.frequencies = (expected.frequencies[0] * model.rope_scale.double(), 1.0)
     expected.wte.register_forward_hook(lambda _module, _args, out: out + table[:LENGTH])
     close(model(ids), expected(ids))
 
@@ -229,7 +229,7 @@ def test_compiled_blocks_serve_every_scale() -> None:
     for rope, wpe in ((0.0, 1.0), (0.25, 1.0), (1.0, 0.5), (1.0, 0.0)):
         at(model, rope, wpe)
         expected = model(ids)
-        x, tokens, rotary = model._embed(ids, None, None, None)
+        x, tokens, rotary = model.embed(ids, None, None, None)
         for block in blocks:
             x = block(x, tokens, rotary)
         close(model.lm_head(model.ln_f(x)), expected)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptlab.model import Tokens, Visibility, kernels
 from gptlab.model.attention import attend
-from gptlab.model.kernels import banded, reference
+from gptlab.model.kernels import Inputs, banded, reference
 
 banded_module = importlib.import_module("gptlab.model.kernels.banded")  # the package's name `banded` is the function
 H, D = 6, 8
@@ -46,7 +46,7 @@ def assert_agrees(rule: Visibility, tensors: list[Tensor], tokens: Tokens) -> No
     results = []
     for compute in (reference, banded):
         q, k, v, *q_sinks = tensors
-        out = compute(q, k, v, rule, tokens, tokens, 0.0, *q_sinks)
+        out = compute(Inputs(q, k, v, rule, tokens, tokens, 0.0, *q_sinks))
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device)
         results.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), tensors)])
     close(results[1][0], results[0][0], 1e-5)
@@ -110,7 +110,7 @@ def test_without_the_fused_operators_bfloat16_stays_within_its_rounding(rule: Vi
     results = []
     for compute, inputs in ((reference, [t.detach().float().requires_grad_() for t in rounded]), (banded, rounded)):
         q, k, v, *q_sinks = inputs
-        out = compute(q, k, v, rule, tokens, tokens, 0.0, *q_sinks)
+        out = compute(Inputs(q, k, v, rule, tokens, tokens, 0.0, *q_sinks))
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device)
         results.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), inputs)])
     for expected, found in zip(*results, strict=True):
@@ -137,7 +137,7 @@ def test_compiled_training_in_bfloat16_takes_it_on_the_cpu(rule: Visibility, n_k
     found = [out.detach(), *torch.autograd.grad((out * upstream).sum(), rounded)]
     exact = [t.detach().float().requires_grad_() for t in rounded]
     q, k, v, *q_sinks = exact
-    out = reference(q, k, v, rule, tokens, tokens, 0.0, *q_sinks)
+    out = reference(Inputs(q, k, v, rule, tokens, tokens, 0.0, *q_sinks))
     expected = [out.detach(), *torch.autograd.grad((out * upstream).sum(), exact)]
     for one, other in zip(found, expected, strict=True):
         assert (one.float() - other).norm() / other.norm() < 0.01

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from gptlab import GptlabError
 from gptlab.model import PADDING, Tokens, Visibility, kernels
-from gptlab.model.kernels import flex, reference, use
+from gptlab.model.kernels import Inputs, flex, reference, use
+from gptlab.model.kernels.blocks import blocks, mask_mod
 
 flex_module = importlib.import_module("gptlab.model.kernels.flex")  # the package's name `flex` is the function
 H, D = 6, 8
@@ -80,8 +81,8 @@ def inputs(queries: Tokens, keys: Tokens, n_kv_head: int, own_queries: bool, wid
 
 def assert_agrees(rule: Visibility, queries: Tokens, keys: Tokens, tensors: list[Tensor]) -> None:
     q, k, v, *q_sinks = tensors
-    found = flex(q, k, v, rule, queries, keys, 0.0, *q_sinks)
-    close(found, reference(q, k, v, rule, queries, keys, 0.0, *q_sinks), 1e-5)
+    found = flex(Inputs(q, k, v, rule, queries, keys, 0.0, *q_sinks))
+    close(found, reference(Inputs(q, k, v, rule, queries, keys, 0.0, *q_sinks)), 1e-5)
 
 
 # The masks
@@ -99,7 +100,7 @@ def pooled(visible: Tensor, size: int, fill: bool) -> Tensor:
 def test_the_mask_function_is_what_visible_says(rule: Visibility, pair: tuple[Tokens, Tokens]) -> None:
     queries, keys = pair
     b, q, k = (torch.arange(n) for n in (2, queries.positions.shape[1], keys.positions.shape[1]))
-    found = rule.mask_mod(queries, keys)(b[:, None, None], torch.tensor(0), q[:, None], k)
+    found = mask_mod(rule, queries, keys)(b[:, None, None], torch.tensor(0), q[:, None], k)
     assert torch.equal(found.expand(2, len(q), len(k)), rule.visible(queries, keys))
 
 
@@ -108,7 +109,7 @@ def test_the_mask_function_is_what_visible_says(rule: Visibility, pair: tuple[To
 def test_no_block_with_a_visible_pair_is_left_out_and_no_full_one_hides_any(
     rule: Visibility, pair: tuple[Tokens, Tokens], size: int
 ) -> None:
-    some, every = rule.blocks(*pair, size)
+    some, every = blocks(rule, *pair, size)
     visible = rule.visible(*pair)
     assert not (pooled(visible, size, fill=False).any(-1).any(2) & ~some).any()
     assert not (every & ~pooled(visible, size, fill=False).all(-1).all(2)).any()
@@ -118,7 +119,7 @@ def test_no_block_with_a_visible_pair_is_left_out_and_no_full_one_hides_any(
 @given(rule=st.builds(Visibility, st.none() | st.integers(1, 20)), length=st.integers(1, 60), size=st.integers(1, 9))
 def test_the_blocks_of_a_whole_sequence_are_exact(rule: Visibility, length: int, size: int) -> None:
     tokens = in_order(1, length)
-    some, every = rule.blocks(tokens, tokens, size)
+    some, every = blocks(rule, tokens, tokens, size)
     visible = pooled(rule.visible(tokens, tokens), size, fill=False)
     assert torch.equal(some, visible.any(-1).any(2))
     assert torch.equal(every, visible.all(-1).all(2))
@@ -127,7 +128,7 @@ def test_the_blocks_of_a_whole_sequence_are_exact(rule: Visibility, length: int,
 def test_blocks_of_other_documents_are_left_out() -> None:
     documents = torch.arange(32)[None] // 8
     tokens = Tokens(torch.arange(32)[None], documents, in_order=True)
-    some, every = Visibility().blocks(tokens, tokens, 4)
+    some, every = blocks(Visibility(), tokens, tokens, 4)
     document = torch.arange(8) // 2
     assert torch.equal(some[0], (document[:, None] == document) & torch.ones(8, 8, dtype=torch.bool).tril())
     assert torch.equal(every[0], some[0] & ~torch.eye(8, dtype=torch.bool))
@@ -220,10 +221,10 @@ def test_compiled_bfloat16_stays_within_its_rounding(rule: Visibility) -> None:
     tokens = in_order(2, 311)
     rounded = [t.bfloat16() for t in inputs(tokens, tokens, 2, rule.sinks > 0)]
     q, k, v, *q_sinks = rounded
-    found = flex(q, k, v, rule, tokens, tokens, 0.0, *q_sinks)
+    found = flex(Inputs(q, k, v, rule, tokens, tokens, 0.0, *q_sinks))
     assert found.dtype == torch.bfloat16
     q, k, v, *q_sinks = (t.float() for t in rounded)
-    exact = reference(q, k, v, rule, tokens, tokens, 0.0, *q_sinks)
+    exact = reference(Inputs(q, k, v, rule, tokens, tokens, 0.0, *q_sinks))
     # A bfloat16 is off by 2^-9; a handful of such roundings follow one another.
     assert (found.float() - exact).norm() / exact.norm() < 0.01
     assert (found.float() - exact).abs().max() < 0.02 * max(1.0, exact.abs().max().item())
@@ -236,7 +237,7 @@ def test_compiled_code_serves_every_window_and_length() -> None:
 
     def graphs(rule: Visibility, tokens: Tokens) -> int:
         before = count["unique_graphs"]
-        flex(*inputs(tokens, tokens, 2, own_queries=False), rule, tokens, tokens)
+        flex(Inputs(*inputs(tokens, tokens, 2, own_queries=False), rule, tokens, tokens))
         return count["unique_graphs"] - before
 
     # As many rows as heads would be taken for one number by the compiler.
@@ -290,22 +291,22 @@ def test_it_refuses_in_words_what_it_cannot_compute(monkeypatch: pytest.MonkeyPa
     tokens = in_order(2, 20)
     q, k, v = inputs(tokens, tokens, 2, own_queries=False)
     with pytest.raises(GptlabError, match="the flex kernel knows no dropout; choose another kernel"):
-        flex(q, k, v, Visibility(4), tokens, tokens, 0.1)
+        flex(Inputs(q, k, v, Visibility(4), tokens, tokens, 0.1))
     for trained in range(3):
         tensors = [x.clone().requires_grad_(i == trained) for i, x in enumerate((q, k, v))]
         with pytest.raises(GptlabError, match="the flex kernel knows no gradients on the CPU"):
-            flex(*tensors, Visibility(4), tokens, tokens)
+            flex(Inputs(*tensors, Visibility(4), tokens, tokens))
     with pytest.raises(GptlabError, match=r"float32, bfloat16 and float16, not torch\.float64"):
-        flex(q.double(), k, v, Visibility(4), tokens, tokens)
+        flex(Inputs(q.double(), k, v, Visibility(4), tokens, tokens))
     with pytest.raises(GptlabError, match="on the CPU and on CUDA, not on meta"):
-        flex(q.to("meta"), k, v, Visibility(4), tokens, tokens)
+        flex(Inputs(q.to("meta"), k, v, Visibility(4), tokens, tokens))
 
     def failing(*args: object, **kwargs: object) -> None:
         raise torch._dynamo.exc.TorchDynamoException("no working C++ compiler\nand much more")
 
     monkeypatch.setattr(flex_module, "_compiled", lambda: failing)
     with pytest.raises(GptlabError, match=r"could not be compiled \(no working C\+\+ compiler\)"):
-        flex(q, k, v, Visibility(4), tokens, tokens)
+        flex(Inputs(q, k, v, Visibility(4), tokens, tokens))
 
 
 def test_training_with_it_on_the_cpu_is_refused() -> None:
@@ -351,7 +352,7 @@ def test_on_a_gpu_it_is_the_reference_forward_and_backward(rule: Visibility, doc
     for kernel in (reference, kernels.SPECIAL["flex"]):
         tensors = [t.cuda().requires_grad_() for t in inputs(tokens, tokens, 2, rule.sinks > 0, width=32)]
         q, k, v, *q_sinks = tensors
-        out = kernel(q, k, v, rule, tokens, tokens, 0.0, *q_sinks)
+        out = kernel(Inputs(q, k, v, rule, tokens, tokens, 0.0, *q_sinks))
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).cuda()
         results.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), tensors)])
     close(results[1][0], results[0][0], 1e-4)

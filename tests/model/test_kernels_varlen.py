@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gptlab import GptlabError
 from gptlab.model import Tokens, Visibility
-from gptlab.model.kernels import reference, varlen
+from gptlab.model.kernels import Inputs, reference, varlen
 
 varlen_module = importlib.import_module("gptlab.model.kernels.varlen")  # the package's name `varlen` is the function
 H, D = 6, 8
@@ -81,7 +81,7 @@ def test_what_is_packed_and_unpacked_is_the_reference(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(varlen_module, "_varlen_attn", lambda: as_documented)
             out = (
-                reference(q, k, v, rule, tokens, tokens)
+                reference(Inputs(q, k, v, rule, tokens, tokens))
                 if kernel == "reference"
                 else varlen_module.packed(q, k, v, rule, tokens)
             )
@@ -149,7 +149,9 @@ def obstacle(patch: pytest.MonkeyPatch, **changes: object) -> str | None:
         shapes += [shapes[0]] * case["own_queries"]
         tensors = [torch.empty(shape, device=case["device"], dtype=case["dtype"]) for shape in shapes]
     tokens = case["tokens"]
-    return varlen_module.obstacle(case["rule"], tokens, case.get("keys", tokens), case["dropout"], *tensors)
+    q, k, v, *q_sinks = tensors
+    keys = case.get("keys", tokens)
+    return varlen_module.obstacle(Inputs(q, k, v, case["rule"], tokens, keys, case["dropout"], *q_sinks))
 
 
 def test_nothing_is_in_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +207,7 @@ def test_forced_where_it_cannot_it_refuses() -> None:
     tokens = tokens_of(1, 20, documents=False)
     q, k, v = torch.randn(3, 1, H, 20, D)
     with pytest.raises(GptlabError, match="the varlen kernel runs on CUDA only, not on cpu; choose another kernel"):
-        varlen(q, k, v, Visibility(5), tokens, tokens)
+        varlen(Inputs(q, k, v, Visibility(5), tokens, tokens))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -220,7 +222,7 @@ def test_on_a_gpu_it_is_the_reference_forward_and_backward(window: int | None, d
     results = []
     for kernel, dtype in ((reference, torch.float32), (varlen, torch.bfloat16)):
         q, k, v = (x.to(dtype).requires_grad_() for x in start)
-        out = kernel(q, k, v, Visibility(window), tokens, tokens)
+        out = kernel(Inputs(q, k, v, Visibility(window), tokens, tokens))
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
         results.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), (q, k, v))])
     for expected, found in zip(*results, strict=True):

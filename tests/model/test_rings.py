@@ -315,7 +315,7 @@ def test_a_ring_of_low_precision_is_read_alike_by_every_kernel() -> None:
 def test_the_first_chunk_of_a_cached_prompt_is_read_by_banded(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     banded = KERNELS["banded"]
-    monkeypatch.setitem(KERNELS, "banded", lambda *args: called.append(args[0].shape[2]) or banded(*args))  # type: ignore[func-returns-value]
+    monkeypatch.setitem(KERNELS, "banded", lambda *args: called.append(args[0].q.shape[2]) or banded(*args))  # type: ignore[func-returns-value]
     model = noisy(position="rope", window=4, sinks=1)
     ids = random_ids(model, 1, LENGTH)
     found = in_chunks(model, ids, [40, 20], model.make_cache(1, 1000, chunk=40))

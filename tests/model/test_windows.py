@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gptlab.model import PADDING, Tokens, Visibility
 from gptlab.model.cache import Full, Ring
-from gptlab.model.kernels import KERNELS, attention_weights, reference, select
+from gptlab.model.kernels import KERNELS, Inputs, attention_weights, reference, select
 
 banded_module = importlib.import_module("gptlab.model.kernels.banded")  # the package's name `banded` is the function
 OTHERS = [name for name in KERNELS if name != "reference"]
@@ -159,7 +159,7 @@ def by_hand(tensors: list[Tensor], rule: Visibility, tokens: Tokens) -> Tensor:
 def results(kernel: str, tensors: list[Tensor], rule: Visibility, tokens: Tokens) -> list[Tensor]:
     """The output and the gradients."""
     q, k, v, *q_sinks = tensors
-    out = KERNELS[kernel](q, k, v, rule, tokens, tokens, 0.0, *q_sinks)
+    out = KERNELS[kernel](Inputs(q, k, v, rule, tokens, tokens, 0.0, *q_sinks))
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     return [out.detach(), *torch.autograd.grad((out * upstream).sum(), tensors)]
 
@@ -247,8 +247,8 @@ def test_sdpa_agrees_with_the_reference_on_ragged_queries_against_any_cache(
     q, q_sinks = torch.randn(2, 2, H, n_queries, D, generator=generator)
     k, v = torch.randn(2, 2, n_kv_head, n_keys, D, generator=generator)
     for sinks_see in (None, q_sinks if rule.sinks and rule.window else None):
-        found = KERNELS["sdpa"](q, k, v, rule, queries, keys, 0.0, sinks_see)
-        close(found, reference(q, k, v, rule, queries, keys, 0.0, sinks_see))
+        found = KERNELS["sdpa"](Inputs(q, k, v, rule, queries, keys, 0.0, sinks_see))
+        close(found, reference(Inputs(q, k, v, rule, queries, keys, 0.0, sinks_see)))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -278,7 +278,7 @@ def test_banded_never_holds_more_than_a_block_of_scores() -> None:
             return out
 
     with Watch(), torch.no_grad():
-        KERNELS["banded"](q, k, v, rule, tokens, tokens)
+        KERNELS["banded"](Inputs(q, k, v, rule, tokens, tokens))
     assert max(largest) <= max(H * banded_module.BLOCK * (banded_module.BLOCK + 64 + 4), q.numel())
     assert max(largest) < H * length * length / 50
 
@@ -293,7 +293,9 @@ def test_values_outside_the_window_cannot_leak(kernel: str) -> None:
         if j not in seen:
             poisoned[:, :, j] = 1e6
     with torch.no_grad():
-        before, after = (KERNELS[kernel](q, k, values, rule, tokens, tokens)[:, :, 30] for values in (v, poisoned))
+        before, after = (
+            KERNELS[kernel](Inputs(q, k, values, rule, tokens, tokens))[:, :, 30] for values in (v, poisoned)
+        )
     close(after, before)
 
 
@@ -311,7 +313,8 @@ def test_weights_are_shares_of_what_is_visible(rule: Visibility) -> None:
 def test_banded_is_chosen_for_long_windowed_sequences_and_only_where_it_applies() -> None:
     def choice(rule: Visibility, length: int, dropout: float = 0.0, **known: bool) -> str:
         tokens = Tokens(torch.arange(length)[None], **known)
-        kernel = select(rule, tokens, tokens, dropout)
+        x = torch.empty(1, 1, length, 8)
+        kernel = select(Inputs(x, x, x, rule, tokens, tokens, dropout))
         return next(name for name, one in KERNELS.items() if one is kernel)
 
     assert choice(Visibility(8), 64, in_order=True) == "banded"
@@ -321,4 +324,5 @@ def test_banded_is_chosen_for_long_windowed_sequences_and_only_where_it_applies(
     assert choice(Visibility(8), 64) == "sdpa"  # may hold padding
     assert choice(Visibility(8), 64, dropout=0.1, in_order=True) == "sdpa"
     queries, keys = plain(10, 74), plain(0, 74)
-    assert select(Visibility(8), queries, keys, 0.0) is KERNELS["sdpa"]
+    q, k = torch.empty(1, 1, 64, 8), torch.empty(1, 1, 74, 8)
+    assert select(Inputs(q, k, k, Visibility(8), queries, keys)) is KERNELS["sdpa"]

@@ -72,6 +72,6 @@ def extend_context(model: GPT, length: int, *, method: Extension = "copy", seed:
 
 @torch.no_grad()
 def rescale(model: GPT, rope: RopeConfig) -> GPT:
-    """Return a copy of a model of rotary positions whose angles are scaled otherwise (`gptlab.model.positions`)."""
+    """Return a copy of a model of rotary positions whose angles are scaled otherwise (`gptlab.model.rope`)."""
     config = dataclasses.replace(model.config, rope=rope)
     return assemble(config, {name: tensor.clone() for name, tensor in model.tensors().items()}, training=model.training)

@@ -33,7 +33,7 @@ from gptlab.model.attention import CausalSelfAttention
 from gptlab.model.gpt import GPT
 from gptlab.model.kernels import attention_weights
 from gptlab.model.masks import Tokens
-from gptlab.model.positions import Rotary
+from gptlab.model.rope import Rotary
 
 STEPS, RATE = 60, 0.04
 """Steps of Adam in each layer for the gauge, and its first learning rate, which falls to 0 along a cosine."""
@@ -83,10 +83,10 @@ class _Sample(NamedTuple):
     positions: Tensor
 
 
-class _Turns(NamedTuple):
-    """The turn of each pair of channels, and a factor, as `Rotary` takes them; and what draws the samples."""
+class _Draws(NamedTuple):
+    """What `Rotary` takes: the angle per position of each pair of channels, and a factor; what draws the samples."""
 
-    turns: Tensor
+    frequencies: Tensor
     factor: float
     generator: torch.Generator
 
@@ -111,9 +111,9 @@ def spend_gauge(
         GptlabError: no tokens.
     """
     device = source.wte.weight.device
-    draws = _Turns(*turned._frequencies, torch.Generator().manual_seed(seed))
-    old = [source._embed(ids.to(device), None, None, None) for ids in batches(rows)]
-    new = [turned._embed(ids.to(device), None, None, None) for ids in batches(rows)]
+    draws = _Draws(*turned.frequencies, torch.Generator().manual_seed(seed))
+    old = [source.embed(ids.to(device), None, None, None) for ids in batches(rows)]
+    new = [turned.embed(ids.to(device), None, None, None) for ids in batches(rows)]
     if not old:
         raise GptlabError("the calibration text is empty; give it at least one token")
     gauges = []
@@ -150,7 +150,7 @@ def key_bias(attention: CausalSelfAttention) -> Tensor:
     return attention.c_attn.bias.detach()[first : first + heads * width].view(heads, width)
 
 
-def _fit_gauge(attention: CausalSelfAttention, samples: list[_Sample], draws: _Turns) -> Gauge:
+def _fit_gauge(attention: CausalSelfAttention, samples: list[_Sample], draws: _Draws) -> Gauge:
     size = attention.n_head // attention.n_kv_head
     start = balanced_order(samples)
     there, back = start.float().repeat_interleave(size, 0), torch.linalg.inv(start).mT.float()
@@ -169,7 +169,7 @@ def _fit_gauge(attention: CausalSelfAttention, samples: list[_Sample], draws: _T
     return Gauge((mix.double() @ start).cpu(), (bias * scale).double().cpu())
 
 
-def _fit_rows(attention: CausalSelfAttention, samples: list[_Sample], draws: _Turns) -> None:
+def _fit_rows(attention: CausalSelfAttention, samples: list[_Sample], draws: _Draws) -> None:
     width, n_q = attention.head_dim, attention.n_head * attention.head_dim
     weight, bias = attention.c_attn.weight, attention.c_attn.bias
     rows = weight[: n_q + attention.n_kv_head * width].clone().requires_grad_()
@@ -190,7 +190,7 @@ def _fit_rows(attention: CausalSelfAttention, samples: list[_Sample], draws: _Tu
 def _descend(
     attention: CausalSelfAttention,
     samples: list[_Sample],
-    draws: _Turns,
+    draws: _Draws,
     project: Callable[[_Sample, Tensor], tuple[Tensor, Tensor]],
     parameters: Sequence[tuple[Tensor, float]],
     steps: int,
@@ -199,7 +199,7 @@ def _descend(
 
     ``project`` makes queries (B, H, n, D), of n places, and keys (B, H_kv, T, D), before any turn.
     """
-    turns, factor, generator = draws
+    frequencies, factor, generator = draws
     limit, rule = attention.sinks_at_most, attention.visibility
     groups = [{"params": [tensor], "lr": rate} for tensor, rate in parameters if tensor.requires_grad]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
@@ -210,12 +210,12 @@ def _descend(
         some = some.to(sample.positions.device)
         queries, keys = Tokens(sample.positions[:, some]), Tokens(sample.positions)
         wanted = attention_weights(sample.source_q[:, :, some], sample.source_k, rule, queries, keys)
-        place = Rotary(queries.positions, turns, factor, {None, limit})
+        place = Rotary(queries.positions, frequencies, factor, {None, limit})
         with torch.enable_grad():
             q, k = project(sample, some)
-            q_sinks = None if limit is None else place.turn(q, at_most=limit)
-            k = Rotary(keys.positions, turns, factor).turn(k)
-            found = attention_weights(place.turn(q), k, rule, queries, keys, q_sinks)
+            q_sinks = None if limit is None else place.rotate(q, at_most=limit)
+            k = Rotary(keys.positions, frequencies, factor).rotate(k)
+            found = attention_weights(place.rotate(q), k, rule, queries, keys, q_sinks)
             loss = -(wanted * found.clamp(min=FLOOR).log()).sum(-1).mean()
         optimizer.zero_grad()
         loss.backward()

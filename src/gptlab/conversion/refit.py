@@ -57,8 +57,8 @@ def refit_outputs(source: GPT, converted: GPT, rows: Tensor | Sequence[Tensor]) 
     modes = source.training, new.training
     source.eval(), new.eval()
     device = source.wte.weight.device
-    old = [source._embed(ids.to(device), None, None, None) for ids in batches(rows)]
-    mine = [new._embed(ids.to(device), None, None, None) for ids in batches(rows)]
+    old = [source.embed(ids.to(device), None, None, None) for ids in batches(rows)]
+    mine = [new.embed(ids.to(device), None, None, None) for ids in batches(rows)]
     if not old:
         raise GptlabError("the calibration text is empty; give it at least one token")
     for before, after in zip(source.blocks, new.blocks, strict=True):

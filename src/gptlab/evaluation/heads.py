@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.special import entr
 
-from gptlab.config import divisors
-from gptlab.errors import GptlabError
 from gptlab.model.gpt import GPT
 
 
@@ -129,31 +127,3 @@ def key_similarity(keys: Tensor, covariance: Tensor | None = None) -> Tensor:
     strength = (read[:, None] @ keys.mT[None]).square().sum((-2, -1))  # (H, H): |W_h S W_g^T|^2
     own = strength.diagonal().sqrt()
     return strength / (own[:, None] * own[None])
-
-
-def within_groups(pairs: Tensor, n_groups: int) -> Tensor:
-    """Return the mean over the pairs of different heads of each group, heads 0 to H / n_groups - 1 being the first.
-
-    Applied to a model that has one key head for each query head, it tells how alike those heads are that *would* share
-    keys if there were ``n_groups`` of them. ``within_groups(pairs, 1)`` is the mean over all pairs, to compare with.
-
-    Args:
-        pairs: (H, H) symmetric, a value for each two heads.
-        n_groups: a divisor of H below H.
-
-    Returns:
-        (n_groups,).
-
-    Raises:
-        GptlabError: heads that cannot be split so, or groups of a single head.
-    """
-    n_head = len(pairs)
-    valid = divisors(n_head)[:-1]
-    if n_groups not in valid:
-        raise GptlabError(
-            f"{n_head} heads cannot form {n_groups} groups of at least two heads; valid numbers of groups:"
-            f" {', '.join(map(str, valid)) or 'none'}"
-        )
-    size = n_head // n_groups
-    blocks = torch.stack([block[:, i * size : (i + 1) * size] for i, block in enumerate(pairs.split(size))])
-    return (blocks.sum((1, 2)) - blocks.diagonal(dim1=1, dim2=2).sum(1)) / (size * (size - 1))

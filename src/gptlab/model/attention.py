@@ -4,7 +4,7 @@ Multi-head attention (Vaswani et al. 2017, section 3.2) as GPT-2 has it, and per
 
 - grouped queries (Ainslie et al. 2023, *GQA*): H / H_kv query heads share each key/value head;
 - sliding windows (Beltagy et al. 2020, *Longformer*): a query sees the last W keys only;
-- rotary positions (Su et al. 2021, *RoFormer*): queries and keys are turned by their positions.
+- rotary positions (Su et al. 2021, *RoFormer*): queries and keys are rotated by their positions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gptlab.model import kernels
 from gptlab.model.cache import Full
 from gptlab.model.linear import Linear
 from gptlab.model.masks import Tokens, Visibility
-from gptlab.model.positions import Rotary
+from gptlab.model.rope import Rotary
 
 
 def attend(
@@ -47,8 +47,8 @@ def attend(
     keys = tokens
     if cache is not None:
         k, v, keys = cache.append(k, v, tokens)
-    kernel = kernels.select(visibility, tokens, keys, dropout, q, k, v, q_sinks)
-    return kernel(q, k, v, visibility, tokens, keys, dropout, q_sinks)
+    inputs = kernels.Inputs(q, k, v, visibility, tokens, keys, dropout, q_sinks)
+    return kernels.select(inputs)(inputs)
 
 
 class CausalSelfAttention(nn.Module):
@@ -84,8 +84,8 @@ class CausalSelfAttention(nn.Module):
             q = q * self.score_factor
         if rotary is None:
             return q, k, v, None
-        q_sinks = None if self.sinks_at_most is None else rotary.turn(q, at_most=self.sinks_at_most)
-        return rotary.turn(q), rotary.turn(k), v, q_sinks
+        q_sinks = None if self.sinks_at_most is None else rotary.rotate(q, at_most=self.sinks_at_most)
+        return rotary.rotate(q), rotary.rotate(k), v, q_sinks
 
     def forward(
         self, x: Tensor, tokens: Tokens, rotary: Rotary | None = None, cache: Full | None = None

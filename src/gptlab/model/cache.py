@@ -232,7 +232,7 @@ class Cache:
         head_dim: their width, D.
         dtype: of keys and values.
         device: where they live.
-        scales: those of a model between learned and rotary positions, as its keys are turned by them.
+        scales: those of a model between learned and rotary positions, as its keys are rotated by them.
         reserve: tokens to make room for at once; the rest of ``length`` when it is needed. None: all of it.
 
     Attributes:
@@ -278,7 +278,7 @@ class Cache:
         same = scales.keys() == self.scales.keys()
         if not same or not all(torch.equal(scale, self.scales[name]) for name, scale in scales.items()):
             raise GptlabError(
-                "this cache was made when the model's rope_scale and wpe_scale had other values: its keys are turned"
+                "this cache was made when the model's rope_scale and wpe_scale had other values: its keys are rotated"
                 " otherwise; make a new one"
             )
 

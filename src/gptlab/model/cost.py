@@ -121,13 +121,6 @@ def decode_bytes(config: ModelConfig, position: int, bytes_per_number: int, *, b
     return weights * bytes_per_number, 2 * batch * keys * config.kv_heads * config.head_dim * bytes_per_number
 
 
-def arithmetic_intensity(config: ModelConfig, position: int, bytes_per_number: int, *, batch: int = 1) -> float:
-    """Return the operations per byte read when one token is generated in each of ``batch`` sequences."""
-    return (
-        batch * token_flops(config, position).total / sum(decode_bytes(config, position, bytes_per_number, batch=batch))
-    )
-
-
 def receptive_field(config: ModelConfig) -> int | None:
     """Return how far an output reaches back through all layers, its own position included; None: to the beginning.
 

@@ -27,7 +27,7 @@ from gptlab.model.checks import check_input
 from gptlab.model.kernels import attention_weights
 from gptlab.model.linear import Linear
 from gptlab.model.masks import Tokens
-from gptlab.model.positions import Rotary, frequencies
+from gptlab.model.rope import Rotary, frequencies
 
 Head = Callable[[Tensor, Linear], Any]
 # GPT-2 was trained with the tanh approximation; the exact erf form differs by up to 5e-4 a neuron.
@@ -95,7 +95,7 @@ class GPT(nn.Module):
         seed: start of the random initialisation (see `init_weights`).
 
     Attributes:
-        rope_scale: with ``position="blend"``, (D/2,) how much of its turn each pair takes, 0 to 1; starts at 0.
+        rope_scale: with ``position="blend"``, (D/2,) how much of its angle each pair takes, 0 to 1; starts at 0.
         wpe_scale: with ``position="blend"``, () a factor on ``wpe``; starts at 1.
     """
 
@@ -119,8 +119,8 @@ class GPT(nn.Module):
             self.register_buffer("wpe_scale", torch.ones((), dtype=torch.float32))
         if config.has_rotation:
             with torch.device("cpu"):
-                # No buffer: `model.to(torch.bfloat16)` must not touch the angles.
-                self._frequencies = frequencies(config.rope or RopeConfig(), config.head_dim, config.context_length)
+                # Not a buffer: `model.to(torch.bfloat16)` must not touch the angles.
+                self.frequencies = frequencies(config.rope or RopeConfig(), config.head_dim, config.context_length)
         self.tie()
         if self.wte.weight.device.type != "meta":
             self.init_weights(seed)
@@ -136,7 +136,7 @@ class GPT(nn.Module):
             self.lm_head.weight = cast(nn.Parameter, self.wte.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPT:
-        """Move or cast the model, but never cast its scales: a rounded turn is far off at a distant position."""
+        """Move or cast the model, but never cast its scales: a rounded angle is far off at a distant position."""
         scales = dict(self.named_buffers())
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, scale in scales.items():
@@ -227,12 +227,12 @@ class GPT(nn.Module):
             GptlabError: ids of the wrong shape or type, none, or out of range (seen on the CPU only), more tokens than
                 learned positions, a full cache.
         """
-        x, tokens, rotary = self._embed(ids, positions, documents, cache)
+        x, tokens, rotary = self.embed(ids, positions, documents, cache)
         for i, block in enumerate(self.blocks):
             x = block(x, tokens, rotary, None if cache is None else cache.layers[i])
         return (head or all_logits)(self.ln_f(x), self.lm_head)
 
-    def _embed(
+    def embed(
         self, ids: Tensor, positions: Tensor | None, documents: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor, Tokens, Rotary | None]:
         """Return the first residual stream (B, T, C) float32, where its tokens stand, and their rotation."""
@@ -252,7 +252,7 @@ class GPT(nn.Module):
             x = x + self.wpe(tokens.positions.clamp(min=0)).float() * scales.get("wpe_scale", 1.0)
         if self.config.has_rotation:
             seen_as = {block.attn.sinks_at_most for block in self.blocks}
-            rotary = Rotary(tokens.positions, *self._frequencies, {None} | seen_as, scales.get("rope_scale"))
+            rotary = Rotary(tokens.positions, *self.frequencies, {None} | seen_as, scales.get("rope_scale"))
         return self.drop(x), tokens, rotary
 
     @torch.no_grad()
@@ -265,7 +265,7 @@ class GPT(nn.Module):
         """
         if not isinstance(layer, int) or layer not in range(self.config.n_layer):
             raise GptlabError(f"layer must be 0 to {self.config.n_layer - 1}, got {layer!r}")
-        x, tokens, rotary = self._embed(ids, None, None, None)
+        x, tokens, rotary = self.embed(ids, None, None, None)
         for block in self.blocks[:layer]:
             x = block(x, tokens, rotary)
         block = self.blocks[layer]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 PADDING = -1
 """The position of a token that is not there: padding of a ragged batch, or an empty slot of a cache."""
@@ -70,8 +67,8 @@ class Visibility:
         return None if self.span is None else self.span + self.sinks - 1
 
     @property
-    def _numbers(self) -> tuple[int | None, int | None, int | None]:
-        """The last arguments of `_sees`."""
+    def numbers(self) -> tuple[int | None, int | None, int | None]:
+        """The last arguments of `sees`."""
         return self.span, self.sinks or None, self.dilation if self.dilation > 1 else None
 
     def visible(self, queries: Tokens, keys: Tokens) -> Tensor:
@@ -84,63 +81,7 @@ class Visibility:
         together = None
         if queries.documents is not None and keys.documents is not None:
             together = queries.documents[:, :, None] == keys.documents[:, None, :]
-        return _sees(q, k, together, *self._numbers)
-
-    def mask_mod(self, queries: Tokens, keys: Tokens) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """Return `visible` as FlexAttention asks for it: a function of the indices (b, h, q, k) of one pair.
-
-        What it captures are tensors whose sizes do not depend on the number of tokens: the code that is compiled for
-        one window, and one length, serves all others. Where a whole model is compiled, all is taken as it is.
-        """
-        own = keys is queries and queries.in_order  # then a token's index is its position
-        numbers: Sequence[int | Tensor | None] = self._numbers
-        if not torch.compiler.is_compiling():
-            device = queries.positions.device
-            numbers = [None if n is None else torch.full((), n, device=device) for n in self._numbers]
-        q_positions, k_positions = (None if own else _fixed_size(t.positions) for t in (queries, keys))
-        q_documents = k_documents = None
-        if queries.documents is not None and keys.documents is not None:
-            q_documents, k_documents = (_fixed_size(d) for d in (queries.documents, keys.documents))
-
-        def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            together = None
-            if q_documents is not None and k_documents is not None:
-                together = q_documents[b, q] == k_documents[b, k]
-            if q_positions is not None and k_positions is not None:
-                q, k = q_positions[b, q], k_positions[b, k]
-            return _sees(q, k, together, *numbers)
-
-        return seen
-
-    def blocks(self, queries: Tokens, keys: Tokens, size: int) -> tuple[Tensor, Tensor]:
-        """Divide queries and keys into blocks: where may any query see any key, and where does each see all?
-
-        Told from the least and greatest position and document of each block. The first answer may be yes where no
-        pair is visible, the second no where all are; never the other way round.
-
-        Returns:
-            Two (B, ceil(Tq / size), ceil(Tk / size)) bool.
-        """
-        far = torch.iinfo(torch.int64).max
-        q, k = queries.positions, keys.positions
-        q_low, q_high = (x[..., None] for x in _extremes(q, size))  # (B, nQ, 1)
-        k_low, k_high = (x[:, None] for x in _extremes(k, size))  # (B, 1, nK)
-        q_first = _extremes(q.masked_fill(q == PADDING, far), size)[0][..., None]  # the lowest that is no padding
-        k_first = _extremes(k.masked_fill(k == PADDING, far), size)[0][:, None]
-        some = k_first <= q_high
-        every = (k_low != PADDING) & (k_high <= q_first)
-        if self.span is not None:
-            some &= (q_first - k_high < self.span) | (k_first < self.sinks)
-            near = q_high - k_low < (self.span if self.dilation == 1 else 0)
-            every &= near | (k_high < self.sinks)
-        if queries.documents is not None and keys.documents is not None:
-            q_from, q_to = (x[..., None] for x in _extremes(queries.documents, size))
-            k_from, k_to = (x[:, None] for x in _extremes(keys.documents, size))
-            some &= (q_from <= k_to) & (k_from <= q_to)
-            every &= (q_from == k_to) & (k_from == q_to)
-        for block, x in ((every, k), (every.mT, q)):  # a last block that is not whole is not full
-            block &= torch.arange(1, block.shape[-1] + 1, device=x.device) * size <= x.shape[1]
-        return some | (q_low == PADDING), every
+        return sees(q, k, together, *self.numbers)
 
     @property
     def left_right(self) -> tuple[int, int] | None:
@@ -172,7 +113,7 @@ class Visibility:
         return length if self.span is None else min(length, self.span + chunk - 1 + self.sinks)
 
 
-def _sees(
+def sees(
     q: Tensor,
     k: Tensor,
     together: Tensor | None,
@@ -190,19 +131,3 @@ def _sees(
     if together is not None:
         seen = seen & together
     return seen | (q == PADDING)
-
-
-def _extremes(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Least and greatest of each block: (B, T) -> twice (B, ceil(T / size)). The last token fills the last block up."""
-    n = -(-x.shape[1] // size)
-    index = torch.arange(n * size, device=x.device).clamp(max=x.shape[1] - 1)
-    low, high = x[:, index].unflatten(1, (n, size)).aminmax(dim=-1)
-    return low, high
-
-
-def _fixed_size(x: Tensor) -> Tensor:
-    """(B, T) -> (B, the next power of two), a size that compiled code may take as given."""
-    if not torch.compiler.is_compiling():
-        x = F.pad(x, (0, (1 << (x.shape[1] - 1).bit_length()) - x.shape[1]))
-        torch._dynamo.mark_static(x)
-    return x

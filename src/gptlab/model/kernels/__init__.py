@@ -1,6 +1,7 @@
 """Interchangeable ways to compute the same attention, and the one function that chooses.
 
-Every kernel has the signature of `reference` and is tested against it.
+Every kernel takes `Inputs` and returns (B, H, Tq, D) in the dtype of the queries, as `reference` does; each is tested
+against it.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from gptlab.model.kernels.banded import applies as banded_applies
 from gptlab.model.kernels.banded import banded
 from gptlab.model.kernels.flex import flex
 from gptlab.model.kernels.flex import obstacle as flex_obstacle
+from gptlab.model.kernels.inputs import Inputs
 from gptlab.model.kernels.reference import attention_weights, reference
 from gptlab.model.kernels.sdpa import sdpa
 from gptlab.model.kernels.varlen import obstacle as varlen_obstacle
 from gptlab.model.kernels.varlen import varlen
-from gptlab.model.masks import Tokens, Visibility
 
 __all__ = [
     "KERNELS",
     "SPECIAL",
+    "Inputs",
     "Kernel",
     "attention_weights",
     "banded",
@@ -37,7 +39,7 @@ __all__ = [
     "varlen",
 ]
 
-Kernel = Callable[..., Tensor]
+Kernel = Callable[[Inputs], Tensor]
 KERNELS: dict[str, Kernel] = {"reference": reference, "sdpa": sdpa, "banded": banded}
 """Those that compute on every device, forward and backward."""
 SPECIAL: dict[str, Kernel] = {"flex": flex, "varlen": varlen}
@@ -72,45 +74,36 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
-def select(visibility: Visibility, queries: Tokens, keys: Tokens, dropout: float, *tensors: Tensor | None) -> Kernel:
+def select(inputs: Inputs) -> Kernel:
     """Return the kernel for the attention at hand: the forced one, else the fastest that can do it.
 
     The choice is logged at level DEBUG under ``gptlab.model.kernels``.
-
-    Args:
-        visibility: which keys a query may see.
-        queries: where the queries stand.
-        keys: where the keys stand.
-        dropout: probability with which a weight is dropped.
-        tensors: queries, keys, values and the queries of the sinks (None where they are the same); their device,
-            dtype, shape and need of gradients count. Without them none of `SPECIAL` is chosen.
     """
-    name = _forced or _fastest(visibility, queries, keys, dropout, *(x for x in tensors if x is not None))
+    name = _forced or _fastest(inputs)
     if not torch.compiler.is_compiling():
         _log.debug("attention kernel: %s", name)
     return KERNELS[name] if name in KERNELS else SPECIAL[name]
 
 
-def _fastest(visibility: Visibility, queries: Tokens, keys: Tokens, dropout: float, *tensors: Tensor) -> str:
-    span, length = visibility.span, queries.positions.shape[1]
-    if tensors and torch.compiler.is_compiling() and _low_precision_training_on_cpu(*tensors):
-        return "banded" if banded_applies(visibility, queries, keys, dropout) else "sdpa"
+def _fastest(inputs: Inputs) -> str:
+    span, length = inputs.visibility.span, inputs.queries.positions.shape[1]
+    if torch.compiler.is_compiling() and _low_precision_training_on_cpu(inputs.q):
+        return "banded" if banded_applies(inputs) else "sdpa"
     if span is None or length < LONG * span:
         return "sdpa"
     # On the CPU `flex` is never chosen: it would hold back the first text by the seconds that it takes to compile, for
     # a prefill that takes `banded` a fraction of one. On CUDA these rules follow the operators' documentation; none
     # was timed.
-    if tensors and tensors[0].device.type == "cuda":
-        if varlen_obstacle(visibility, queries, keys, dropout, *tensors) is None:
+    if inputs.q.device.type == "cuda":
+        if varlen_obstacle(inputs) is None:
             return "varlen"
         # A training step comes again thousands of times, a prefill may not.
-        often = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        often = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.tensors)
         worth = often or length >= WORTH_COMPILING
-        if worth and flex_obstacle(visibility, queries, keys, dropout, *tensors) is None:
+        if worth and flex_obstacle(inputs) is None:
             return "flex"
-    return "banded" if banded_applies(visibility, queries, keys, dropout) else "sdpa"
+    return "banded" if banded_applies(inputs) else "sdpa"
 
 
-def _low_precision_training_on_cpu(*tensors: Tensor) -> bool:
-    q = tensors[0]
+def _low_precision_training_on_cpu(q: Tensor) -> bool:
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and q.requires_grad

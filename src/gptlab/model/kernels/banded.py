@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from gptlab.errors import GptlabError
+from gptlab.model.kernels.inputs import Inputs
 from gptlab.model.masks import Tokens, Visibility
 
 BLOCK = 128
 """Queries of a block; on two CPU cores with a window of 256, blocks of 64 and 256 were slower."""
 HIDDEN = -1e30
-"""Added to the score of a key that is not visible. Finite, so that a block that sees nothing of one set is no NaN."""
+"""Added to the score of a key that is not visible. Finite: a block that sees nothing of one set gives no NaN."""
 
 
 class Piece(NamedTuple):
@@ -39,30 +40,22 @@ class Piece(NamedTuple):
         return self.mask if group == 1 else self.mask.repeat(1, 1, group, 1)
 
 
-def applies(visibility: Visibility, queries: Tokens, keys: Tokens, dropout: float) -> bool:
+def applies(inputs: Inputs) -> bool:
     """Can `banded` compute this? It needs whole sequences without padding, and no dropout."""
-    return keys is queries and queries.in_order and dropout == 0.0
+    return inputs.keys is inputs.queries and inputs.queries.in_order and inputs.dropout == 0.0
 
 
-def banded(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visibility: Visibility,
-    queries: Tokens,
-    keys: Tokens,
-    dropout: float = 0.0,
-    q_sinks: Tensor | None = None,
-) -> Tensor:
+def banded(inputs: Inputs) -> Tensor:
     """Return what `reference` returns, for whole sequences.
 
     Raises:
         GptlabError: forced where `applies` says no.
     """
-    if not applies(visibility, queries, keys, dropout):
+    if not applies(inputs):
         raise GptlabError("the banded kernel needs whole sequences without padding or cache, and no dropout")
-    k, v = k.to(q.dtype), v.to(q.dtype)  # a cache may keep them in another
-    y: Tensor = _Banded.apply(q, q_sinks, k, v, visibility, queries)  # type: ignore[no-untyped-call]
+    q, q_sinks = inputs.q, inputs.q_sinks
+    k, v = inputs.k.to(q.dtype), inputs.v.to(q.dtype)  # a cache may keep them in another
+    y: Tensor = _Banded.apply(q, q_sinks, k, v, inputs.visibility, inputs.queries)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -127,10 +120,10 @@ class _Banded(torch.autograd.Function):
         of_kind = ((q, dq), (q, dq) if q_sinks is None or dq_sinks is None else (q_sinks, dq_sinks))
         dk, dv = (torch.zeros(x.shape, device=x.device) for x in (k, v))  # sums of many blocks: float32
         for pieces in _blocks(ctx.visibility, ctx.tokens):
-            for piece, (queries, slope) in zip(pieces, of_kind, strict=False):
+            for piece, (queries, gradient) in zip(pieces, of_kind, strict=False):
                 dy_, q_, y_, total_ = (_fold(x, piece.rows, ctx.group) for x in (dy, queries, y, total))
                 dq_, dk_, dv_ = _attend_backward(dy_, q_, k, v, y_, total_, piece, ctx.group)
-                _unfold(slope, piece.rows, ctx.group)[:] += dq_.unflatten(2, (ctx.group, -1))
+                _unfold(gradient, piece.rows, ctx.group)[:] += dq_.unflatten(2, (ctx.group, -1))
                 dk[:, :, piece.keys] += dk_
                 dv[:, :, piece.keys] += dv_
         return dq, dq_sinks, dk.to(k.dtype), dv.to(v.dtype), None, None

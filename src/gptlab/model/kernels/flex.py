@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from gptlab.errors import GptlabError
+from gptlab.model.kernels.blocks import blocks, mask_mod
+from gptlab.model.kernels.inputs import Inputs
 from gptlab.model.kernels.sdpa import two_kinds_of_scores
 from gptlab.model.masks import Tokens, Visibility
 
@@ -38,18 +40,17 @@ _block_masks: weakref.WeakKeyDictionary[Tokens, dict[Visibility, BlockMask]] = w
 """All layers of a model that share a visibility share its mask: they are called with one and the same `Tokens`."""
 
 
-def obstacle(
-    visibility: Visibility, queries: Tokens, keys: Tokens, dropout: float, q: Tensor, *others: Tensor
-) -> str | None:
-    """Say why `flex` cannot compute this, or None. ``others``: keys, values, and the queries of the sinks."""
-    if dropout:
+def obstacle(inputs: Inputs) -> str | None:
+    """Say why `flex` cannot compute this, or None."""
+    q = inputs.q
+    if inputs.dropout:
         return "knows no dropout"
     if q.device.type not in ("cpu", "cuda"):
         return f"runs on the CPU and on CUDA, not on {q.device.type}"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"computes float32, bfloat16 and float16, not {q.dtype}"
     if q.device.type == "cpu":
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, *others)):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs.tensors):
             return "knows no gradients on the CPU"
         # PyTorch 2.13 reads values that are a view of the projection from the projection's beginning: silently wrong.
         return "cannot be a part of what is compiled on the CPU" if torch.compiler.is_compiling() else None
@@ -58,24 +59,15 @@ def obstacle(
     return None if TRITON else "needs the package triton on CUDA"
 
 
-def flex(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visibility: Visibility,
-    queries: Tokens,
-    keys: Tokens,
-    dropout: float = 0.0,
-    q_sinks: Tensor | None = None,
-) -> Tensor:
+def flex(inputs: Inputs) -> Tensor:
     """Return what `reference` returns; time and memory grow with the blocks of keys and queries that see each other.
 
     Raises:
         GptlabError: forced where `obstacle` says no, or where nothing can be compiled.
     """
-    tensors = (q, k, v) if q_sinks is None else (q, k, v, q_sinks)
-    if reason := obstacle(visibility, queries, keys, dropout, *tensors):
+    if reason := obstacle(inputs):
         raise GptlabError(f"the flex kernel {reason}; choose another kernel")
+    q, k, v, visibility, queries, keys, _, q_sinks = inputs
     scale, k, v = 1 / math.sqrt(q.shape[-1]), k.to(q.dtype), v.to(q.dtype)
     if q_sinks is not None:
         q, k = two_kinds_of_scores(q, q_sinks, k, visibility, keys)
@@ -119,16 +111,16 @@ def _make_block_mask(visibility: Visibility, queries: Tokens, keys: Tokens) -> B
     from torch.nn.attention.flex_attention import BlockMask
 
     lengths = (queries.positions.shape[1], keys.positions.shape[1])
-    mask_mod = visibility.mask_mod(queries, keys)
+    seen = mask_mod(visibility, queries, keys)
     if keys is queries and queries.in_order and queries.documents is None:  # all rows are alike
         queries = keys = queries.first_row()
-    some, every = visibility.blocks(queries, keys, BLOCK)
+    some, every = blocks(visibility, queries, keys, BLOCK)
     return BlockMask.from_kv_blocks(
-        *_listed(some & ~every), *_listed(every), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=lengths
+        *_listed(some & ~every), *_listed(every), BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=lengths
     )
 
 
-def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """(B, nQ, nK) bool -> how many for each query block (B, 1, nQ), and which, those first: (B, 1, nQ, nK), int32."""
-    order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return blocks.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
+    order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]

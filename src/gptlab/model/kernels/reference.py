@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gptlab.model.kernels.inputs import Inputs
 from gptlab.model.masks import Tokens, Visibility
 
 
@@ -33,20 +34,9 @@ def attention_weights(
     return torch.softmax(scores.masked_fill(~visible, -math.inf), dim=-1)
 
 
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visibility: Visibility,
-    queries: Tokens,
-    keys: Tokens,
-    dropout: float = 0.0,
-    q_sinks: Tensor | None = None,
-) -> Tensor:
-    """Return the weighted sum of the values, (B, H, Tq, D) in q's dtype. Arguments as `attention_weights`.
-
-    ``v`` is (B, H_kv, Tk, D); ``dropout`` is the probability with which a weight is dropped.
-    """
+def reference(inputs: Inputs) -> Tensor:
+    """Return the weighted sum of the values, (B, H, Tq, D) in q's dtype."""
+    q, k, v, visibility, queries, keys, dropout, q_sinks = inputs
     weights = F.dropout(attention_weights(q, k, visibility, queries, keys, q_sinks), dropout)
     v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     return (weights @ v.float()).to(q.dtype)

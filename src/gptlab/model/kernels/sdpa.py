@@ -8,20 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gptlab.model.kernels.inputs import Inputs
 from gptlab.model.masks import Tokens, Visibility
 
 
-def sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visibility: Visibility,
-    queries: Tokens,
-    keys: Tokens,
-    dropout: float = 0.0,
-    q_sinks: Tensor | None = None,
-) -> Tensor:
+def sdpa(inputs: Inputs) -> Tensor:
     """Return what `reference` returns; a mask is built only where the shape of the visibility is not known."""
+    q, k, v, visibility, queries, keys, dropout, q_sinks = inputs
     shape = visibility.shape(queries, keys)
     mask = visibility.visible(queries, keys)[:, None] if shape is None else None  # (B, 1, Tq, Tk)
     scale, k, v = 1 / math.sqrt(q.shape[-1]), k.to(q.dtype), v.to(q.dtype)

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from gptlab.errors import GptlabError
+from gptlab.model.kernels.inputs import Inputs
 from gptlab.model.masks import Tokens, Visibility
 
 _starts: weakref.WeakKeyDictionary[Tokens, Tensor | None] = weakref.WeakKeyDictionary()
-"""What `starts` found: it reads a tensor back from the device, once for all layers."""
+"""What `starts` returned: it reads a tensor back from the device, once for all layers."""
 
 
-def obstacle(
-    visibility: Visibility, queries: Tokens, keys: Tokens, dropout: float, q: Tensor, *others: Tensor
-) -> str | None:
-    """Say why `varlen` cannot compute this, or None. ``others``: keys, values, and the queries of the sinks."""
-    if dropout:
+def obstacle(inputs: Inputs) -> str | None:
+    """Say why `varlen` cannot compute this, or None."""
+    q, queries = inputs.q, inputs.queries
+    if inputs.dropout:
         return "knows no dropout"
     if q.device.type != "cuda" or torch.version.hip:
         return f"runs on CUDA only, not on {'ROCm' if torch.version.hip else q.device.type}"
@@ -37,13 +37,13 @@ def obstacle(
         return f"computes bfloat16 and float16, not {q.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > 256:
         return f"needs heads of a multiple of 8, at most 256 wide, not {q.shape[-1]}"
-    if keys is not queries or not queries.in_order:
+    if inputs.keys is not queries or not queries.in_order:
         return "needs whole sequences without padding or cache"
-    if visibility.left_right is None or len(others) > 2:
+    if inputs.visibility.left_right is None or inputs.q_sinks is not None:
         return "knows no sinks and no dilation"
     if not _has_flash_attention(q.device):
         return "needs a GPU of compute capability 8.0 or later"
-    asked = {"window_size"} | ({"enable_gqa"} if others and others[0].shape[1] != q.shape[1] else set())
+    asked = {"window_size"} | ({"enable_gqa"} if inputs.k.shape[1] != q.shape[1] else set())
     if missing := asked - _parameters():
         return f"needs a PyTorch whose varlen_attn has {' and '.join(sorted(missing))}; this is {torch.__version__}"
     if queries.documents is not None:
@@ -54,25 +54,16 @@ def obstacle(
     return None
 
 
-def varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visibility: Visibility,
-    queries: Tokens,
-    keys: Tokens,
-    dropout: float = 0.0,
-    q_sinks: Tensor | None = None,
-) -> Tensor:
+def varlen(inputs: Inputs) -> Tensor:
     """Return what `reference` returns, for whole sequences without sinks or dilation.
 
     Raises:
         GptlabError: forced where `obstacle` says no.
     """
-    tensors = (q, k, v) if q_sinks is None else (q, k, v, q_sinks)
-    if reason := obstacle(visibility, queries, keys, dropout, *tensors):
+    if reason := obstacle(inputs):
         raise GptlabError(f"the varlen kernel {reason}; choose another kernel")
-    return packed(q, k.to(q.dtype), v.to(q.dtype), visibility, queries)
+    q, dtype = inputs.q, inputs.q.dtype
+    return packed(q, inputs.k.to(dtype), inputs.v.to(dtype), inputs.visibility, inputs.queries)
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, tokens: Tokens) -> Tensor:
@@ -91,7 +82,7 @@ def starts(tokens: Tokens) -> Tensor | None:
     """Return where each document begins when all rows are laid one after the other, and where the last ends.
 
     Returns:
-        (N + 1,) int32; None where a document goes on after another, so that it is no one sequence.
+        (N + 1,) int32; None where a document goes on after another, so that it is not one sequence.
     """
     batch, length = tokens.positions.shape
     if tokens.documents is None:
@@ -101,8 +92,8 @@ def starts(tokens: Tokens) -> Tensor | None:
         ordered = tokens.documents.sort(dim=1).values
         pieces, different = begins.sum(), (ordered.diff(dim=1) != 0).sum() + batch
         end = begins.new_tensor([batch * length], dtype=torch.int64)
-        found = torch.cat([begins.flatten().nonzero()[:, 0], end]).to(torch.int32)
-        _starts[tokens] = found if pieces == different else None
+        positions = torch.cat([begins.flatten().nonzero()[:, 0], end]).to(torch.int32)
+        _starts[tokens] = positions if pieces == different else None
     return _starts[tokens]
 
 

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 import gptlab
 from gptlab.config import RopeConfig
-from gptlab.model.positions import Rotary, frequencies, half_from_interleaved, interleaved_from_half
+from gptlab.model.rope import Rotary, frequencies
 
 HEAD_DIM, TRAINED = 64, 1024
 
@@ -50,8 +50,8 @@ def test_turned_vectors_are_those_of_transformers_below_4096(kind, factor):
     expected_q, expected_k = apply_rotary_pos_emb(q, k, cos, sin)
     rotary = Rotary(positions, *frequencies(RopeConfig(scaling=kind, factor=factor), HEAD_DIM, TRAINED))
     # transformers' angles are float32: at position 4,095 half a unit in the last place is 1.2e-4 of a radian.
-    torch.testing.assert_close(rotary.turn(q)[:, :, :64], expected_q[:, :, :64], atol=1e-5, rtol=0)
-    torch.testing.assert_close(rotary.turn(k), expected_k, atol=1e-3, rtol=0)
+    torch.testing.assert_close(rotary.rotate(q)[:, :, :64], expected_q[:, :, :64], atol=1e-5, rtol=0)
+    torch.testing.assert_close(rotary.rotate(k), expected_k, atol=1e-3, rtol=0)
 
 
 def test_scores_depend_on_the_distance_alone_up_to_a_million():
@@ -61,7 +61,7 @@ def test_scores_depend_on_the_distance_alone_up_to_a_million():
 
     def score(at_query, at_key):
         return (
-            Rotary(torch.tensor([[at_query]]), *rope).turn(q) * Rotary(torch.tensor([[at_key]]), *rope).turn(k)
+            Rotary(torch.tensor([[at_query]]), *rope).rotate(q) * Rotary(torch.tensor([[at_key]]), *rope).rotate(k)
         ).sum()
 
     for distance in (0, 1, 17, 1000):
@@ -72,22 +72,23 @@ def test_scores_depend_on_the_distance_alone_up_to_a_million():
 
 def test_a_model_in_bfloat16_keeps_its_angles():
     model = gptlab.GPT(gptlab.ModelConfig.preset("tiny", position="rope"))
-    before = model._frequencies[0].clone()
+    before = model.frequencies[0].clone()
     model = model.to(torch.bfloat16)
-    assert model._frequencies[0].dtype == torch.float64
-    assert torch.equal(model._frequencies[0], before)
-    cos, _ = Rotary(torch.tensor([[50_000]]), *model._frequencies)._table(None)
+    assert model.frequencies[0].dtype == torch.float64
+    assert torch.equal(model.frequencies[0], before)
+    cos, _ = Rotary(torch.tensor([[50_000]]), *model.frequencies)._table(None)
     assert cos.dtype == torch.float32
     torch.testing.assert_close(cos.flatten().double(), (50_000 * before).cos(), atol=1e-7, rtol=0)
 
 
-def test_layouts_are_inverse_and_mean_the_same_rotation():
+def test_the_interleaved_layout_means_the_same_rotation():
+    def half_from_interleaved(rows: torch.Tensor, n_head: int) -> torch.Tensor:
+        return rows.unflatten(0, (n_head, -1, 2)).transpose(1, 2).flatten(0, 2)
+
     generator = torch.Generator().manual_seed(2)
     n_head, width = 3, 20
     weight = torch.randn(n_head * 8, width, generator=generator)
     bias = torch.randn(n_head * 8, generator=generator)
-    for rows in (weight, bias):
-        assert torch.equal(interleaved_from_half(half_from_interleaved(rows, n_head), n_head), rows)
     # An interleaved projection, its pairs (2i, 2i + 1) turned as complex numbers, against ours after the permutation.
     x = torch.randn(5, width, generator=generator)
     turns, _ = frequencies(RopeConfig(), 8, TRAINED)
@@ -97,7 +98,7 @@ def test_layouts_are_inverse_and_mean_the_same_rotation():
         torch.view_as_complex(q.double().unflatten(-1, (4, 2))) * torch.polar(torch.ones_like(angles), angles)
     )
     ours = x @ half_from_interleaved(weight, n_head).T + half_from_interleaved(bias, n_head)
-    ours = Rotary(torch.arange(5)[None], turns).turn(ours.unflatten(-1, (n_head, 8)).transpose(0, 1)[None])[0]
+    ours = Rotary(torch.arange(5)[None], turns).rotate(ours.unflatten(-1, (n_head, 8)).transpose(0, 1)[None])[0]
     # the same numbers, at the places that the half layout gives them
     expected = torch.cat([turned[..., 0], turned[..., 1]], dim=-1).float()
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
@@ -107,8 +108,8 @@ def test_sinks_see_a_query_no_farther_than_the_window_reaches():
     rope = frequencies(RopeConfig(), 8, TRAINED)
     x = torch.randn(1, 1, 4, 8, generator=torch.Generator().manual_seed(3))
     positions = torch.tensor([[0, 5, 11, 5000]])
-    found = Rotary(positions, *rope, limits=[11]).turn(x, at_most=11)
-    expected = Rotary(positions.clamp(max=11), *rope).turn(x)
+    found = Rotary(positions, *rope, limits=[11]).rotate(x, at_most=11)
+    expected = Rotary(positions.clamp(max=11), *rope).rotate(x)
     assert torch.equal(found, expected)
 
 
@@ -117,10 +118,10 @@ def test_turning_keeps_lengths_and_the_dtype_and_is_computed_in_float32(dtype):
     x = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(4)).to(dtype)
     positions = torch.tensor([[0, 1, 300, 70_000, 1_000_000], [5, 5, 5, 5, -1]])
     rotary = Rotary(positions, *frequencies(RopeConfig(), 8, TRAINED))
-    found = rotary.turn(x)
+    found = rotary.rotate(x)
     assert found.dtype == dtype
-    assert torch.equal(found, rotary.turn(x.float()).to(dtype))
-    torch.testing.assert_close(rotary.turn(x.float()).norm(dim=-1), x.float().norm(dim=-1), atol=1e-5, rtol=0)
+    assert torch.equal(found, rotary.rotate(x.float()).to(dtype))
+    torch.testing.assert_close(rotary.rotate(x.float()).norm(dim=-1), x.float().norm(dim=-1), atol=1e-5, rtol=0)
     assert torch.equal(found[0, :, 0], x[0, :, 0])  # position 0 turns by nothing
 
 
@@ -131,7 +132,7 @@ def test_pairs_turn_by_the_angles_of_the_paper():
     assert turns.tolist() == pytest.approx([1.0, 0.1])
     assert factor == 1.0
     x = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4)
-    found = Rotary(torch.tensor([[3]]), turns).turn(x).flatten().double()
+    found = Rotary(torch.tensor([[3]]), turns).rotate(x).flatten().double()
     angles = torch.tensor([3.0, 0.3], dtype=torch.float64)
     torch.testing.assert_close(found, torch.cat([angles.cos(), angles.sin()]), atol=1e-7, rtol=0)
 
@@ -141,13 +142,13 @@ def test_the_angles_are_no_part_of_the_state_and_follow_no_default_dtype():
     model = gptlab.GPT(config)
     assert not [name for name in model.state_dict() if "freq" in name or "wpe" in name]
     with torch.device("meta"):
-        assert gptlab.GPT(config)._frequencies[0].device.type == "cpu"
+        assert gptlab.GPT(config).frequencies[0].device.type == "cpu"
     torch.set_default_dtype(torch.float64)
     try:
-        again = gptlab.GPT(config)._frequencies[0]
+        again = gptlab.GPT(config).frequencies[0]
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(again, model._frequencies[0])
+    assert torch.equal(again, model.frequencies[0])
 
 
 def test_a_model_without_positions_sees_a_set_and_rope_sees_an_order():
