@@ -124,19 +124,19 @@ def cache_that_forgets_the_first_value(patch: pytest.MonkeyPatch) -> None:
 
 def kernel_with_a_wrong_scale(patch: pytest.MonkeyPatch) -> None:
     right = kernels.KERNELS["sdpa"]
-    patch.setitem(kernels.KERNELS, "sdpa", lambda q, *rest: right(q * 1.01, *rest))
+    patch.setitem(kernels.KERNELS, "sdpa", lambda inputs: right(inputs._replace(q=inputs.q * 1.01)))
 
 
 def kernel_with_a_wrong_gradient(patch: pytest.MonkeyPatch) -> None:
     right = kernels.KERNELS["sdpa"]
-    patch.setitem(kernels.KERNELS, "sdpa", lambda q, k, v, *rest: right(q, k.detach(), v, *rest))
+    patch.setitem(kernels.KERNELS, "sdpa", lambda inputs: right(inputs._replace(k=inputs.k.detach())))
 
 
 def kernel_that_ignores_documents(patch: pytest.MonkeyPatch) -> None:
     right = kernels.KERNELS["sdpa"]
 
-    def blind(q: Any, k: Any, v: Any, visibility: Any, queries: masks.Tokens, keys: masks.Tokens, *rest: Any) -> Any:
-        return right(q, k, v, visibility, dataclasses.replace(queries, documents=None), keys, *rest)
+    def blind(inputs: kernels.Inputs) -> Any:
+        return right(inputs._replace(queries=dataclasses.replace(inputs.queries, documents=None)))
 
     patch.setitem(kernels.KERNELS, "sdpa", blind)
 
