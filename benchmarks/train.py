@@ -73,7 +73,7 @@ def make_step(program: str, batch: int, length: int, dtype: str, nanogpt: str | 
         import gptlab
         from gptlab.training.data import Batch
         from gptlab.training.hardware import keep_memory
-        from gptlab.training.loss import softmax_slope
+        from gptlab.training.loss import softmax_gradient
         from gptlab.training.optimizer import make_optimizers
         from gptlab.training.parallel import Group
         from gptlab.training.settings import OptimizerSettings
@@ -83,14 +83,14 @@ def make_step(program: str, batch: int, length: int, dtype: str, nanogpt: str | 
         libraries = peak_bytes()
         model = gptlab.GPT(gptlab.ModelConfig.preset("gpt2"))
         spare_embedding(model)
-        rows, slope = Batch(ids, targets, None, torch.zeros(batch)), softmax_slope
+        rows, gradient = Batch(ids, targets, None, torch.zeros(batch)), softmax_gradient
         if "compiled" in mode:
-            slope = compile_step(model, rows, low, True, print, "recompute" in mode) or slope
+            gradient = compile_step(model, rows, low, True, print, "recompute" in mode) or gradient
         elif mode == "recompute":
             recompute_blocks(model)
         optimizers = make_optimizers(model, OptimizerSettings(learning_rate=6e-4))
         group = Group(0, 1, torch.device("cpu"))
-        backward = lambda: gradients(model, rows, None, low, group, slope)  # noqa: E731
+        backward = lambda: gradients(model, rows, None, low, group, gradient)  # noqa: E731
     else:
         if name == "whole":
             import gptlab

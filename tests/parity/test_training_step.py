@@ -42,13 +42,13 @@ def test_gradients_and_one_step_of_adamw(micro: int | None, most: float) -> None
     assert found[0].item() == pytest.approx(expected.item(), abs=1e-5)
     norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), most)
     assert clip(list(ours.parameters()), most).item() == pytest.approx(norm.item(), rel=1e-5)
-    slopes = {name: p.grad for name, p in ours.named_parameters()}
-    assert slopes.keys() == named.keys()
+    by_name = {name: p.grad for name, p in ours.named_parameters()}
+    assert by_name.keys() == named.keys()
     for name, p in named.items():
         assert p.grad is not None
-        slope = slopes[name]
-        assert slope is not None
-        close(slope, to_ours(name, p.grad))
+        gradient = by_name[name]
+        assert gradient is not None
+        close(gradient, to_ours(name, p.grad))
 
     groups = [
         {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": DECAY},
@@ -60,11 +60,11 @@ def test_gradients_and_one_step_of_adamw(micro: int | None, most: float) -> None
         optimizer.step()
     compared = 0
     for name, p in ours.named_parameters():
-        slope = slopes[name]
-        assert slope is not None
+        gradient = by_name[name]
+        assert gradient is not None
         # AdamW's first step is the learning rate times the gradient's sign. Where the gradient is nothing but
         # rounding, as for the keys' biases, on which a softmax does not depend, the sign is anybody's guess.
-        clear = slope.abs() > 1e-6
+        clear = gradient.abs() > 1e-6
         close(p.detach()[clear], to_ours(name, named[name]).detach()[clear])
         close(p.detach(), to_ours(name, named[name]).detach(), 2 * LR)
         compared += int(clear.sum())

@@ -130,9 +130,9 @@ def test_who_knows_what_the_teacher_knows_has_nothing_to_learn() -> None:
         teacher = make_teacher(1.0, temperature)
         same, weight = taught.clone().requires_grad_(), teacher.model.lm_head.weight
         total, nats = divergence(same, weight, targets, taught, teacher)
-        (slope,) = torch.autograd.grad(total, same)
+        (gradient,) = torch.autograd.grad(total, same)
         assert total.item() == pytest.approx(0, abs=1e-4)
-        assert slope.abs().max() < 1e-5
+        assert gradient.abs().max() < 1e-5
         assert nats.item() == pytest.approx(cross_entropy(taught, weight, targets).item(), rel=1e-6)
 
 
@@ -180,10 +180,10 @@ def test_micro_batches_are_weighted_by_their_tokens() -> None:
         student.zero_grad()
         losses = gradients(student, batch, micro, torch.float32, ALONE, teacher=teacher)
         found.append((losses, [p.grad.clone() for p in student.parameters() if p.grad is not None]))
-    for losses, slopes in found[1:]:
+    for losses, by_parameter in found[1:]:
         torch.testing.assert_close(losses, found[0][0], rtol=1e-6, atol=1e-6)
-        for slope, expected in zip(slopes, found[0][1], strict=True):
-            torch.testing.assert_close(slope, expected, rtol=1e-5, atol=1e-7)
+        for gradient, expected in zip(by_parameter, found[0][1], strict=True):
+            torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.slow

@@ -71,6 +71,6 @@ def test_a_model_that_knows_one_item_only_invents_nothing(tmp_path: Path) -> Non
 
 
 def test_data_that_are_no_items(data: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(gptlab.GptlabError, match=r"is no list of items; prepare it with gptlab prepare --per-line"):
+    with pytest.raises(gptlab.GptlabError, match=r"is not a list of items; prepare it with gptlab prepare --per-line"):
         train(small(text=ITEMS), data, tmp_path / "run")
     assert not (tmp_path / "run").exists()

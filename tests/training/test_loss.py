@@ -74,7 +74,7 @@ def test_loss_and_gradients_are_pytorchs(n_tokens: int, ignored: slice | list[in
     assert not hidden.grad[targets == IGNORED].any()
 
 
-def test_batches_of_rows_and_the_slope_that_comes_from_above() -> None:
+def test_batches_of_rows_and_the_gradient_that_comes_from_above() -> None:
     hidden, weight, targets = make(60)
     (cross_entropy(hidden.view(5, 12, C), weight, targets.view(5, 12)) * 0.25).backward()
     _, dhidden, dweight = exact(hidden, weight, targets)
@@ -91,9 +91,9 @@ def test_a_weight_that_is_used_twice_collects_both_gradients() -> None:
     cross_entropy(weight[ids], weight, targets).backward()
     double = weight.detach().double().requires_grad_()
     expected = F.cross_entropy(double[ids] @ double.T, targets, reduction="sum")
-    (slope,) = torch.autograd.grad(expected, double)
+    (gradient,) = torch.autograd.grad(expected, double)
     assert weight.grad is not None
-    assert_near(weight.grad, slope, 1e-5)
+    assert_near(weight.grad, gradient, 1e-5)
 
 
 def test_huge_logits_neither_overflow_nor_lose_their_gradient() -> None:
@@ -146,6 +146,6 @@ def test_the_size_of_a_chunk_changes_rounding_only(monkeypatch: pytest.MonkeyPat
         total.backward()
         assert weight.grad is not None
         found.append((total.detach().double(), weight.grad.double()))
-    for total, slope in found[1:]:
+    for total, gradient in found[1:]:
         assert_near(total, found[0][0], 1e-6)
-        assert_near(slope, found[0][1], 1e-6)
+        assert_near(gradient, found[0][1], 1e-6)

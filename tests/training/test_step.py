@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import gptlab
 from gptlab.text.shards import Dataset
 from gptlab.training.data import Batch, Batches, Windows
-from gptlab.training.loss import Slope, softmax_slope
+from gptlab.training.loss import LogitsGradient, softmax_gradient
 from gptlab.training.optimizer import clip
 from gptlab.training.parallel import Group
 from gptlab.training.step import (
@@ -42,7 +42,7 @@ def run(
     micro: int | None = None,
     steps: int = 5,
     dtype: torch.dtype = torch.float32,
-    slope: Slope = softmax_slope,
+    gradient: LogitsGradient = softmax_gradient,
 ) -> tuple[list[float], list[Tensor]]:
     """Some steps at batch 6; the losses and the weights after them.
 
@@ -54,7 +54,7 @@ def run(
     losses = []
     for step in range(steps):
         seed_step(0, step, 0)
-        losses.append(gradients(model, batches[step], micro, dtype, ALONE, slope)[0].item())
+        losses.append(gradients(model, batches[step], micro, dtype, ALONE, gradient)[0].item())
         clip(list(model.parameters()), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -134,13 +134,13 @@ def test_micro_batches_are_weighted_by_their_tokens() -> None:
     batch = Batch(ids[:, :-1], targets, None, torch.arange(4))
     logits = model(batch.ids).flatten(0, 1)
     expected = F.cross_entropy(logits, targets.flatten())
-    slopes = torch.autograd.grad(expected, list(model.parameters()))
+    by_autograd = torch.autograd.grad(expected, list(model.parameters()))
     for micro in (None, 1, 3):
         model.zero_grad()
         found = gradients(model, batch, micro, torch.float32, ALONE).tolist()
         assert found == pytest.approx([expected.item()] * 2, rel=1e-6)
-        for p, slope in zip(model.parameters(), slopes, strict=True):
-            torch.testing.assert_close(p.grad, slope, rtol=1e-5, atol=1e-6)
+        for p, gradient in zip(model.parameters(), by_autograd, strict=True):
+            torch.testing.assert_close(p.grad, gradient, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, {"dropout": 0.2}])
@@ -201,9 +201,9 @@ def test_compiling_changes_rounding_only(data: Dataset, variant: dict[str, Any],
     expected = run(data, make(**variant))
     model = make(**variant)
     batch = Batches(Windows(data.training, 32), 6, seed=0)[0]
-    slope = compile_step(model, batch, torch.float32, must=True, say=pytest.fail, recompute=recompute)
-    assert slope is not None
-    assert_alike(run(data, model, slope=slope), expected, 1e-5)
+    gradient = compile_step(model, batch, torch.float32, must=True, say=pytest.fail, recompute=recompute)
+    assert gradient is not None
+    assert_alike(run(data, model, gradient=gradient), expected, 1e-5)
     whole = Windows(data.validation, 32)
     assert stream_loss(model, whole) == pytest.approx(stream_loss(_like(model, make(**variant)), whole), abs=1e-5)
 
@@ -213,9 +213,9 @@ def test_compiling_in_bfloat16_stays_within_its_rounding(data: Dataset) -> None:
     expected = run(data, make(), dtype=torch.bfloat16)
     model = make()
     batch = Batches(Windows(data.training, 32), 6, seed=0)[0]
-    slope = compile_step(model, batch, torch.bfloat16, must=True, say=pytest.fail)
-    assert slope is not None
-    losses, _ = run(data, model, dtype=torch.bfloat16, slope=slope)
+    gradient = compile_step(model, batch, torch.bfloat16, must=True, say=pytest.fail)
+    assert gradient is not None
+    losses, _ = run(data, model, dtype=torch.bfloat16, gradient=gradient)
     assert losses == pytest.approx(expected[0], rel=2e-3)
 
 

@@ -40,7 +40,7 @@ def test_a_run_learns(data: Dataset, tmp_path: Path, changes: list[str]) -> None
     result = train(recipe, data, tmp_path / "run", report=rows.append)
     losses = [row["loss"] for row in rows if row["event"] == "step"]
     assert losses[0] > 5
-    assert losses[-1] < 1  # the grammar itself leaves 0.16 nats a byte, the frequencies of letters 2.3
+    assert losses[-1] < 1  # the grammar itself leaves 0.16 nats per byte, the frequencies of letters 2.3
     assert result.metrics["validation_loss"] < 1
     assert not result.language_model.model.training
     assert all(p.dtype == torch.float32 for p in result.language_model.model.parameters())
@@ -179,7 +179,7 @@ def test_paths_may_be_strings(data: Dataset, tmp_path: Path) -> None:
     assert train(recipe, data, run, resume=True).metrics["validation_loss"] == read_curve(run).validation["loss"][-1]
 
 
-# --- a loss that is no number ---------------------------------------------------------------------------------
+# --- a loss that is not a number ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])

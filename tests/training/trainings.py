@@ -50,7 +50,7 @@ TIMINGS = {"seconds", "tokens_per_second", "memory_bytes"}
 
 
 def sentences(n: int, seed: int = 0) -> str:
-    """Lines of a grammar that leaves 0.16 nats a byte; the frequencies of its letters alone leave 2.3."""
+    """Lines of a grammar that leaves 0.16 nats per byte; the frequencies of its letters alone leave 2.3."""
     draw = random.Random(seed)
     pets, verbs, things = ["cat", "dog", "rat"], ["sees", "eats"], ["fish", "bread", "cheese"]
     return "".join(f"the {draw.choice(pets)} {draw.choice(verbs)} the {draw.choice(things)}.\n" for _ in range(n))

@@ -77,10 +77,15 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
+        self.run: Callable[..., Tensor] | None = None  # training puts `compute` here, compiled or checkpointed
 
     def forward(
         self, x: Tensor, tokens: Tokens, rotary: Rotary | None = None, cache: Full | None = None
     ) -> Tensor:  # (B, T, C) -> (B, T, C)
+        return (self.run or self.compute)(x, tokens, rotary, cache)
+
+    def compute(self, x: Tensor, tokens: Tokens, rotary: Rotary | None, cache: Full | None) -> Tensor:
+        """Return what `forward` does."""
         x = x + self.attn(self.ln_1(x), tokens, rotary, cache)
         return x + self.mlp(self.ln_2(x))
 

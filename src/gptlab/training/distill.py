@@ -17,17 +17,17 @@ from gptlab.model.gpt import GPT
 from gptlab.model.linear import Linear
 from gptlab.text.tokenizers import Tokenizer
 from gptlab.training.data import Batch
-from gptlab.training.loss import IGNORED, in_cache, product_dtype, sum_in_chunks, wants_slope
+from gptlab.training.loss import IGNORED, in_processor_cache, product_dtype, sum_in_chunks, wants_gradient
 from gptlab.training.settings import DistillSettings
 
-TeachingSlope = Callable[[Tensor, Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor, Tensor]]
-"""`teaching_slope`, or a compiled form of it."""
+TeachingGradient = Callable[[Tensor, Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor, Tensor]]
+"""`teaching_gradient`, or a compiled form of it."""
 
 
-def teaching_slope(
+def teaching_gradient(
     logits: Tensor, of_teacher: Tensor, safe: Tensor, counts: Tensor, share: float, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the cross-entropy and the divergence from the teacher of some tokens, and the slope of their mixture.
+    """Return the cross-entropy and the divergence from the teacher of some tokens, and the gradient of their mixture.
 
     Args:
         logits: (n, V) the student's, in any dtype; softmax and sums are in float32.
@@ -39,7 +39,7 @@ def teaching_slope(
 
     Returns:
         (n, 1) float32 nats of cross-entropy; (n, 1) float32 T^2 KL(teacher || student) in nats, both 0 where the token
-        does not count; and (n, V) in the logits' dtype, likewise the slope of (1 - share) times the first plus share
+        does not count; and (n, V) in the logits' dtype, likewise the gradient of (1 - share) times the first plus share
         times the second.
     """
     own, taught = logits.float(), of_teacher.float()
@@ -49,12 +49,12 @@ def teaching_slope(
     wanted = wanted_log.exp()
     nats = -own_log.gather(1, safe) * counts
     divergence = (wanted * (wanted_log - soft_log)).sum(-1, keepdim=True) * counts * temperature**2
-    slope = (soft_log.exp() - wanted) * (share * temperature)
+    gradient = (soft_log.exp() - wanted) * (share * temperature)
     if share < 1:
         # The target's softmax less one, from the loss: nothing cancels where the model is sure.
-        at_target = slope.gather(1, safe) + torch.expm1(-nats) * (1 - share)
-        slope = (slope + own_log.exp() * (1 - share)).scatter(1, safe, at_target)
-    return nats, divergence, (slope * counts).to(logits.dtype)
+        at_target = gradient.gather(1, safe) + torch.expm1(-nats) * (1 - share)
+        gradient = (gradient + own_log.exp() * (1 - share)).scatter(1, safe, at_target)
+    return nats, divergence, (gradient * counts).to(logits.dtype)
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ class Teacher:
         share: of the divergence in the loss; the rest is the cross-entropy of the text.
         temperature: what the logits of both are divided by in the divergence.
         about: name, parameters and sha256, for `run.json`.
-        slope: `teaching_slope`, or a compiled form of it.
+        gradient: `teaching_gradient`, or a compiled form of it.
     """
 
     model: GPT
     share: float
     temperature: float
     about: dict[str, Any]
-    slope: TeachingSlope = teaching_slope
+    gradient: TeachingGradient = teaching_gradient
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
@@ -148,20 +148,20 @@ def divergence(
     Returns:
         Two float32 scalars; only the first has gradients.
     """
-    slopes, wanted = wants_slope(hidden, weight), targets.flatten()
+    with_gradient, wanted = wants_gradient(hidden, weight), targets.flatten()
     taught, low = of_teacher.flatten(0, -2), teacher.model.lm_head.weight.to(product_dtype(weight))
 
     def work(logits: Tensor, where: slice) -> Tensor:
         ids = wanted[where, None]
         counts = ids != IGNORED
         theirs = taught[where].to(low.dtype) @ low.T  # (n, V)
-        cut = (in_cache(x, logits) for x in (logits, theirs, ids.masked_fill(~counts, 0), counts))
+        cut = (in_processor_cache(x, logits) for x in (logits, theirs, ids.masked_fill(~counts, 0), counts))
         sums = torch.zeros(2, device=logits.device)
         for own, of_teacher, safe, count in zip(*cut, strict=True):
-            nats, apart, slope = teacher.slope(own, of_teacher, safe, count, teacher.share, teacher.temperature)
+            nats, apart, gradient = teacher.gradient(own, of_teacher, safe, count, teacher.share, teacher.temperature)
             sums += torch.stack([((1 - teacher.share) * nats + teacher.share * apart).sum(), nats.sum()])
-            if slopes:
-                own.copy_(slope)
+            if with_gradient:
+                own.copy_(gradient)
         return sums
 
     loss, nats = sum_in_chunks(hidden, weight, work, held=2).unbind()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gptlab.checkpoints.files import Checkpoint
 from gptlab.checkpoints.runs import read_run, run_checkpoints
 from gptlab.conversion.rotary import finish_blend
 from gptlab.errors import GptlabError
@@ -28,7 +29,7 @@ from gptlab.training.distill import Teacher, load_teacher
 from gptlab.training.hardware import keep_memory, memory_bytes, peak_flops
 from gptlab.training.items import novelty
 from gptlab.training.lock import alone
-from gptlab.training.loss import Slope, softmax_slope
+from gptlab.training.loss import LogitsGradient, softmax_gradient
 from gptlab.training.optimizer import clip, cut_warmup, learning_rate_share, make_optimizers
 from gptlab.training.parallel import Group, join, spread
 from gptlab.training.recipe import Recipe, make_recipe
@@ -74,7 +75,7 @@ def rows_of(dataset: Dataset, recipe: Recipe, length: int) -> tuple[Windows | It
     if recipe.data.items:
         if not dataset.items:
             raise GptlabError(
-                f"the data {dataset.name} is no list of items; prepare it with gptlab prepare --per-line, or leave"
+                f"the data {dataset.name} is not a list of items; prepare it with gptlab prepare --per-line, or leave"
                 " data.items out"
             )
         end = dataset.tokenizer.end_of_text
@@ -105,7 +106,7 @@ def train(
         report: called on the first process with the rows of `metrics.jsonl`, with checkpoints and with notes.
 
     Raises:
-        GptlabError: data that is damaged or does not fit the recipe, a loss that is no number, a disk that is full, or
+        GptlabError: data that is damaged or does not fit the recipe, a loss that is not a number, a full disk, or
             a run that cannot be resumed as asked.
     """
     run = Path(run)
@@ -137,59 +138,64 @@ def _train(
     training, validation = rows_of(dataset, recipe, model.config.context_length)
     batches = Batches(training, recipe.batch.size, recipe.train.seed)
     if model.config.position == "blend" and recipe.blend is None:
-        text = "positions stay between learned and rotary as they are, since the recipe has no section [blend]"
-        tell({"event": "note", "text": text})
-    if recipe.batch.size < group.size:
-        raise GptlabError(f"batch.size={recipe.batch.size} leaves some of {group.size} processes idle; raise it")
-    if not validation.n_targets:
-        raise GptlabError("the validation data is empty; prepare the data again with a larger --held-out")
+        note("positions stay between learned and rotary as they are, since the recipe has no section [blend]")
+    _check(recipe, group, validation)
     if group.first:
         dataset.verify()
     if not resume:
         begin(run, recipe, dataset, group, teacher)
     elif group.first:
         move_data(run, dataset)
-    compiled, slope, teacher = _place(model, teacher, recipe, batches, group, note)
-    module = spread(model, recipe.parallel, group)
-    optimizers = make_optimizers(model, recipe.optimizer)
-    step, seconds, validation_loss = 0, 0.0, None
-    if saved is not None:
-        checkpoint, memory, facts = saved
-        state.restore(model, optimizers, checkpoint.state, memory)
-        step, seconds, validation_loss = facts["step"], facts["seconds"], facts["validation_loss"]
-    if group.first:
-        metrics.cut(run, step)
-    steps = recipe.steps(model.config.context_length, len(training))
-    if not resume and (cut := cut_warmup(recipe.schedule, steps)):
-        note(cut)
+    objective = _place(model, teacher, recipe, batches, group, note)
     loop = _Loop(
-        recipe,
-        dataset,
-        run,
-        group,
-        model,
-        module,
-        optimizers,
-        batches,
-        validation,
-        steps,
-        step,
-        seconds,
-        validation_loss,
-        slope,
-        teacher,
+        recipe=recipe,
+        dataset=dataset,
+        run=run,
+        group=group,
+        model=model,
+        module=spread(model, recipe.parallel, group),
+        optimizers=make_optimizers(model, recipe.optimizer),
+        batches=batches,
+        validation=validation,
+        objective=objective,
+        steps=recipe.steps(model.config.context_length, len(training)),
     )
-    return loop.go(tell, _plan(recipe, run.name, model, group, steps, step, compiled))
+    if saved is not None:
+        loop.restore(*saved)
+    if group.first:
+        metrics.cut(run, loop.step)
+    if not resume and (cut := cut_warmup(recipe.schedule, loop.steps)):
+        note(cut)
+    return loop.go(tell, _plan(recipe, run.name, model, group, loop.steps, loop.step, objective.compiled))
+
+
+def _check(recipe: Recipe, group: Group, validation: Windows | Items) -> None:
+    """Refuse a run that would leave a process without rows, or that could not be evaluated."""
+    if recipe.batch.size < group.size:
+        raise GptlabError(f"batch.size={recipe.batch.size} leaves some of {group.size} processes idle; raise it")
+    if not validation.n_targets:
+        raise GptlabError("the validation data is empty; prepare the data again with a larger --held-out")
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """What is minimised, and how.
+
+    Attributes:
+        gradient: of the loss with respect to the logits, compiled where it could be.
+        teacher: whom the run learns from, or None; with a compiled loss where it could be.
+        compiled: whether the blocks are compiled too.
+    """
+
+    gradient: LogitsGradient
+    teacher: Teacher | None
+    compiled: bool
 
 
 def _place(
     model: GPT, teacher: Teacher | None, recipe: Recipe, batches: Batches, group: Group, note: Callable[[str], None]
-) -> tuple[bool, Slope, Teacher | None]:
-    """Move the model and its teacher where it will train and compile them if asked.
-
-    Returns:
-        Whether all is compiled; the slope of the loss and the teacher, compiled where they could be.
-    """
+) -> _Objective:
+    """Move the model and its teacher where it will train, and compile both if asked."""
     settings, config = recipe.train, model.config
     model.to(group.device)
     if teacher is not None:
@@ -201,20 +207,20 @@ def _place(
     if teacher is not None:
         flops += cost.forward_flops(teacher.model.config, length).total
     flops = flops * recipe.batch.size * steps // group.size
-    slope = taught = None
+    gradient = taught = None
     if worth_compiling(flops, group.device) if settings.compile == "auto" else settings.compile:
         note("compiling: half a minute or so")
         mine = batches[0].rows(group.share(recipe.batch.size))
         part = mine.rows(slice(0, recipe.batch.micro)).to(group.device)
         dtype, must = DTYPES[settings.dtype], settings.compile is True
         if teacher is None:
-            slope = compile_step(model, part, dtype, must, note, settings.recompute)
+            gradient = compile_step(model, part, dtype, must, note, settings.recompute)
         else:
             taught = compile_distillation(model, teacher, part, dtype, must, note, settings.recompute)
-    compiled = slope is not None or taught is not None
+    compiled = gradient is not None or taught is not None
     if settings.recompute and not compiled:
         recompute_blocks(model)
-    return compiled, slope or softmax_slope, taught or teacher
+    return _Objective(gradient or softmax_gradient, taught or teacher, compiled)
 
 
 def _plan(recipe: Recipe, name: str, model: GPT, group: Group, steps: int, step: int, compiled: bool) -> dict[str, Any]:
@@ -241,8 +247,10 @@ def _plan(recipe: Recipe, name: str, model: GPT, group: Group, steps: int, step:
     }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Loop:
+    """A run as it goes on; what is read from a checkpoint changes with every step."""
+
     recipe: Recipe
     dataset: Dataset
     run: Path
@@ -252,12 +260,16 @@ class _Loop:
     optimizers: list[torch.optim.Optimizer]
     batches: Batches
     validation: Windows | Items
+    objective: _Objective
     steps: int
-    step: int
-    seconds: float
-    validation_loss: float | None
-    slope: Slope
-    teacher: Teacher | None
+    step: int = 0
+    seconds: float = 0.0
+    validation_loss: float | None = None
+
+    def restore(self, checkpoint: Checkpoint, memory: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        state.restore(self.model, self.optimizers, checkpoint.state, memory)
+        self.step, self.seconds, self.validation_loss = facts["step"], facts["seconds"], facts["validation_loss"]
 
     def go(self, tell: Report, plan: dict[str, Any]) -> Result:
         settings = self.recipe.train
@@ -312,8 +324,9 @@ class _Loop:
         batch = self.batches[self.step]
         dtype = DTYPES[recipe.train.dtype]
         micro = recipe.batch.micro
-        found = gradients(self.module, batch, micro, dtype, self.group, self.slope, self.teacher)
-        loss, nats = found.tolist()
+        objective = self.objective
+        losses = gradients(self.module, batch, micro, dtype, self.group, objective.gradient, objective.teacher)
+        loss, nats = losses.tolist()
         norm = clip(list(self.model.parameters()), recipe.optimizer.clip_norm).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._refuse(loss, norm, batch.origins.tolist())
@@ -325,7 +338,7 @@ class _Loop:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return {"loss": loss} if self.teacher is None else {"loss": loss, "cross_entropy": nats}, norm, rate
+        return {"loss": loss} if objective.teacher is None else {"loss": loss, "cross_entropy": nats}, norm, rate
 
     def _refuse(self, loss: float, norm: float, origins: list[int]) -> None:
         """Stop before a step that would spoil the weights."""

@@ -21,17 +21,17 @@ SOFTMAX_BYTES = {"cpu": 1 << 23}
 _IDS = 8192
 """Ids of the vocabulary that a product takes at once."""
 
-Slope = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""`softmax_slope`, or a compiled form of it."""
+LogitsGradient = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""`softmax_gradient`, or a compiled form of it."""
 
 
 Work = Callable[[Tensor, slice], Tensor]
-"""What is done with the logits (n, V) of some tokens: return sums over them, and leave the slope of the first sum in
-place of the logits where `wants_slope`."""
+"""What is done with the logits (n, V) of some tokens: return sums over them, and leave the gradient of the first sum in
+place of the logits where `wants_gradient`."""
 
 
-def softmax_slope(logits: Tensor, safe: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy of some tokens, and its slope but for the targets' own elements.
+def softmax_gradient(logits: Tensor, safe: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy of some tokens, and its gradient but for the targets' own elements.
 
     Args:
         logits: (n, V) in any dtype; softmax and sums are in float32. Those of float32 are overwritten.
@@ -50,7 +50,9 @@ def softmax_slope(logits: Tensor, safe: Tensor, counts: Tensor) -> tuple[Tensor,
     return nats, x.mul_(counts / total).to(logits.dtype)
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, slope: Slope = softmax_slope) -> Tensor:
+def cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, gradient: LogitsGradient = softmax_gradient
+) -> Tensor:
     """Return the summed cross-entropy in nats of ``targets``, as a float32 scalar.
 
     The same value and gradients as ``F.cross_entropy(hidden @ weight.T, targets, reduction="sum")``, but logits are
@@ -62,24 +64,29 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, slope: Slope 
         hidden: (..., C) what comes out of the last layer norm.
         weight: (V, C) the output projection.
         targets: (...) int64 ids, or `IGNORED`.
-        slope: how softmax and loss are computed, between the products.
+        gradient: how softmax and loss are computed, between the products.
     """
     wanted = targets.flatten()
-    chosen = slope if wants_slope(hidden, weight) else None
+    chosen = gradient if wants_gradient(hidden, weight) else None
 
     def work(logits: Tensor, where: slice) -> Tensor:
         targets = wanted[where, None]
         counts = targets != IGNORED
         safe = targets.masked_fill(~counts, 0)
         total = torch.zeros(1, device=logits.device)
-        for part in zip(in_cache(logits, logits), in_cache(safe, logits), in_cache(counts, logits), strict=True):
-            total += _nats(*part) if chosen is None else _nats_and_slope(*part, chosen)
+        for part in zip(
+            in_processor_cache(logits, logits),
+            in_processor_cache(safe, logits),
+            in_processor_cache(counts, logits),
+            strict=True,
+        ):
+            total += _nats(*part) if chosen is None else _nats_and_gradient(*part, chosen)
         return total
 
     return sum_in_chunks(hidden, weight, work)[0]
 
 
-def wants_slope(hidden: Tensor, weight: Tensor) -> bool:
+def wants_gradient(hidden: Tensor, weight: Tensor) -> bool:
     """Will anybody ask for gradients? Inside a function of autograd this can no longer be told."""
     return torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
 
@@ -99,12 +106,12 @@ def sum_in_chunks(hidden: Tensor, weight: Tensor, work: Work, held: int = 1) -> 
         work: see `Work`; called for a few tokens at a time, in their order.
         held: how many times the logits' memory ``work`` holds at once.
     """
-    slopes, dtype = wants_slope(hidden, weight), product_dtype(weight)
-    sums: Tensor = _Chunks.apply(hidden.flatten(0, -2), weight, dtype, work, held, slopes)  # type: ignore[no-untyped-call]
+    with_gradient, dtype = wants_gradient(hidden, weight), product_dtype(weight)
+    sums: Tensor = _Chunks.apply(hidden.flatten(0, -2), weight, dtype, work, held, with_gradient)  # type: ignore[no-untyped-call]
     return sums
 
 
-def in_cache(x: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+def in_processor_cache(x: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
     """Cut the rows of ``x`` into parts, so few that the softmax over their ``logits`` stays in the cache."""
     return x.split(_at_once(SOFTMAX_BYTES.get(logits.device.type, 1 << 62), logits.shape[1] * 4))
 
@@ -112,14 +119,14 @@ def in_cache(x: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
 class _Chunks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, dtype: torch.dtype, work: Work, held: int, slopes: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, dtype: torch.dtype, work: Work, held: int, with_gradient: bool
     ) -> Tensor:
         device, n_ids = hidden.device.type, len(weight)
         # A copy of all weights in the products' dtype, and products as large as them, would be held whole.
         pieces = [slice(first, first + _IDS) for first in range(0, n_ids, _IDS)]
         sums: list[Tensor] = []
-        dhidden = torch.zeros_like(hidden) if slopes else None
-        dweight = torch.empty(weight.shape, device=hidden.device) if slopes else None
+        dhidden = torch.zeros_like(hidden) if with_gradient else None
+        dweight = torch.empty(weight.shape, device=hidden.device) if with_gradient else None
         chunk = _at_once(LOGITS_BYTES.get(device, 1 << 27), n_ids * dtype.itemsize * held)
         with torch.autocast(device, enabled=False):
             for first in range(0, len(hidden), chunk):
@@ -158,9 +165,9 @@ def _nats(logits: Tensor, safe: Tensor, counts: Tensor) -> Tensor:
     return ((logits.logsumexp(-1, keepdim=True) - logits.gather(1, safe)) * counts).sum()
 
 
-def _nats_and_slope(logits: Tensor, safe: Tensor, counts: Tensor, slope: Slope) -> Tensor:
-    """Return the loss of some tokens, and leave its slope in place of their logits."""
-    nats, dlogits = slope(logits, safe, counts)
+def _nats_and_gradient(logits: Tensor, safe: Tensor, counts: Tensor, gradient: LogitsGradient) -> Tensor:
+    """Return the loss of some tokens, and leave its gradient in place of their logits."""
+    nats, dlogits = gradient(logits, safe, counts)
     # The target's softmax less one, from the loss: nothing cancels where the model is sure.
     logits.copy_(dlogits).scatter_(1, safe, torch.expm1(-nats).to(logits.dtype))
     return nats.sum()

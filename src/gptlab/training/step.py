@@ -7,6 +7,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +18,24 @@ from gptlab.errors import GptlabError
 from gptlab.model.gpt import GPT
 from gptlab.model.linear import Linear
 from gptlab.training.data import Batch, Items, Windows
-from gptlab.training.distill import Teacher, distilled_loss, teaching_slope
-from gptlab.training.loss import IGNORED, Slope, cross_entropy, softmax_slope
+from gptlab.training.distill import Teacher, distilled_loss, teaching_gradient
+from gptlab.training.loss import IGNORED, LogitsGradient, cross_entropy, softmax_gradient
 from gptlab.training.parallel import Group, synchronised
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def summed_loss(module: nn.Module, batch: Batch, dtype: torch.dtype, slope: Slope = softmax_slope) -> Tensor:
+def summed_loss(
+    module: nn.Module, batch: Batch, dtype: torch.dtype, gradient: LogitsGradient = softmax_gradient
+) -> Tensor:
     """Return the summed cross-entropy in nats of a batch, products in ``dtype``, everything else in float32.
 
-    ``slope`` is `softmax_slope`, or the compiled form that `compile_step` returned.
+    ``gradient`` is `softmax_gradient`, or the compiled form that `compile_step` returned.
     """
     device = batch.ids.device.type
 
     def head(hidden: Tensor, lm_head: Linear) -> Tensor:
-        return cross_entropy(hidden, lm_head.weight, batch.targets, slope)
+        return cross_entropy(hidden, lm_head.weight, batch.targets, gradient)
 
     with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
         loss: Tensor = module(batch.ids, documents=batch.documents, head=head)
@@ -45,10 +48,10 @@ def gradients(
     micro: int | None,
     dtype: torch.dtype,
     group: Group,
-    slope: Slope = softmax_slope,
+    gradient: LogitsGradient = softmax_gradient,
     teacher: Teacher | None = None,
 ) -> Tensor:
-    """Compute the gradients of a global batch's mean loss; return (2,) that loss and the cross-entropy, nats a token.
+    """Compute the gradients of a global batch's mean loss; return (2,) that loss and the cross-entropy, nats per token.
 
     The two differ only where there is a teacher.
 
@@ -68,7 +71,7 @@ def gradients(
             part = replace(part, targets=torch.full_like(part.targets, IGNORED))
         with synchronised(module, first == passes[-1]):
             if teacher is None:
-                loss = nats = summed_loss(module, part, dtype, slope)
+                loss = nats = summed_loss(module, part, dtype, gradient)
             else:
                 loss, nats = distilled_loss(module, part, dtype, teacher)
             # Engines average over processes; the sum is divided by the tokens of all of them.
@@ -123,7 +126,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def recompute_blocks(model: GPT) -> None:
     """Let each block keep its input alone and compute the rest again in the backward pass (Chen et al. 2016)."""
     for block in model.blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.run = functools.partial(checkpoint, block.compute, use_reentrant=False)
 
 
 def spare_embedding(model: GPT) -> None:
@@ -133,27 +136,28 @@ def spare_embedding(model: GPT) -> None:
     processes: their engines exchange gradients as they come.
     """
     if model.config.tie_embeddings:
-        model.wte.forward = functools.partial(_look_up, model.wte)  # type: ignore[method-assign]
+        model.wte.register_forward_hook(_add_rows_in_place)
 
 
-def _look_up(embedding: nn.Embedding, ids: Tensor) -> Tensor:
-    weight = embedding.weight
-    if not (torch.is_grad_enabled() and weight.requires_grad):
-        return nn.functional.embedding(ids, weight)
+def _add_rows_in_place(embedding: nn.Module, inputs: tuple[Tensor], rows: Tensor) -> Tensor:
+    """Cut the rows off from the matrix that they come from; add their gradient to its own when it arrives."""
+    if not rows.requires_grad:
+        return rows
+    weight, (ids,) = cast(nn.Embedding, embedding).weight, inputs
 
-    def add(slope: Tensor) -> None:
+    def add(gradient: Tensor) -> None:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
-        weight.grad.index_put_((ids,), slope, accumulate=True)
+        weight.grad.index_put_((ids,), gradient, accumulate=True)
 
-    rows = nn.functional.embedding(ids, weight.detach()).requires_grad_()
+    rows = rows.detach().requires_grad_()
     rows.register_hook(add)
     return rows
 
 
 def compile_step(
     model: GPT, batch: Batch, dtype: torch.dtype, must: bool, say: Callable[[str], None], recompute: bool = False
-) -> Slope | None:
+) -> LogitsGradient | None:
     """Compile a model's blocks and its loss with ``torch.compile`` and try them; say so in words where that fails.
 
     All blocks of one shape share one compiled function.
@@ -167,11 +171,11 @@ def compile_step(
         recompute: let the compiler keep about half of what the backward pass needs, and compute the cheap rest again.
 
     Returns:
-        The compiled `softmax_slope`, for `gradients`; None where compiling failed, and the blocks are as they were.
+        The compiled `softmax_gradient`, for `gradients`; None where compiling failed, and the blocks are as they were.
     """
-    slope: Slope = torch.compile(softmax_slope)
-    trial = functools.partial(summed_loss, model, batch, dtype, slope)
-    return slope if _compiled([model], trial, must, say, recompute) else None
+    gradient: LogitsGradient = torch.compile(softmax_gradient)
+    trial = functools.partial(summed_loss, model, batch, dtype, gradient)
+    return gradient if _compiled([model], trial, must, say, recompute) else None
 
 
 def compile_distillation(
@@ -186,9 +190,9 @@ def compile_distillation(
     """Compile the blocks of a model and of its teacher, and the loss that it has with it; else as `compile_step`.
 
     Returns:
-        The teacher with the compiled `teaching_slope`, for `gradients`; None where compiling failed.
+        The teacher with the compiled `teaching_gradient`, for `gradients`; None where compiling failed.
     """
-    compiled = replace(teacher, slope=torch.compile(teaching_slope))
+    compiled = replace(teacher, gradient=torch.compile(teaching_gradient))
 
     def trial() -> Tensor:
         return distilled_loss(model, batch, dtype, compiled)[0]
@@ -200,13 +204,12 @@ def _compiled(
     models: list[GPT], trial: Callable[[], Tensor], must: bool, say: Callable[[str], None], recompute: bool
 ) -> bool:
     """Compile the blocks of the models, the first of which trains; False where the trial of a step then fails."""
-    # Code that another run of this process was compiled for, of any size, would serve this one and sum otherwise.
+    # Code compiled for an earlier run of this process, of any size, would be reused, and would add up in another order.
     torch._dynamo.reset()
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     blocks = [block for model in models for block in model.blocks]
-    eager = [block.forward for block in blocks]
     for block in blocks:
-        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+        block.run = torch.compile(block.compute)
     models[0].train()
     try:
         # How much is kept is decided where the first backward pass is compiled.
@@ -214,8 +217,8 @@ def _compiled(
         with _quiet(), budget:
             trial().backward()
     except Exception as error:  # the compiler's own errors have no common type
-        for block, forward in zip(blocks, eager, strict=True):
-            block.forward = forward  # type: ignore[method-assign]
+        for block in blocks:
+            block.run = None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if must:
             raise GptlabError(
