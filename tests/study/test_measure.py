@@ -271,7 +271,6 @@ def test_the_recipe_decides_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(measuring, "training_step", lambda model, n, recipe: rows.append(n) or (lambda: None))
     for recipe, expected in ((RECIPE, 2), (Recipe(batch={"size": 8, "micro": 4}), 4)):
         settings = MeasurementSettings(seconds=0, contexts=[16])
-        whole = measuring._Measurement(CONFIGS, settings, recipe, tmp_path / str(expected), CPU, lambda row: None)
-        whole.training({name: whole.memory(name) for name in CONFIGS})
+        measure(CONFIGS, settings, recipe, tmp_path / str(expected), device=CPU, report=lambda row: None)
         assert rows == [expected] * len(CONFIGS)
         rows.clear()

@@ -7,11 +7,10 @@ from typing import Any
 
 from gptlab.config import ModelConfig
 from gptlab.formatting import count, digits, memory, percent, times
-from gptlab.model import cost
 from gptlab.report.blocks import Block, Column, Paragraph, Table
 from gptlab.report.texts import known
 from gptlab.report.view import NAMES, Study, make_config, sequences, tokens
-from gptlab.study import roofline
+from gptlab.study import costs, roofline
 from gptlab.study.results import Counterpart
 from gptlab.study.variants import kinds_of
 
@@ -31,13 +30,7 @@ def _counterparts(study: Study, change: str) -> dict[str, Counterpart]:
         if name not in study.alone(change):
             # What else the variant changes is taken back.
             own = {field: value for field, value in row.changes.items() if kinds_of({field: value}) == [change]}
-            config = make_config({**ModelConfig.preset(size).to_dict(), **own})
-            cache = [
-                entry.model_copy(update={"bytes": cost.cache_bytes(config, entry.context, 2, batch=entry.batch)})
-                for entry in row.cache
-            ]
-            parameters = sum(cost.parameters(config).values())
-            row = row.model_copy(update={"changes": own, "parameters": parameters, "cache": cache})
+            row = costs.counterpart(size, make_config({**ModelConfig.preset(size).to_dict(), **own}))
         found[size] = row
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from gptlab.config import ModelConfig, divisors
 from gptlab.formatting import count, digits, memory
@@ -27,9 +27,8 @@ from gptlab.report.blocks import (
 )
 from gptlab.report.texts import known
 from gptlab.report.view import Study, make_config, sequences, tokens
-from gptlab.study import roofline
+from gptlab.study import costs, roofline
 
-SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FIELDS = ("vocab_size", "context_length", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "position", "bias")
 """What of a configuration the calculator needs, beside whether the embeddings are tied."""
 CHECKS: tuple[dict[str, int], ...] = (
@@ -87,7 +86,7 @@ def calculator(study: Study, machine: roofline.Machine) -> dict[str, Any]:
     base = study.configs[study.base_name]
     # Plain attention: what to change is the calculator's own question.
     own = dataclasses.replace(base, n_kv_head=base.n_head, window=None, sinks=0, dilation=1)
-    configs = {**{size: ModelConfig.preset(size) for size in SIZES}, "this study's model": own}
+    configs = {**{size: ModelConfig.preset(size) for size in costs.SIZES}, "this study's model": own}
     return {
         "models": {name: {**_fields(config), "kv": divisors(config.n_head)} for name, config in configs.items()},
         "size": roofline.BYTES[study.dtype],
@@ -185,10 +184,10 @@ def _timed(study: Study) -> list[Block]:
         "memory, decoding": {n: memory(t.decoding_memory_bytes or 0) for n, t in timed.items()},
     }
     points = []
-    for what, title in (("prefill", "prefill"), ("decode", "decoding")):
-        point = study.common_point("prefill" if what == "prefill" else "decode")
-        if point:
-            rates = {n: study.rates(n, "prefill" if what == "prefill" else "decode")[point] for n in timed}
+    titles: dict[Literal["prefill", "decode"], str] = {"prefill": "prefill", "decode": "decoding"}
+    for what, title in titles.items():
+        if point := study.common_point(what):
+            rates = {n: study.rates(n, what)[point] for n in timed}
             columns[f"{title}, tokens/s"] = {n: count(rate) for n, rate in rates.items()}
             points.append(f"{title} {tokens(point[0])}, batch {point[1]}")
     absent = ("0", "0\u00a0B")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import TypeVar
 
 import torch
@@ -151,8 +151,8 @@ def _quality(answers: Answers, evaluation: Evaluation) -> Quality | None:
     return Quality(
         protocol=evaluation.protocol,
         text=evaluation.text.name,
-        nats_per_token=_mean(by_run),
-        bits_per_byte=_mean([result.metrics["bits_per_byte"] for result in results]),
+        nats_per_token=fmean(by_run),
+        bits_per_byte=fmean([result.metrics["bits_per_byte"] for result in results]),
         documents=len(results[0].scores),
         tokens=sum(score.tokens for score in results[0].scores),
         by_run=by_run,
@@ -169,7 +169,7 @@ def _conversion(
         changes=variant.changes.to_dict(),
         steps=next((list(one.steps) for one in made if one.checkpoints), []),
         settings=[] if variant.uptraining is None else list(variant.uptraining.settings),
-        divergence=_mean(course.divergences) if course.divergences else None,
+        divergence=fmean(course.divergences) if course.divergences else None,
         divergence_tokens=course.divergence_tokens,
         checkpoints=[_checkpoint(entry, share, plan, evaluation, scored) for share in sorted(course.scores)],
     )
@@ -191,11 +191,11 @@ def _checkpoint(entry: Entry, share: float, plan: Plan, evaluation: Evaluation, 
     return Checkpoint(
         share=share,
         tokens=next(milestone.tokens for milestone in entry.milestones if milestone.share == share),
-        nats_per_token=_mean(by_run),
+        nats_per_token=fmean(by_run),
         by_run=by_run,
         difference=None if against is None else contrast({at(name, share): 1.0, at(against, share): -1.0}, scored),
         rivals=rivals,
-        own_context=None if own is None else _mean([result.metrics["nats_per_token"] for result in own.values()]),
+        own_context=None if own is None else fmean([result.metrics["nats_per_token"] for result in own.values()]),
     )
 
 
@@ -203,14 +203,10 @@ def _mean_positions(rows: Sequence[ByPosition]) -> ByPosition | None:
     if not rows:
         return None
     columns = zip(*(row.nats for row in rows), strict=True)
-    return rows[0].model_copy(update={"nats": [_mean(column) for column in columns]})
+    return rows[0].model_copy(update={"nats": [fmean(column) for column in columns]})
 
 
 def _mean_row(rows: Sequence[_Row]) -> _Row:
     """The first row with its real numbers replaced by their means."""
-    means = {name: _mean([getattr(row, name) for row in rows]) for name, value in rows[0] if isinstance(value, float)}
+    means = {name: fmean([getattr(row, name) for row in rows]) for name, value in rows[0] if isinstance(value, float)}
     return rows[0].model_copy(update=means)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

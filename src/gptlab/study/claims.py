@@ -10,16 +10,28 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
 
-from gptlab.study import claims_conversion
-from gptlab.study.results import Claim, Results, Timings
-from gptlab.study.statistics import Scored, Verdict, above, below, contrast, every, over, said, seeds_interval
+from gptlab.study.results import Claim, Interval, Results, Timings
+from gptlab.study.statistics import (
+    Scored,
+    Verdict,
+    Weights,
+    above,
+    at,
+    below,
+    contrast,
+    every,
+    over,
+    said,
+    seeds_interval,
+)
 
 SMOOTHED = 10
 """Points of a loss curve that are averaged before it is said to have reached a loss."""
 TIE = 1.15
 """Ratios of times nearer to 1 than this are noise on a shared machine."""
-
+NOTHING: Verdict = ("not obtained", None, "no seed was trained to the end in all")
 
 GQA, LONGFORMER = "GQA (Ainslie et al. 2023)", "Longformer (Beltagy et al. 2020)"
 
@@ -65,18 +77,18 @@ def _rope_falls_faster(results: Results, scored: Scored) -> Verdict:
     curves = {name: _curves(results, name) for name in ("base", "rope")}
     common = sorted(curves["base"].keys() & curves["rope"].keys())
     if not common:
-        return "not obtained", None, "no seed was trained to the end in both"
+        return NOTHING
     gaps, earlier = [], []
     for seed in common:
         base, rope = curves["base"][seed], curves["rope"][seed]
-        gaps.append(math.fsum(r[1] - b[1] for r, b in zip(rope, base, strict=True)) / len(base))
-        reached = _reached(rope, _mean(base[-SMOOTHED:]))
+        gaps.append(fmean(r[1] - b[1] for r, b in zip(rope, base, strict=True)))
+        reached = _reached(rope, fmean(loss for _, loss in base[-SMOOTHED:]))
         if reached is not None:
             earlier.append(reached / base[-1][0])
     interval = seeds_interval(gaps)
     ours = f"training loss over the whole run {said(interval)} with RoPE"
     if len(earlier) == len(common):
-        ours += f"; it reached the last loss of learned positions after {_mean_of(earlier):.0%} of the tokens"
+        ours += f"; it reached the last loss of learned positions after {fmean(earlier):.0%} of the tokens"
     return ours, below(interval), over(interval)
 
 
@@ -84,7 +96,7 @@ def _grouped_between(results: Results, scored: Scored) -> Verdict:
     near = contrast({"gqa": 1, "base": -1}, scored)
     far = contrast({"mqa": 1, "gqa": -1}, scored)
     if near is None or far is None:
-        return "not obtained", None, "no seed was trained to the end in all"
+        return NOTHING
     ours = f"grouped minus multi-head {said(near)}; multi-query minus grouped {said(far)}"
     order = every(above(near), above(far))
     if order is None and near.mean < far.mean:
@@ -93,12 +105,73 @@ def _grouped_between(results: Results, scored: Scored) -> Verdict:
 
 
 def _windows_grow(results: Results, scored: Scored) -> Verdict:
-    fixed = contrast({"swa": 1, "swa-increasing": -1}, scored)
-    falling = contrast({"swa-decreasing": 1, "swa": -1}, scored)
-    if fixed is None or falling is None:
-        return "not obtained", None, "no seed was trained to the end in all"
-    ours = f"fixed minus increasing {said(fixed)}; decreasing minus fixed {said(falling)}"
-    return ours, every(above(fixed), above(falling)), f"equal mean window; {over(fixed)}"
+    fixed = ("fixed minus increasing", {"swa": 1, "swa-increasing": -1})
+    falling = ("decreasing minus fixed", {"swa-decreasing": 1, "swa": -1})
+    return _all(above, scored, "equal mean window", fixed, falling)
+
+
+def _all(side: Callable[[Interval], bool | None], scored: Scored, note: str, *pairs: tuple[str, Weights]) -> Verdict:
+    """Are all of these differences on one side of zero? Each has the words that stand before it."""
+    words, weights = zip(*pairs, strict=True)
+    differences = [gap for one in weights if (gap := contrast(one, scored)) is not None]
+    if len(differences) < len(pairs):
+        return NOTHING
+    ours = "; ".join(f"{word} {said(gap)}" for word, gap in zip(words, differences, strict=True))
+    return ours, every(*map(side, differences)), f"{note}; {over(differences[0])}"
+
+
+def _last(results: Results, name: str) -> float:
+    """The share at the end of a variant's uptraining; 0 where there was none, or it failed."""
+    conversion = results.variants[name].conversion
+    return conversion.checkpoints[-1].share if conversion and conversion.checkpoints else 0.0
+
+
+def _pooling(uptrained: bool, results: Results, scored: Scored) -> Verdict:
+    share = _last(results, "mqa-mean") if uptrained else 0.0
+    if uptrained and not share:
+        return NOTHING
+    mean, first, random = (at(name, share) for name in ("mqa-mean", "mqa-first", "mqa-random"))
+    note = f"one key head, {f'uptrained for {share:.0%}' if uptrained else 'right after conversion'}"
+    pairs = (("mean minus first", {mean: 1, first: -1}), ("first minus random", {first: 1, random: -1}))
+    return _all(below, scored, note, *pairs)
+
+
+def _copied(uptrained: bool, results: Results, scored: Scored) -> Verdict:
+    share = _last(results, "context-copied") if uptrained else 0.0
+    if uptrained and not share:
+        return NOTHING
+    copied, random = (at(name, share, own_context=True) for name in ("context-copied", "context-random"))
+    note = f"{f'uptrained for {share:.0%}; ' if uptrained else ''}text read in windows of the longer context"
+    return _all(below, scored, note, ("copied minus random positions", {copied: 1, random: -1}))
+
+
+def _usable(results: Results, scored: Scored) -> Verdict:
+    """Usable is called what loses less than half of what heads at random lose."""
+    base, random = at(results.study.base, 0.0), at("mqa-random", 0.0)
+    several, single = at("gqa-mean", 0.0), at("mqa-mean", 0.0)
+    lost = {name: contrast({name: 1, base: -1}, scored) for name in (several, single, random)}
+    near = contrast({several: 1, base: -0.5, random: -0.5}, scored)
+    far = contrast({base: 0.5, random: 0.5, single: -1}, scored)
+    if near is None or far is None or not all(lost.values()):
+        return NOTHING
+    words = [f"{difference.mean:+.4f}" for difference in lost.values() if difference is not None]
+    ours = f"loss added: {words[0]} with several key heads, {words[1]} with one, {words[2]} with heads at random"
+    note = f"usable: less than half of what heads at random lose; mean of the heads; {over(near)}"
+    return ours, every(below(near), below(far)), note
+
+
+def _recovers(results: Results, scored: Scored) -> Verdict:
+    """Does uptraining recover more than half of what was lost, against the continued base?"""
+    general, base = results.study.conversion, at(results.study.base, 0.0)
+    share = min(_last(results, name) for name in ("gqa-mean", "mqa-mean"))
+    if general is None or general.reference is None or not share:
+        return NOTHING
+    pairs = []
+    for name, words in (("gqa-mean", "several key heads"), ("mqa-mean", "one key head")):
+        left = {at(name, share): 1.0, at(general.reference, share): -1.0}
+        pairs.append((f"{words}: what is left less half of what was lost", {**left, at(name, 0.0): -0.5, base: 0.5}))
+    note = f"uptrained for {share:.0%}, against the base after the same training"
+    return _all(below, scored, note, *pairs)
 
 
 def _windows_linear(timings: Timings) -> Verdict:
@@ -184,37 +257,37 @@ CLAIMS = {
         GQA,
         "right after conversion, averaged heads are better than the first head, and the first than new ones",
         ("mqa-mean", "mqa-first", "mqa-random"),
-        judge=claims_conversion.pooling_before,
+        judge=functools.partial(_pooling, False),
     ),
     "uptraining-pooling": Rule(
         GQA,
         "after uptraining too, averaged heads are better than the first head, and the first than new ones",
         ("mqa-mean", "mqa-first", "mqa-random"),
-        judge=claims_conversion.pooling_after,
+        judge=functools.partial(_pooling, True),
     ),
     "uptraining-usable": Rule(
         GQA,
         "grouped queries are usable right after conversion, where multi-query attention is not",
         ("gqa-mean", "mqa-mean", "mqa-random"),
-        judge=claims_conversion.usable,
+        judge=_usable,
     ),
     "uptraining-recovers": Rule(
         GQA,
         "uptraining for 5% of the pre-training recovers most of what the conversion loses",
         ("gqa-mean", "mqa-mean"),
-        judge=claims_conversion.recovers,
+        judge=_recovers,
     ),
     "positions-copied-before": Rule(
         LONGFORMER,
         "a longer context that starts from copied positions is better right away than one from random ones",
         ("context-copied", "context-random"),
-        judge=claims_conversion.copied_before,
+        judge=functools.partial(_copied, False),
     ),
     "positions-copied": Rule(
         LONGFORMER,
         "a longer context that starts from copied positions is better after training, too",
         ("context-copied", "context-random"),
-        judge=claims_conversion.copied_after,
+        judge=functools.partial(_copied, True),
     ),
 }
 """Claims by the names that study files use."""
@@ -227,17 +300,9 @@ def _curves(results: Results, name: str) -> dict[int, list[tuple[int, float]]]:
 def _reached(curve: list[tuple[int, float]], loss: float) -> float | None:
     """Return the tokens after which the smoothed curve is at ``loss``, or None."""
     for end in range(SMOOTHED, len(curve) + 1):
-        if _mean(curve[end - SMOOTHED : end]) <= loss:
+        if fmean(value for _, value in curve[end - SMOOTHED : end]) <= loss:
             return curve[end - 1][0]
     return None
-
-
-def _mean(points: list[tuple[int, float]]) -> float:
-    return _mean_of([point[1] for point in points])
-
-
-def _mean_of(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def _growth(timings: Timings, name: str) -> tuple[int, int, float] | None:

@@ -80,16 +80,19 @@ def four_sizes(configs: Mapping[str, ModelConfig], base: str) -> dict[str, dict[
         for name, config in configs.items():
             scaled = _scaled(size, config, configs[base])
             if scaled is not None:
-                sizes[size][name] = Counterpart(
-                    changes=changes_of(scaled, ModelConfig.preset(size)),
-                    parameters=parameters(scaled)["total"],
-                    cache=[
-                        CacheSize(context=n, batch=1, dtype="bfloat16", bytes=cost.cache_bytes(scaled, n, 2))
-                        for n in SIZE_CONTEXTS
-                    ],
-                    flops_per_token={str(n): cost.token_flops(scaled, n - 1).total for n in SIZE_CONTEXTS},
-                )
+                sizes[size][name] = counterpart(size, scaled)
     return sizes
+
+
+def counterpart(size: str, config: ModelConfig) -> Counterpart:
+    """Return what one of GPT-2's sizes costs with the changes of a configuration."""
+    cache = [(n, cost.cache_bytes(config, n, 2)) for n in SIZE_CONTEXTS]
+    return Counterpart(
+        changes=changes_of(config, ModelConfig.preset(size)),
+        parameters=parameters(config)["total"],
+        cache=[CacheSize(context=n, batch=1, dtype="bfloat16", bytes=n_bytes) for n, n_bytes in cache],
+        flops_per_token={str(n): cost.token_flops(config, n - 1).total for n in SIZE_CONTEXTS},
+    )
 
 
 def _scaled(size: str, config: ModelConfig, base: ModelConfig) -> ModelConfig | None:

@@ -14,6 +14,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from gptlab.study.directory import cached, key, plain
 from gptlab.study.memory import peak_memory
 from gptlab.study.results import Decode, Machine, Peaks, Prefill, Timings, VariantTimings
 from gptlab.study.settings import MeasurementSettings
-from gptlab.study.timing import ROUNDS, decoding_step, prefill_step, take_turns, timed, training_step
+from gptlab.study.timing import ROUNDS, Step, decoding_step, prefill_step, take_turns, timed, training_step
 from gptlab.training.recipe import Recipe
 
 Report = Callable[[dict[str, Any]], None]
@@ -100,137 +101,148 @@ def measure(
         device: to measure on.
         report: called with plain values as the work goes on.
     """
-    whole = _Measurement(configs, settings, recipe, cache, device, report)
-    timings = {name: whole.memory(name) for name in configs}
-    whole.training(timings)
-    for context in sorted(settings.contexts):
-        for batch in sorted(settings.batches):
-            whole.decoding(timings, batch, context)
-        whole.prefill(timings, context)
-    batch, context = whole.memory_point
+    longest = max(settings.contexts) + ROUNDS + 2
+    bench = _Bench(
+        configs=dict(configs),
+        extended={name: _extended(config, longest) for name, config in configs.items()},
+        recipe=recipe,
+        rows=settings.training_rows or recipe.batch.micro or recipe.batch.size,
+        cache=cache,
+        device=device,
+        report=report,
+    )
+    batch, context = _memory_point(bench, settings)
+    peak = {name: _memory(bench, name, batch, context, settings.seconds) for name in configs}
+    end = time.perf_counter() + settings.seconds
+    training = _train(bench, end)
+    decode, prefill = _generate(bench, settings, end)
     return Timings(
         machine=machine(device),
-        dtype=str(whole.dtype).removeprefix("torch."),
-        how=HOW.format(chunk=CHUNK, rows=whole.rows, dtype=recipe.train.dtype, batch=batch, context=context),
-        peaks=Peaks(**whole.kept("peaks", lambda: peaks(device).model_dump())),
-        variants=timings,
+        dtype=str(bench.dtype).removeprefix("torch."),
+        how=HOW.format(chunk=CHUNK, rows=bench.rows, dtype=recipe.train.dtype, batch=batch, context=context),
+        peaks=Peaks(**bench.kept("peaks", lambda: peaks(device).model_dump())),
+        variants={
+            name: VariantTimings(
+                training_tokens_per_second=training[name],
+                training_memory_bytes=peak[name].get("training"),
+                decoding_memory_bytes=peak[name].get("decoding"),
+                prefill=prefill[name],
+                decode=decode[name],
+            )
+            for name in configs
+        },
     )
 
 
-class _Measurement:
-    """The measurements of one study; each is kept under a key of its own."""
+@dataclass(frozen=True)
+class _Bench:
+    """What all measurements of a study have in common; ``extended`` has learned positions for the longest context."""
 
-    def __init__(
-        self,
-        configs: Mapping[str, ModelConfig],
-        settings: MeasurementSettings,
-        recipe: Recipe,
-        cache: Path,
-        device: torch.device,
-        report: Report,
-    ) -> None:
-        self.configs, self.settings, self.recipe, self.cache = dict(configs), settings, recipe, cache
-        self.device, self.report = device, report
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.rows = settings.training_rows or recipe.batch.micro or recipe.batch.size
-        longest = max(settings.contexts) + ROUNDS + 2
-        self.extended = {name: _extended(config, longest) for name, config in self.configs.items()}
-        self.points = len(settings.contexts) * (len(settings.batches) + 1)
-        self.left = settings.seconds
-        self.most_bytes = int(0.4 * machine(device).memory_bytes) if device.type == "cuda" else MOST_BYTES
-        self.rate = 0.0  # operations a second of the last prefill
-        self._models: dict[str, GPT] = {}
+    configs: dict[str, ModelConfig]
+    extended: dict[str, ModelConfig]
+    recipe: Recipe
+    rows: int
+    cache: Path
+    device: torch.device
+    report: Report
 
     @property
-    def models(self) -> dict[str, GPT]:
-        """Random models of all variants, made when the first is needed."""
-        if not self._models:
-            self._models = {n: GPT(c).to(self.device, self.dtype).eval() for n, c in self.extended.items()}
-        return self._models
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
-    @property
-    def memory_point(self) -> tuple[int, int]:
-        """The batch and context at which the memory of generation is measured: the largest of modest size."""
-        points = [(b, c) for c in self.settings.contexts for b in self.settings.batches]
-        fitting = [point for point in points if self._cache_bytes(*point) <= self.most_bytes]
-        return max(fitting or points[:1], key=lambda point: (point[0] * point[1], point[1]))
-
-    def _cache_bytes(self, batch: int, context: int) -> int:
+    def fits(self, batch: int, context: int) -> bool:
+        """Whether the caches of all variants are small enough at this point."""
+        most = int(0.4 * machine(self.device).memory_bytes) if self.device.type == "cuda" else MOST_BYTES
         sizes = (cost.cache_bytes(c, context, self.dtype.itemsize, batch=batch) for c in self.configs.values())
-        return sum(sizes)
+        return sum(sizes) <= most
 
     def kept(self, what: str, compute: Callable[[], dict[str, Any]], **settings: Any) -> dict[str, Any]:
         """Return a measurement of this machine, taken now or earlier."""
         where = {"node": platform.node(), "processor": _processor(), "device": str(self.device)}
         return cached(self.cache, key("measure", what=what, where=where, **settings), compute)
 
-    def memory(self, name: str) -> VariantTimings:
-        """Begin a variant's timings with its memory; None where it could not be measured."""
-        batch, context = self.memory_point
-        asked: dict[str, Any] = {"config": self.extended[name].to_dict(), "trained": self.configs[name].to_dict()}
-        asked |= {"recipe": plain(self.recipe), "device": str(self.device)}
-        asked |= {"rows": self.rows, "batch": batch, "context": context}
-        self._say(f"memory of {name}")
-        try:
-            peak = self.kept("memory", lambda: peak_memory(asked), **asked)
-        except GptlabError as error:
-            self.report({"event": "note", "text": f"{name}: {error}"})
-            peak = {}
-        return VariantTimings(
-            training_tokens_per_second=None,
-            training_memory_bytes=peak.get("training"),
-            decoding_memory_bytes=peak.get("decoding"),
-            prefill=[],
-            decode=[],
-        )
+    def say(self, what: str, left: float) -> None:
+        self.report({"event": "phase", "phase": "measure", "what": what, "seconds_left": max(left, 0.0)})
 
-    def training(self, timings: dict[str, VariantTimings]) -> None:
-        """Time a training step of every variant."""
-        make = lambda: {  # noqa: E731
-            n: training_step(GPT(c).to(self.device), self.rows, self.recipe) for n, c in self.configs.items()
-        }
-        recipe = plain(self.recipe)
-        share = self.left / 4
-        for name, seconds in self._point("training", make, share, recipe=recipe, rows=self.rows).items():
-            rate = self.rows * self.configs[name].context_length / seconds
-            timings[name] = timings[name].model_copy(update={"training_tokens_per_second": rate})
 
-    def decoding(self, timings: dict[str, VariantTimings], batch: int, context: int) -> None:
-        """Time the generation of one more token, unless the caches are too large."""
-        share, self.points = self.left / self.points, self.points - 1
-        if self._cache_bytes(batch, context) > self.most_bytes:
-            return
-        make = lambda: {n: decoding_step(m, batch, context) for n, m in self.models.items()}  # noqa: E731
-        for name, seconds in self._point("decode", make, share, batch=batch, context=context).items():
-            rate = batch / seconds
-            row = Decode(context=context, batch=batch, milliseconds=1e3 * seconds, tokens_per_second=rate)
-            timings[name].decode.append(row)
+def _memory_point(bench: _Bench, settings: MeasurementSettings) -> tuple[int, int]:
+    """The batch and context at which the memory of generation is measured: the largest of modest size."""
+    points = [(b, c) for c in settings.contexts for b in settings.batches]
+    fitting = [point for point in points if bench.fits(*point)]
+    return max(fitting or points[:1], key=lambda point: (point[0] * point[1], point[1]))
 
-    def prefill(self, timings: dict[str, VariantTimings], context: int) -> None:
-        """Time the reading of a prompt, unless it would take longer than there is time."""
-        share, self.points = self.left / self.points, self.points - 1
-        work = sum(cost.forward_flops(config, context).total for config in self.extended.values())
-        if self.rate and 2 * work / self.rate > max(self.left, 1.0):
-            return
-        make = lambda: {n: prefill_step(m, 1, context) for n, m in self.models.items()}  # noqa: E731
-        times = self._point("prefill", make, share, batch=1, context=context)
-        for name, seconds in times.items():
-            row = Prefill(context=context, batch=1, tokens_per_second=context / seconds)
-            timings[name].prefill.append(row)
-        self.rate = work / sum(times.values())
 
-    def _point(self, what: str, make: Callable[[], dict[str, Any]], share: float, **settings: Any) -> dict[str, float]:
-        """Time all variants at one point, for about ``share`` seconds."""
-        said = ", ".join(f"{settings[name]:,} {name}" for name in ("context", "batch") if name in settings)
-        self._say(f"{what} {said}".strip())
-        started = time.perf_counter()
-        configs = {name: config.to_dict() for name, config in self.extended.items()}
-        times = self.kept(what, lambda: take_turns(make(), self.device, share), configs=configs, **settings)
-        self.left -= time.perf_counter() - started
-        return times
+def _memory(bench: _Bench, name: str, batch: int, context: int, left: float) -> dict[str, int]:
+    """A variant's memory in ``training`` and ``decoding``; empty where it could not be measured."""
+    asked: dict[str, Any] = {"config": bench.extended[name].to_dict(), "trained": bench.configs[name].to_dict()}
+    asked |= {"recipe": plain(bench.recipe), "device": str(bench.device)}
+    asked |= {"rows": bench.rows, "batch": batch, "context": context}
+    bench.say(f"memory of {name}", left)
+    try:
+        return bench.kept("memory", lambda: peak_memory(asked), **asked)
+    except GptlabError as error:
+        bench.report({"event": "note", "text": f"{name}: {error}"})
+        return {}
 
-    def _say(self, what: str) -> None:
-        self.report({"event": "phase", "phase": "measure", "what": what, "seconds_left": max(self.left, 0.0)})
+
+def _train(bench: _Bench, end: float) -> dict[str, float]:
+    """Tokens per second of a training step of every variant."""
+
+    def make() -> dict[str, Step]:
+        models = {name: GPT(config).to(bench.device) for name, config in bench.configs.items()}
+        return {name: training_step(model, bench.rows, bench.recipe) for name, model in models.items()}
+
+    share = (end - time.perf_counter()) / 4
+    seconds = _turns(bench, "training", make, end, share, recipe=plain(bench.recipe), rows=bench.rows)
+    return {name: bench.rows * bench.configs[name].context_length / taken for name, taken in seconds.items()}
+
+
+def _generate(
+    bench: _Bench, settings: MeasurementSettings, end: float
+) -> tuple[dict[str, list[Decode]], dict[str, list[Prefill]]]:
+    """Time one more token where the caches fit, and the reading of prompts where there is time."""
+    decode: dict[str, list[Decode]] = {name: [] for name in bench.configs}
+    prefill: dict[str, list[Prefill]] = {name: [] for name in bench.configs}
+
+    @functools.cache
+    def models() -> dict[str, GPT]:
+        return {name: GPT(config).to(bench.device, bench.dtype).eval() for name, config in bench.extended.items()}
+
+    def turns(what: str, step: Callable[[GPT, int, int], Step], batch: int, context: int) -> dict[str, float]:
+        make = lambda: {name: step(model, batch, context) for name, model in models().items()}  # noqa: E731
+        return _turns(bench, what, make, end, share, batch=batch, context=context)
+
+    rate = 0.0  # operations a second of the last prefill
+    left = len(settings.contexts) * (len(settings.batches) + 1)
+    for context in sorted(settings.contexts):
+        for batch in sorted(settings.batches):
+            share, left = (end - time.perf_counter()) / left, left - 1
+            if not bench.fits(batch, context):
+                continue
+            for name, seconds in turns("decode", decoding_step, batch, context).items():
+                row = Decode(
+                    context=context, batch=batch, milliseconds=1e3 * seconds, tokens_per_second=batch / seconds
+                )
+                decode[name].append(row)
+        remaining = end - time.perf_counter()
+        share, left = remaining / left, left - 1
+        work = sum(cost.forward_flops(config, context).total for config in bench.extended.values())
+        if not rate or 2 * work / rate <= max(remaining, 1.0):
+            times = turns("prefill", prefill_step, 1, context)
+            for name, seconds in times.items():
+                prefill[name].append(Prefill(context=context, batch=1, tokens_per_second=context / seconds))
+            rate = work / sum(times.values())
+    return decode, prefill
+
+
+def _turns(
+    bench: _Bench, what: str, make: Callable[[], dict[str, Step]], end: float, share: float, **settings: Any
+) -> dict[str, float]:
+    """Time all variants at one point, for about ``share`` seconds."""
+    said = ", ".join(f"{settings[name]:,} {name}" for name in ("context", "batch") if name in settings)
+    bench.say(f"{what} {said}".strip(), end - time.perf_counter())
+    configs = {name: config.to_dict() for name, config in bench.extended.items()}
+    return bench.kept(what, lambda: take_turns(make(), bench.device, share), configs=configs, **settings)
 
 
 def _extended(config: ModelConfig, length: int) -> ModelConfig:
