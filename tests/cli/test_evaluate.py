@@ -254,3 +254,26 @@ def test_a_short_text_warns_of_its_stride(run: Run, tiny: Path, tmp_path: Path) 
         code, out, _ = run(tiny, "--task", f"text:{short}", "--stride", 8)
     assert code == 0
     assert "stride 8, context 64" in out
+
+
+def test_records_whose_text_has_another_name(run: Run, rope: Path, tmp_path: Path) -> None:
+    """The advice of the refusal, followed to the letter, scores what a file with the usual name does."""
+    texts = [f"Chapter {i}. It was the best of times." for i in range(9)]
+    for name in ("text", "content"):
+        lines = (json.dumps({name: text}) + "\n" for text in texts)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8-sig")
+    found = []
+    for name, advice in (("text", []), ("content", ["--text-field", "content"])):
+        arguments = [rope, "--task", f"text:{tmp_path / name}.jsonl", "--by-position", "--json"]
+        if advice:
+            code, _, err = run(*arguments)
+            assert code == 2
+            assert "name the one to read with " + " ".join(advice) in err
+        code, out, err = run(*arguments, *advice)
+        assert code == 0, err
+        values = json.loads(out)
+        found.append((values["results"][0]["metrics"], values["results"][0]["data"]["sha256"]))
+    assert found[0] == found[1]
+    code, _, err = run(rope, "--task", "lambada:last-word", "--text-field", "content")
+    assert code == 2
+    assert "--text-field is about the records of a text" in err

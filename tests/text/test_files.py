@@ -126,7 +126,7 @@ def test_another_field(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(JSON_LINES.replace(b'"text"', b'"content"'))
     (tmp_path / "a.csv").write_bytes(as_csv(TEXTS, field="content"))
     assert read(tmp_path / "a.jsonl", field="content") == read(tmp_path / "a.csv", field="content") == TEXTS
-    with pytest.raises(GptlabError, match="it has 'content': name the one to read with gptlab prepare --text-field"):
+    with pytest.raises(GptlabError, match="it has 'content': name the one to read with --text-field"):
         read(tmp_path / "a.jsonl")
     with pytest.raises(GptlabError, match="has no column 'text'; its first row has 'id', 'content'"):
         read(tmp_path / "a.csv")

@@ -39,6 +39,9 @@ def evaluate(
     paper_table: Annotated[
         bool, typer.Option("--paper-table", help="Table 3 of the GPT-2 paper beside what the model gives.")
     ] = False,
+    text_field: Annotated[
+        str, typer.Option(help="Of records in text:FILE, the field or column that is read.")
+    ] = "text",
     limit: Annotated[
         int | None, typer.Option(help="The first so many documents, passages or items only (default: all).")
     ] = None,
@@ -65,6 +68,8 @@ def evaluate(
     texts = [task for task in tasks if task.startswith("text:")]
     if by_position and not texts:
         raise GptlabError("--by-position needs a text; give one with --task text:FILE")
+    if text_field != "text" and not texts:
+        raise GptlabError("--text-field is about the records of a text; give one with --task text:FILE")
     paths = sources.parse_paths(data or [])
     for name in dict.fromkeys(protocol.data for protocol in protocols if protocol.data):
         sources.read(name, paths)  # say now, not in an hour, what is not there
@@ -92,6 +97,7 @@ def evaluate(
                     dtype=dtype,
                     limit=limit,
                     data=paths,
+                    text_field=text_field,
                     progress=progress,
                 )
             results[protocol.name].append(result)
@@ -105,6 +111,7 @@ def evaluate(
                     context=context,
                     limit=limit,
                     dtype=dtype,
+                    text_field=text_field,
                     progress=progress,
                 )
     differences = {name: _differences(rows) for name, rows in results.items()}

@@ -15,6 +15,7 @@ from gptlab.evaluation.rows import Progress
 from gptlab.evaluation.scoring import Ids, as_ids, token_logprobs, window_length
 from gptlab.model.gpt import GPT
 from gptlab.text.documents import open_documents
+from gptlab.text.records import TEXT_FIELD
 from gptlab.text.tokenizers import Tokenizer
 
 BEYOND = 16
@@ -97,6 +98,7 @@ def positions_in_text(
     context: int | None = None,
     limit: int | None = None,
     dtype: str = "float32",
+    text_field: str = TEXT_FIELD,
     progress: Progress | None = None,
 ) -> list[Position]:
     """Return `loss_by_position` for a text file or directory.
@@ -109,10 +111,11 @@ def positions_in_text(
             are learned, halved until a document is long enough.
         limit: take the first so many documents only.
         dtype: as in `token_logprobs`.
+        text_field: of records, where the text is a file of them.
         progress: as in `token_logprobs`.
     """
     before = [] if tokenizer.start_of_text is None else [tokenizer.start_of_text]
-    documents = Settings(limit=limit).first(tuple(open_documents([source])))
+    documents = Settings(limit=limit).first(tuple(open_documents([source], text_field=text_field)))
     sequences = [before + ids for ids in tokenizer.encode_batch(documents)]
     if context is None:
         context = model.config.context_length * (1 if model.config.has_table else BEYOND)

@@ -15,6 +15,7 @@ from gptlab.errors import GptlabError
 from gptlab.evaluation.rows import Progress
 from gptlab.evaluation.scoring import Ids, Score
 from gptlab.model.gpt import GPT
+from gptlab.text.records import TEXT_FIELD
 from gptlab.text.tokenizers import Tokenizer
 
 T = TypeVar("T")
@@ -30,6 +31,7 @@ class Settings:
         dtype: ``float32`` or ``bfloat16``.
         limit: the first so many documents, passages or items only; None is all.
         paths: files by name of data set, see `gptlab.evaluation.data.read`.
+        text_field: of records, where a text is a file of them.
     """
 
     stride: int | None = None
@@ -37,6 +39,7 @@ class Settings:
     dtype: str = "float32"
     limit: int | None = None
     paths: Mapping[str, Path] = field(default_factory=dict)
+    text_field: str = TEXT_FIELD
 
     def first(self, documents: Sequence[T]) -> Sequence[T]:
         """Return the documents that `limit` leaves.

@@ -18,6 +18,7 @@ from gptlab.evaluation.protocol import Outcome, Protocol, Settings
 from gptlab.evaluation.rows import Progress
 from gptlab.evaluation.scoring import Result, check_stride, window_length
 from gptlab.model.gpt import GPT
+from gptlab.text.records import TEXT_FIELD
 from gptlab.text.tokenizers import Tokenizer
 
 _GPT2_ISSUE = "huggingface/transformers issue 13761"
@@ -138,6 +139,7 @@ def evaluate(
     dtype: str = "float32",
     limit: int | None = None,
     data: Mapping[str, Path] | None = None,
+    text_field: str = TEXT_FIELD,
     progress: Progress | None = None,
 ) -> Result:
     """Measure a model by one protocol.
@@ -152,6 +154,7 @@ def evaluate(
         dtype: ``float32`` or ``bfloat16``, see `token_logprobs`.
         limit: take the first so many documents only.
         data: files by name of data set, see `gptlab.evaluation.data.read`.
+        text_field: of records, where the text of ``text:FILE`` is a file of them.
         progress: called with the tokens done and the tokens in all.
 
     Raises:
@@ -163,7 +166,7 @@ def evaluate(
         chosen["stride"] = check_stride(stride, chosen["context"])
     elif stride is not None:
         raise GptlabError(f"stride has no meaning in {task}; leave it out")
-    settings = Settings(stride, context, dtype, limit, data or {})
+    settings = Settings(stride, context, dtype, limit, data or {}, text_field)
     started = time.perf_counter()
     outcome = protocol.run(model, tokenizer, settings, progress)
     seconds = time.perf_counter() - started

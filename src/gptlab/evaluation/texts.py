@@ -46,7 +46,7 @@ class Document:
 
 def text_file(source: str, model: GPT, tokenizer: Tokenizer, settings: Settings, progress: Progress | None) -> Outcome:
     """``text:FILE``: documents, each from an end-of-text token on."""
-    corpus = open_documents([source])
+    corpus = open_documents([source], text_field=settings.text_field)
     texts = tuple(corpus)
     documents = [_plain(text) for text in settings.first(texts)]
     scores, hashed = _score(model, tokenizer, documents, settings, progress)

@@ -117,7 +117,7 @@ def _no_record(where: str, field: str, record: Any) -> GptlabError:
     hint = ""
     if others and field not in record:
         which = others[0] if len(others) == 1 else "NAME"
-        hint = f"; it has {_quoted(others)}: name the one to read with gptlab prepare --text-field {which}"
+        hint = f"; it has {_quoted(others)}: name the one to read with --text-field {which}"
     what = "a text" if field == TEXT_FIELD else f"a text in {field!r}"
     return GptlabError(f'{where} is no JSON object with {what}, as {{"{field}": "..."}}{hint}')
 
@@ -137,7 +137,7 @@ def _table(file: IO[bytes], name: object, suffix: str, field: str) -> Texts:
         names = next(iter(found.values()))
         raise GptlabError(
             f"{name} has no column {field!r}; its first row has {_quoted(names)}: name the column to read with"
-            " gptlab prepare --text-field NAME"
+            " --text-field NAME"
         )
     names = found[mark]
     rows = csv.reader(lines, delimiter=mark, strict=True)
@@ -163,7 +163,7 @@ def _parquet(file: IO[bytes], name: object, suffix: str, field: str) -> Texts:
         if field not in table.schema_arrow.names:
             names = table.schema_arrow.names
             raise GptlabError(
-                f"{name} has no column {field!r}; it has {_quoted(names)}: name the column to read with gptlab prepare"
+                f"{name} has no column {field!r}; it has {_quoted(names)}: name the column to read with"
                 " --text-field NAME"
             )
         number = 0
