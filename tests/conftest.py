@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real material that lies beside a checkout of the project and is no part of it."""
+    """Real material that lies beside a checkout of the project and is not a part of it."""
     path = Path(__file__).resolve().parents[2] / "shared"
     if not path.is_dir():
         pytest.skip("../shared is absent")

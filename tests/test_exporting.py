@@ -131,7 +131,7 @@ def test_what_has_no_home_is_refused_before_its_weights_are_read(saved: Path, tm
 
 @pytest.mark.parametrize("size", ["", "0MB", "5", "5 TB", "-1GB", "many"])
 def test_a_size_that_is_none(saved: Path, tmp_path: Path, size: str) -> None:
-    with pytest.raises(gptlab.GptlabError, match="is no size of a file; write it as 500MB or 5GB"):
+    with pytest.raises(gptlab.GptlabError, match="is not a size of a file; write it as 500MB or 5GB"):
         export(saved, tmp_path / "out", max_shard_size=size)
     assert not (tmp_path / "out").exists()
 

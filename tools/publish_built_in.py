@@ -39,7 +39,7 @@ def main() -> None:
     if trained.needs_tokenizer().sha256 != dataset.tokenizer.sha256:
         raise SystemExit(f"{arguments.data} has another tokenizer than {arguments.run}: not what it was trained on")
     if trained.config != recipe.model_for(dataset.tokenizer.vocab_size):
-        raise SystemExit(f"{arguments.run} is no model of the recipe {arguments.name}")
+        raise SystemExit(f"{arguments.run} is not a model of the recipe {arguments.name}")
     target = ASSETS / arguments.name
     gptlab.save(trained, target, dtype=torch.bfloat16)
     lm = gptlab.load(target)

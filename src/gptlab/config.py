@@ -180,7 +180,7 @@ class ModelConfig:
             raise GptlabError(f"rope has settings but position is {self.position!r}; set position to 'rope'")
         if self.has_rotation and self.head_dim % 2:
             raise GptlabError(
-                f"position={self.position!r} turns pairs of channels, but head_dim is {self.head_dim}, an odd number"
+                f"position={self.position!r} rotates pairs of channels, but head_dim is {self.head_dim}, an odd number"
             )
         if self.rope is not None:
             self._check_rope(self.rope)
@@ -230,7 +230,7 @@ class ModelConfig:
 
     @property
     def has_rotation(self) -> bool:
-        """Whether positions turn queries and keys."""
+        """Whether positions rotate queries and keys."""
         return self.position in ("rope", "blend")
 
     @property
@@ -288,7 +288,7 @@ class ModelConfig:
         """Build a configuration from plain values, as JSON or TOML give them.
 
         Raises:
-            GptlabError: a key that is no field (with the nearest field's name), or an impossible value.
+            GptlabError: a key that is not a field (with the nearest field's name), or an impossible value.
         """
         _refuse_unknown("model setting", values, cls)
         values = dict(values)

@@ -75,7 +75,7 @@ def test_texts_begin_and_end_as_in_transformers(tmp_path: Path, ends: dict[str, 
     gptlab.save(lm, tmp_path / "saved")
     for prompt in PROMPTS:
         if prompt is None and "bos_token_id" not in ends:
-            continue  # transformers then starts from 50256, which is no row of this model
+            continue  # transformers then starts from 50256, which is not a row of this model
         begun, continued = judged(directory, prompt)
         assert lm.tokenizer is not None
         ends_here = [token for token in continued if token in lm.tokenizer.ends]

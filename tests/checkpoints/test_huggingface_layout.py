@@ -184,8 +184,8 @@ def test_other_floating_types_are_read(tmp_path: Path, stored: torch.dtype) -> N
         ("activation_function", "quick_gelu", "activation_function='quick_gelu'; gptlab computes gelu_new"),
         ("activation_function", ["gelu"], "activation_function"),
         # Names of something that no GPT-2 has.
-        ("sliding_window", 256, "sliding_window=256, which is no field of GPT-2's configuration and may change"),
-        ("num_key_value_heads", 2, "num_key_value_heads=2, which is no field"),
+        ("sliding_window", 256, "sliding_window=256, which is not a field of GPT-2's configuration and may change"),
+        ("num_key_value_heads", 2, "num_key_value_heads=2, which is not a field"),
         ("multi_query", True, "multi_query=True"),
         ("rope_theta", 10000.0, "rope_theta=10000.0"),
         ("attn_logit_softcapping", 50.0, "attn_logit_softcapping"),
@@ -294,7 +294,9 @@ def test_a_field_may_have_its_other_name_alone(tmp_path: Path, names: dict[str, 
 def test_an_unknown_name_never_leaves_a_field_at_its_default(tmp_path: Path, field: str, name: str) -> None:
     values = {key: value for key, value in {**CONFIG, "n_inner": 128, name: 4}.items() if key not in (field, "n_ctx")}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    assert re.search(rf"has {name}=4, which is no field of GPT-2.* and not \w+, which it may mean", refusal(tmp_path))
+    assert re.search(
+        rf"has {name}=4, which is not a field of GPT-2.* and not \w+, which it may mean", refusal(tmp_path)
+    )
 
 
 def test_defaults_are_gpt2s_own(tmp_path: Path) -> None:
@@ -324,8 +326,8 @@ def spoil(change: Callable[[dict[str, Tensor]], Any]) -> dict[str, Tensor]:
             lambda t: t.update({k: v.t().contiguous() for k, v in t.items() if k.endswith("c_fc.weight")}),
             "h.0.mlp.c_fc.weight of shape (32, 128)",
         ),
-        (lambda t: t["transformer.ln_f.bias"].fill_(float("nan")), "ln_f.bias holds values that are no numbers"),
-        (lambda t: t["transformer.h.1.attn.c_attn.weight"][3, 3].fill_(float("inf")), "no numbers (nan or inf)"),
+        (lambda t: t["transformer.ln_f.bias"].fill_(float("nan")), "ln_f.bias holds values that are not numbers"),
+        (lambda t: t["transformer.h.1.attn.c_attn.weight"][3, 3].fill_(float("inf")), "not numbers (nan or inf)"),
         (lambda t: t.update({"transformer.ln_f.bias": torch.ones(32, dtype=torch.int64)}), "torch.int64"),
     ],
 )
@@ -407,7 +409,7 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, name: str, conten
 @pytest.mark.parametrize("content", [b"", b"\0" * 7, b"\xff" * 64, b"PK\x03\x04 not at all"])
 def test_something_else_named_model_safetensors(tmp_path: Path, content: bytes) -> None:
     (write(tmp_path) / "model.safetensors").write_bytes(content)
-    assert "no intact safetensors file" in refusal(tmp_path)
+    assert "not an intact safetensors file" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"model_type": "gpt2"'])
@@ -458,7 +460,7 @@ def test_a_shard_cut_short(tmp_path: Path) -> None:
     write_shards(tmp_path)
     path = tmp_path / "model-00003-of-00003.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    assert "model-00003-of-00003.safetensors is no intact" in refusal(tmp_path)
+    assert "model-00003-of-00003.safetensors is not an intact" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("outside", ["../elsewhere.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "."])

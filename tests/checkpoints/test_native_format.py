@@ -158,7 +158,7 @@ def test_a_file_cut_short_anywhere_is_refused(saved: Path, name: str) -> None:
 def test_bytes_after_the_end_are_refused(saved: Path) -> None:
     with (saved / "model.safetensors").open("ab") as file:
         file.write(b"\0")
-    with pytest.raises(gptlab.GptlabError, match="no intact safetensors"):
+    with pytest.raises(gptlab.GptlabError, match="not an intact safetensors"):
         gptlab.load(saved)
 
 

@@ -110,7 +110,7 @@ def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
 def test_a_directory_is_no_run(tmp_path: Path) -> None:
     assert not is_run(tmp_path)
     assert not is_run(tmp_path / "nowhere")
-    with pytest.raises(gptlab.GptlabError, match="is no model directory"):
+    with pytest.raises(gptlab.GptlabError, match="is not a model directory"):
         gptlab.load(tmp_path)
 
 

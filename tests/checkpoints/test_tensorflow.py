@@ -132,7 +132,7 @@ def test_what_is_missing_is_named(copy: Path) -> None:
         ("model.ckpt.data-00000-of-00001", "model.ckpt.data-00000-of-00001 is missing; copy it"),
         ("model.ckpt.index", "model.ckpt.index cannot be read: No such file"),
         ("checkpoint", "holds no TensorFlow checkpoint"),
-        ("hparams.json", "is no model directory"),
+        ("hparams.json", "is not a model directory"),
     ):
         (copy / name).unlink()
         assert complaint in refusal(copy)
@@ -219,7 +219,7 @@ def index_of(*records: bytes, kind: int = 0, header: bytes = field(1, 1)) -> byt
         (index_of(record(b"a", entry(offset=2**40))), "is cut short: a lies behind its end"),
         (index_of(record(b"a", entry() + field(7, b""))), "a is cut into parts"),
         (index_of(*(record(b"a%03d" % i, entry(shape=(3000,), size=12000)) for i in range(9))), "its tensors overlap"),
-        (index_of(record(b"\0\1a\0\1\xff", entry())), "a name is no text"),
+        (index_of(record(b"\0\1a\0\1\xff", entry())), "a name is not text"),
         (index_of(record(b"b", entry()), record(b"a", entry())), "its keys are out of order"),
         (index_of(record(b"a", entry()), record(b"", entry(), n_shared=1)), "its keys are out of order"),
         (index_of(record(b"a" * 999, entry()), record(b"aa", entry(), n_shared=999)), "longer than any name"),

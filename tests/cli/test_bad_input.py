@@ -97,8 +97,8 @@ def test_an_unknown_name_gets_a_suggestion(refused: Refused, command: list[str],
 
 
 def test_a_directory_that_is_no_model(refused: Refused, tmp_path: Path) -> None:
-    assert "is no model directory: it has no config.json" in refused("inspect", tmp_path)
-    assert "is no model directory" in refused("generate", "Hello", "--model", tmp_path)
+    assert "is not a model directory: it has no config.json" in refused("inspect", tmp_path)
+    assert "is not a model directory" in refused("generate", "Hello", "--model", tmp_path)
 
 
 def test_an_empty_name(refused: Refused) -> None:
@@ -131,11 +131,11 @@ def flip_in_the_header(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        (truncate, "is no intact safetensors file"),
+        (truncate, "is not an intact safetensors file"),
         (empty, "the file is empty"),
         (flip_one_bit, "fails its checksum; restore the file"),
-        (flip_in_the_header, "is no intact safetensors file"),
-        (Path.unlink, "is no intact safetensors file"),
+        (flip_in_the_header, "is not an intact safetensors file"),
+        (Path.unlink, "is not an intact safetensors file"),
     ],
 )
 def test_damaged_weights(refused: Refused, copy: Path, damage: Callable[[Path], None], complaint: str) -> None:

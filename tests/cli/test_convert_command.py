@@ -56,7 +56,7 @@ def test_convert_then_generate_evaluate_and_convert_again(run: Run, source: Path
         "2. windows: window 16, sinks 2",
         "3. context: 64 -> 100 tokens, copies of the table side by side",
     ]
-    assert "in this order: heads come first: once positions turn keys" in said
+    assert "in this order: heads come first: once positions rotate keys" in said
     lm = gptlab.load(out)
     new = lm.config
     assert (new.n_kv_head, new.window, new.sinks, new.context_length) == (2, 16, 2, 100)
@@ -66,7 +66,7 @@ def test_convert_then_generate_evaluate_and_convert_again(run: Run, source: Path
     outputs = facts["outputs"]
     assert outputs["kl"] > 0
     moved = outputs["after"] - outputs["before"]
-    assert f"{outputs['before']:.4f} -> {outputs['after']:.4f} nats a token ({moved:+.4f}), KL" in said
+    assert f"{outputs['before']:.4f} -> {outputs['after']:.4f} nats per token ({moved:+.4f}), KL" in said
     assert lines[-1] == (
         f"train it on: gptlab train uptrain --from {out} --data DATA --set budget.share=0.05 --set budget.of=TOKENS"
         f" --set distill.teacher={source}"

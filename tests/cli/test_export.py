@@ -38,7 +38,7 @@ def test_one_json_object(run: Run, tmp_path: Path) -> None:
         (["pocket-swa"], "in the way is window=128 with learned positions"),
         (["pocket", "--format", "onnx"], "unknown format 'onnx'; there are hf"),
         (["pocket", "--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
-        (["pocket", "--max-shard-size", "big"], "'big' is no size of a file; write it as 500MB or 5GB"),
+        (["pocket", "--max-shard-size", "big"], "'big' is not a size of a file; write it as 500MB or 5GB"),
         (["pocket", "--format", "onnx", "--custom-code"], "--custom-code belongs to --format hf; drop it"),
         (["./nowhere"], "no file or directory ./nowhere"),
     ],

@@ -148,7 +148,7 @@ def test_what_is_refused(run: Run, tmp_path: Path) -> None:
         return err
 
     assert "has no metrics.jsonl" in refused(tmp_path / "nowhere")
-    assert f"{tmp_path} is no run: it has no metrics.jsonl; name one, as {a}" in refused(a, tmp_path)
+    assert f"{tmp_path} is not a run: it has no metrics.jsonl; name one, as {a}" in refused(a, tmp_path)
     assert f"{tmp_path / 'empty' / 'metrics.jsonl'} has no row yet" in refused(a, tmp_path / "empty")
     assert f"{damaged} is damaged in line 1 (no valid JSON)" in refused(a, damaged.parent)
     assert "x.png is a picture; name the directory of a run" in refused(tmp_path / "x.png")

@@ -225,7 +225,7 @@ REFUSALS = [
     (["study", "FILE", "--set", "budget.step=3"], r"unknown setting 'budget.step' .*\(did you mean 'steps'\?\)"),
     (["study", "FILE", "--set", "model.n_kv_head=3"], r"variant 'base' is impossible: n_kv_head=3 does not divide"),
     (["study", "FILE", "--corpus", "nowhere.txt"], r"no corpus at nowhere.txt"),
-    (["study", "FILE", "--data", "nowhere"], r"nowhere is no dataset"),
+    (["study", "FILE", "--data", "nowhere"], r"nowhere is not a dataset"),
     (["study", "gpt2-small"], r"the study gpt2-small needs data"),
     (["study", "convert"], r"the study convert needs data"),
     (["study", "quick", "--seeds", 2], r"the study quick trains none of its variants"),

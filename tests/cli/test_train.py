@@ -104,7 +104,7 @@ def test_train_then_generate(run: Run, recipe: Path, text: Path, tmp_path: Path)
     assert f"saved: {out}\ntry it: gptlab generate --model {out}" in said
     figures = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     bits = f"{figures['validation_bits_per_byte']:.4f} bits a byte"
-    assert f"validation: {figures['validation_loss']:.4f} nats a token, {bits} (non-overlapping windows of 32" in said
+    assert f"validation: {figures['validation_loss']:.4f} nats per token, {bits} (non-overlapping windows of 32" in said
     assert {p.name for p in out.iterdir()} == {"run.json", "metrics.jsonl", "checkpoints", "data"}
     lm = gptlab.load(out)
     code, said, _ = run("generate", "the ", "--model", out, "--max-new-tokens", 5, "--greedy")
@@ -216,7 +216,7 @@ def test_too_few_items(refused: Refused, tmp_path: Path) -> None:
         (None, "no corpus at"),
         (b"", "there is no text in"),
         (b"\n \n", "there is no text in"),
-        (b"caf\xe9 " * 100, "is no UTF-8 text"),
+        (b"caf\xe9 " * 100, "is not UTF-8 text"),
         (b"one line", "too short to hold a part of it out; add text"),
     ],
 )
@@ -237,7 +237,7 @@ def test_a_directory_without_text(refused: Refused, tmp_path: Path) -> None:
 
 def test_data_that_are_none(refused: Refused, recipe: Path, tmp_path: Path) -> None:
     said = refused(recipe, "--data", tmp_path, "--out", tmp_path / "out")
-    assert f"{tmp_path} is no dataset: it has no index.json; make one with gptlab prepare" in said
+    assert f"{tmp_path} is not a dataset: it has no index.json; make one with gptlab prepare" in said
 
 
 @pytest.mark.parametrize("name", ["training-00000.bin", "training-ends-00000.bin", "validation-00000.bin"])
@@ -393,7 +393,7 @@ def test_data_that_moved(run: Run, refused: Refused, recipe: Path, text: Path, t
         f"{other} holds other data than the run {out} began with: their checksums differ; restore them, name the right"
         f" ones with --data, or start a new run: gptlab train --from {out} --data {other} --out NEW"
     )
-    assert "is no dataset" in refused("--resume", out, "--data", tmp_path / "nowhere")
+    assert "is not a dataset" in refused("--resume", out, "--data", tmp_path / "nowhere")
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     assert run("train", "--resume", out, "--data", moved)[0] == 0
     for name in ("model.safetensors", "training.safetensors"):

@@ -130,7 +130,7 @@ def test_the_order_is_the_one_that_loses_least_and_says_why() -> None:
     changes = Changes(n_kv_head=2, position="rope", rotary="abrupt", window=8, context_length=100, refit=True)
     steps = plan(ModelConfig.preset("tiny"), changes, calibrated=True)
     assert [step.name for step in steps] == ["heads", "positions", "windows", "output projections", "context"]
-    assert why(steps).startswith("heads come first: once positions turn keys, these can be mixed only pair by pair; ")
+    assert why(steps).startswith("heads come first: once positions rotate keys, these can be mixed only pair by pair; ")
     assert why(steps[:1]) == ""
     assert "table" not in steps[-1].exact
 

@@ -242,15 +242,15 @@ def test_procrustes_is_the_mean_of_rotated_heads() -> None:
     scale = model.blocks[0].ln_1.weight.detach()
     (q, k, _), (new_q, new_k, _) = qkv(model, 0), qkv(new, 0)
     for group in (0, 1):
-        turns, turned = [], []
+        rotations, rotated = [], []
         for h in (2 * group, 2 * group + 1):
-            turn = torch.linalg.lstsq(q[h].T, new_q[h].T).solution.T  # new_q = turn q
-            torch.testing.assert_close(turn @ turn.T, torch.eye(8), rtol=0.0, atol=1e-4)
-            turns.append(turn)
-            turned.append(turn @ k[h, :, :-1])
-        torch.testing.assert_close(new_k[group, :, :-1], sum(turned) / 2, rtol=0.0, atol=1e-4)
-        # No other turn of the second head would bring it closer to the first.
-        aligned = (turned[0] * scale) @ (turned[1] * scale).T
+            rotation = torch.linalg.lstsq(q[h].T, new_q[h].T).solution.T  # new_q = rotation q
+            torch.testing.assert_close(rotation @ rotation.T, torch.eye(8), rtol=0.0, atol=1e-4)
+            rotations.append(rotation)
+            rotated.append(rotation @ k[h, :, :-1])
+        torch.testing.assert_close(new_k[group, :, :-1], sum(rotated) / 2, rtol=0.0, atol=1e-4)
+        # No other rotation of the second head would bring it closer to the first.
+        aligned = (rotated[0] * scale) @ (rotated[1] * scale).T
         torch.testing.assert_close(aligned, aligned.T, rtol=0.0, atol=1e-3)
         assert torch.linalg.eigvalsh(aligned).min() > -1e-3
 

@@ -149,7 +149,7 @@ def test_where_it_would_be_worse_nothing_is_done(method: Any, monkeypatch: pytes
 def test_the_gauge_brings_attention_closer_to_the_source() -> None:
     model = noisy(n_kv_head=2, window=(None, 20), sinks=2)
     rows = random_ids(model, 8)
-    turned, fresh = to_rope(model, method="abrupt"), random_ids(model, 4, seed=9)
+    rotated, fresh = to_rope(model, method="abrupt"), random_ids(model, 4, seed=9)
 
     @torch.no_grad()
     def far(converted: GPT) -> list[float]:
@@ -159,20 +159,20 @@ def test_the_gauge_brings_attention_closer_to_the_source() -> None:
             found.append((a * (a.clamp(min=1e-20).log() - b.clamp(min=1e-20).log())).sum(-1).mean().item())
         return found
 
-    before = far(turned)
-    spend_gauge(model, turned, rows)
-    after = far(turned)
+    before = far(rotated)
+    spend_gauge(model, rotated, rows)
+    after = far(rotated)
     assert after[0] < 0.8 * before[0]
     assert after[1] < 0.8 * before[1]
 
 
 def test_what_the_gauge_returns_is_what_it_did() -> None:
     model = noisy(n_kv_head=2)
-    turned = to_rope(model, method="abrupt")
-    again = rebuild(turned, lambda _, heads: heads)
-    gauges = spend_gauge(model, turned, random_ids(model))
-    assert same_state(rebuild(again, lambda layer, heads: gauges[layer].apply(heads)), turned)
-    assert any(key_bias(block.attn).abs().max() > 0.01 for block in turned.blocks)
+    rotated = to_rope(model, method="abrupt")
+    again = rebuild(rotated, lambda _, heads: heads)
+    gauges = spend_gauge(model, rotated, random_ids(model))
+    assert same_state(rebuild(again, lambda layer, heads: gauges[layer].apply(heads)), rotated)
+    assert any(key_bias(block.attn).abs().max() > 0.01 for block in rotated.blocks)
 
 
 def test_of_a_long_text_rows_spread_over_it_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ TRUE = -0.02
 
 
 def simulated(draw: np.random.Generator, n: int) -> tuple[Result, Result]:
-    """Documents of very different lengths and difficulty; ``b`` is worse by 0.02 nats a token on average."""
+    """Documents of very different lengths and difficulty; ``b`` is worse by 0.02 nats per token on average."""
     tokens = draw.integers(50, 500, n)
     difficulty = 3 + draw.exponential(1.0, n)
     gap = TRUE + draw.normal(0, 0.1, n)  # of this document

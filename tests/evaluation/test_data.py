@@ -79,7 +79,7 @@ def test_a_file_out_of_an_archive(cache: Path, tmp_path: Path, monkeypatch: pyte
     assert read("wikitext").content == CONTENT
     archive.write_bytes((cache / "raw.zip").read_bytes())
     monkeypatch.setitem(SOURCES, "wikitext", dataclasses.replace(source, member="folder/absent"))
-    with pytest.raises(GptlabError, match="no intact archive with folder/absent"):
+    with pytest.raises(GptlabError, match="not an intact archive with folder/absent"):
         read("wikitext", {"wikitext": archive})
 
 

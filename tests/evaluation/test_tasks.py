@@ -437,8 +437,8 @@ def test_the_table_is_consistent() -> None:
         ("lambada:last-word", '{"text": "single"}', "passage 2 of .* has no words before its last one; leave it out"),
         ("lambada:last-token", '{"text": "single"}', "passage 2 of .* has no words before its last one"),
         ("lambada:last-token", '{"text": "ends in white "}', "passage 2 of .* ends in white space, not in a word"),
-        ("hellaswag:completion", ["a", ""], "item 2 of .* has '' as its ending 2, which is no text"),
-        ("hellaswag:lm-eval", [5, "b"], "item 2 of .* has 5 as its ending 1, which is no text"),
+        ("hellaswag:completion", ["a", ""], "item 2 of .* has '' as its ending 2, which is not text"),
+        ("hellaswag:lm-eval", [5, "b"], "item 2 of .* has 5 as its ending 1, which is not text"),
         ("hellaswag:lm-eval", ["a", "[title]"], "item 2 of .* has an ending with nothing outside its brackets"),
     ],
 )

@@ -198,7 +198,7 @@ def test_a_checkpoint_without_its_scales_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_odd_head_is_refused_and_settings_of_rotation_are_not() -> None:
-    with pytest.raises(GptlabError, match=r"position='blend' turns pairs of channels, but head_dim is 3"):
+    with pytest.raises(GptlabError, match=r"position='blend' rotates pairs of channels, but head_dim is 3"):
         ModelConfig.preset("tiny", n_embd=12, position="blend")
     config = ModelConfig.preset("tiny", position="blend", rope={"theta": 7.0})
     assert ModelConfig.from_dict(config.to_dict()) == config

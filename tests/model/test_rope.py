@@ -35,9 +35,9 @@ def scaled(kind, factor):
     ("kind", "factor"), [(None, 1.0), ("linear", 4.0), ("ntk", 4.0), ("yarn", 4.0), ("yarn", 16.0)]
 )
 def test_frequencies_are_those_of_transformers(kind, factor):
-    turns, attention_factor = frequencies(RopeConfig(scaling=kind, factor=factor), HEAD_DIM, TRAINED)
+    per_position, attention_factor = frequencies(RopeConfig(scaling=kind, factor=factor), HEAD_DIM, TRAINED)
     judge = LlamaRotaryEmbedding(scaled(kind, factor))
-    torch.testing.assert_close(turns.float(), judge.inv_freq, atol=0, rtol=1e-5)
+    torch.testing.assert_close(per_position.float(), judge.inv_freq, atol=0, rtol=1e-5)
     assert attention_factor == pytest.approx(judge.attention_scaling, abs=1e-12)
 
 
@@ -89,18 +89,18 @@ def test_the_interleaved_layout_means_the_same_rotation():
     n_head, width = 3, 20
     weight = torch.randn(n_head * 8, width, generator=generator)
     bias = torch.randn(n_head * 8, generator=generator)
-    # An interleaved projection, its pairs (2i, 2i + 1) turned as complex numbers, against ours after the permutation.
+    # An interleaved projection, its pairs (2i, 2i + 1) rotated as complex numbers, against ours after the permutation.
     x = torch.randn(5, width, generator=generator)
-    turns, _ = frequencies(RopeConfig(), 8, TRAINED)
+    per_position, _ = frequencies(RopeConfig(), 8, TRAINED)
     q = (x @ weight.T + bias).unflatten(-1, (n_head, 8)).transpose(0, 1)  # (H, T, 8)
-    angles = torch.arange(5)[:, None] * turns
-    turned = torch.view_as_real(
+    angles = torch.arange(5)[:, None] * per_position
+    rotated = torch.view_as_real(
         torch.view_as_complex(q.double().unflatten(-1, (4, 2))) * torch.polar(torch.ones_like(angles), angles)
     )
     ours = x @ half_from_interleaved(weight, n_head).T + half_from_interleaved(bias, n_head)
-    ours = Rotary(torch.arange(5)[None], turns).rotate(ours.unflatten(-1, (n_head, 8)).transpose(0, 1)[None])[0]
+    ours = Rotary(torch.arange(5)[None], per_position).rotate(ours.unflatten(-1, (n_head, 8)).transpose(0, 1)[None])[0]
     # the same numbers, at the places that the half layout gives them
-    expected = torch.cat([turned[..., 0], turned[..., 1]], dim=-1).float()
+    expected = torch.cat([rotated[..., 0], rotated[..., 1]], dim=-1).float()
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
@@ -114,7 +114,7 @@ def test_sinks_see_a_query_no_farther_than_the_window_reaches():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_turning_keeps_lengths_and_the_dtype_and_is_computed_in_float32(dtype):
+def test_rotation_keeps_lengths_and_the_dtype_and_is_computed_in_float32(dtype):
     x = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(4)).to(dtype)
     positions = torch.tensor([[0, 1, 300, 70_000, 1_000_000], [5, 5, 5, 5, -1]])
     rotary = Rotary(positions, *frequencies(RopeConfig(), 8, TRAINED))
@@ -122,17 +122,17 @@ def test_turning_keeps_lengths_and_the_dtype_and_is_computed_in_float32(dtype):
     assert found.dtype == dtype
     assert torch.equal(found, rotary.rotate(x.float()).to(dtype))
     torch.testing.assert_close(rotary.rotate(x.float()).norm(dim=-1), x.float().norm(dim=-1), atol=1e-5, rtol=0)
-    assert torch.equal(found[0, :, 0], x[0, :, 0])  # position 0 turns by nothing
+    assert torch.equal(found[0, :, 0], x[0, :, 0])  # position 0 is rotated by nothing
 
 
-def test_pairs_turn_by_the_angles_of_the_paper():
-    # Pair i of position p turns by p * theta^(-2i/D): a unit vector shows the angle itself.
-    turns, factor = frequencies(RopeConfig(theta=100.0), 4, TRAINED)
-    assert turns.dtype == torch.float64
-    assert turns.tolist() == pytest.approx([1.0, 0.1])
+def test_pairs_rotate_by_the_angles_of_the_paper():
+    # Pair i of position p is rotated by p * theta^(-2i/D): a unit vector shows the angle itself.
+    per_position, factor = frequencies(RopeConfig(theta=100.0), 4, TRAINED)
+    assert per_position.dtype == torch.float64
+    assert per_position.tolist() == pytest.approx([1.0, 0.1])
     assert factor == 1.0
     x = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4)
-    found = Rotary(torch.tensor([[3]]), turns).rotate(x).flatten().double()
+    found = Rotary(torch.tensor([[3]]), per_position).rotate(x).flatten().double()
     angles = torch.tensor([3.0, 0.3], dtype=torch.float64)
     torch.testing.assert_close(found, torch.cat([angles.cos(), angles.sin()]), atol=1e-7, rtol=0)
 

@@ -121,7 +121,7 @@ def test_the_first_version_of_the_format_is_read_and_added_to(tmp_path: Path) ->
 
 def test_a_path_may_be_a_string(made: Dataset) -> None:
     assert open_dataset(str(made.directory)).sha256 == made.sha256
-    with pytest.raises(GptlabError, match=r"is no dataset: it has no index\.json"):
+    with pytest.raises(GptlabError, match=r"is not a dataset: it has no index\.json"):
         open_dataset(str(made.directory.parent))
 
 
@@ -215,7 +215,7 @@ def test_an_index_that_is_no_json_object(made: Dataset, content: bytes) -> None:
 def test_places_without_data(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
     for name in ("", "nowhere", "file"):
-        with pytest.raises(GptlabError, match=r"is no dataset: it has no index\.json; make one with gptlab prepare"):
+        with pytest.raises(GptlabError, match=r"is not a dataset: it has no index\.json; make one with gptlab prepare"):
             open_dataset(tmp_path / name)
 
 

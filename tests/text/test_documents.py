@@ -1,4 +1,4 @@
-"""Documents from files, directories, patterns, pipes and names; what is no text is refused in words."""
+"""Documents from files, directories, patterns, pipes and names; what is not text is refused in words."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_the_language_reference() -> None:
 )
 def test_where_a_text_is_not_utf8_is_said(tmp_path: Path, content: bytes, position: int) -> None:
     path = write(tmp_path, {"a.txt": content}) / "a.txt"
-    with pytest.raises(GptlabError, match=rf"a\.txt is no UTF-8 text \(byte {position}\); convert it"):
+    with pytest.raises(GptlabError, match=rf"a\.txt is not UTF-8 text \(byte {position}\); convert it"):
         read(path)
 
 
@@ -223,7 +223,7 @@ def test_json_lines_that_are_none(tmp_path: Path, line: str, complaint: str) -> 
 def test_json_lines_that_are_not_utf8(tmp_path: Path) -> None:
     first = '{"text": "é"}\n'.encode()
     path = write(tmp_path, {"a.jsonl": first + b'{"text": "\xe9"}'}) / "a.jsonl"
-    with pytest.raises(GptlabError, match=rf"a\.jsonl is no UTF-8 text \(byte {len(first) + 10}\)"):
+    with pytest.raises(GptlabError, match=rf"a\.jsonl is not UTF-8 text \(byte {len(first) + 10}\)"):
         read(path)
 
 
@@ -233,7 +233,7 @@ def test_json_lines_that_are_not_utf8(tmp_path: Path) -> None:
 def test_damaged_gzip_files(tmp_path: Path, damage: object) -> None:
     content = gzip.compress(b"some text, again and again, " * 100)
     path = write(tmp_path, {"a.txt.gz": damage(content)}) / "a.txt.gz"  # type: ignore[operator]
-    with pytest.raises(GptlabError, match=r"a\.txt\.gz is no intact gzip file"):
+    with pytest.raises(GptlabError, match=r"a\.txt\.gz is not an intact gzip file"):
         read(path)
 
 

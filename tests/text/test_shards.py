@@ -333,7 +333,7 @@ def test_what_cannot_be_added(tmp_path: Path) -> None:
             append(documents, tmp_path / "data")
         assert everything(tmp_path / "data") == before
         assert not list(tmp_path.glob(".*"))
-    with pytest.raises(GptlabError, match="is no dataset"):
+    with pytest.raises(GptlabError, match="is not a dataset"):
         append(documents_of("d", ["abc"]), tmp_path / "other")
     (tmp_path / "nano").mkdir()
     for name in ("train.bin", "val.bin"):
@@ -466,7 +466,7 @@ while what_is_there() == 50:
     moves += 1
 shutil.rmtree(out)
 make()
-add()  # whatever was left is no hindrance, and is gone
+add()  # whatever was left is not a hindrance, and is gone
 found["after"] = what_is_there()
 found["left"] = sorted(path.name for path in out.parent.iterdir())
 index = (out / "index.json").read_text()

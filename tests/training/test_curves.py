@@ -53,10 +53,10 @@ def test_no_row_yet(tmp_path: Path, content: bytes) -> None:
 
 
 def test_no_run(tmp_path: Path) -> None:
-    with pytest.raises(GptlabError, match=r"is no run: it has no metrics\.jsonl; name the directory"):
+    with pytest.raises(GptlabError, match=r"is not a run: it has no metrics\.jsonl; name the directory"):
         read_metrics(tmp_path)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(GptlabError, match="is no run"):
+    with pytest.raises(GptlabError, match="is not a run"):
         read_metrics(tmp_path / "file")
     run = write(tmp_path / "a", ROWS)
     with pytest.raises(GptlabError, match="name one, as") as caught:

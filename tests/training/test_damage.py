@@ -78,9 +78,9 @@ def resume(run: Path, data: Dataset, *settings: str) -> list[str]:
     ("name", "damage", "reason"),
     [
         ("model.safetensors", flip, "fails its checksum"),
-        ("model.safetensors", halve, "is no intact safetensors file"),
+        ("model.safetensors", halve, "is not an intact safetensors file"),
         ("training.safetensors", flip, "fails its checksum"),
-        ("training.safetensors", Path.unlink, "is no intact safetensors file"),
+        ("training.safetensors", Path.unlink, "is not an intact safetensors file"),
         ("training.safetensors", drop_a_tensor, "is incomplete"),
         ("training.json", halve, "training.json is missing, damaged or of another version"),
         ("training.json", Path.unlink, "training.json is missing"),

@@ -194,8 +194,8 @@ def test_differences_are_named_in_full() -> None:
         ("[tokenizer]\nvocab_size = 256", r"impossible value for tokenizer\.vocab_size"),
         ("parallel = 'tensor'", "impossible value for parallel"),
         ("train = 5", "impossible value for train"),
-        ("[train\nseed = 1", "is no valid TOML"),
-        ("steps = ", "is no valid TOML"),
+        ("[train\nseed = 1", "is not valid TOML"),
+        ("steps = ", "is not valid TOML"),
     ],
 )
 def test_a_wrong_recipe_is_refused_in_one_sentence(tmp_path: Path, text: str, complaint: str) -> None:
@@ -234,7 +234,7 @@ def test_wrong_settings(recipe: str, setting: str, complaint: str) -> None:
 
 
 def test_a_setting_below_what_is_no_section(tmp_path: Path) -> None:
-    with pytest.raises(gptlab.GptlabError, match="'train' is no section"):
+    with pytest.raises(gptlab.GptlabError, match="'train' is not a section"):
         read_recipe(write(tmp_path / "r.toml", "train = 5"), ["train.seed=1"])
     with pytest.raises(gptlab.GptlabError):
         read_recipe("pocket", ["parallel.kind=ddp"])

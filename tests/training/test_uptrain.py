@@ -125,16 +125,16 @@ def test_the_plan_says_what_the_budget_is_a_share_of(data: Dataset, tmp_path: Pa
 def test_the_geometric_ramp_in_closed_form() -> None:
     settings = BlendSettings(ramp="geometric", rope_end=0.5, wpe_start=0.2, wpe_end=0.6)
     for step in range(101):
-        turn, wpe = blend_scales(settings, step / 100, 4)
+        share, wpe = blend_scales(settings, step / 100, 4)
         expected = 2.0 ** (-12 * (1 - min(step / 50, 1)))
-        assert turn.tolist() == pytest.approx([expected] * 4, rel=1e-6)
+        assert share.tolist() == pytest.approx([expected] * 4, rel=1e-6)
         assert wpe.item() == pytest.approx(min(max((60 - step) / 40, 0), 1), abs=1e-6)
     start, end = blend_scales(settings, 0.0, 4), blend_scales(settings, 1.0, 4)
     assert (start[0].tolist(), start[1].item()) == ([2.0**-12] * 4, 1.0)
     assert (end[0].tolist(), end[1].item()) == ([1.0] * 4, 0.0)
 
 
-def test_pairs_turn_from_the_slowest_to_the_fastest() -> None:
+def test_pairs_rotate_from_the_slowest_to_the_fastest() -> None:
     settings = BlendSettings(ramp="pairs", rope_end=0.8, wpe_end=0.9)
     seen = [blend_scales(settings, step / 100, 4)[0] for step in range(101)]
     assert seen[0].tolist() == [0, 0, 0, 2.0**-12]
@@ -149,8 +149,8 @@ def test_pairs_turn_from_the_slowest_to_the_fastest() -> None:
 def test_ends_of_schedules_are_met_whatever_the_number_of_steps() -> None:
     recipe = make_recipe({"blend": {"rope_end": 1.0, "wpe_start": 0.9, "wpe_end": 1.0}, "narrow": {"end": 1.0}})
     for steps in (1, 3, 7, 100, 977):
-        turn, wpe = blend_scales(recipe.blend or BlendSettings(), steps / steps, 2)
-        assert (turn.tolist(), wpe.item()) == ([1, 1], 0)
+        share, wpe = blend_scales(recipe.blend or BlendSettings(), steps / steps, 2)
+        assert (share.tolist(), wpe.item()) == ([1, 1], 0)
         assert settled(recipe, steps, steps)
         assert not settled(recipe, steps - 1, steps)
     assert settled(small(), 0, 10)
@@ -178,8 +178,8 @@ def test_a_blended_run_goes_on_exactly_and_ends_with_rotary_positions(data: Data
         model = gptlab.load(tmp_path / "whole" / "checkpoints" / f"step-{step:06d}").model
         assert model.config.position == position
         if position == "blend":
-            turn, wpe = blend_scales(recipe.blend or BlendSettings(), step / 20, model.config.head_dim // 2)
-            assert torch.equal(model.rope_scale, turn)
+            share, wpe = blend_scales(recipe.blend or BlendSettings(), step / 20, model.config.head_dim // 2)
+            assert torch.equal(model.rope_scale, share)
             assert torch.equal(model.wpe_scale, wpe)
     assert [c.step for c in run_checkpoints(tmp_path / "whole") if c.validation_loss is None] == [4, 8]
     # What is handed back is what is on disk, and what was evaluated last; a finished run can be asked again.
@@ -200,7 +200,7 @@ def test_the_first_step_of_a_blend_sees_the_source(data: Dataset, tmp_path: Path
     blend(data, tmp_path / "base")
     train(uptrain(tmp_path / "base", "blend.ramp=pairs"), data, tmp_path / "run", base=gptlab.load(tmp_path / "base"))
     first, plain = (rows(tmp_path / name, "step")[0]["loss"] for name in ("run", "plain"))
-    assert first == pytest.approx(plain, abs=1e-4)  # one pair, turned by 2^-12 of its angle
+    assert first == pytest.approx(plain, abs=1e-4)  # one pair, rotated by 2^-12 of its angle
     said: list[str] = []
     report = lambda row: said.append(row["text"]) if row["event"] == "note" else None  # noqa: E731
     train(uptrain(tmp_path / "base"), data, tmp_path / "idle", base=gptlab.load(tmp_path / "base"), report=report)

@@ -65,7 +65,8 @@ def format_of(path: Path) -> Format:
     if found := diagnose(path):
         raise GptlabError(found)
     raise GptlabError(
-        f"{path} is no model directory: it has no config.json; name a model such as 'pocket' or 'gpt2', or {readable}"
+        f"{path} is not a model directory: it has no config.json; name a model such as 'pocket' or 'gpt2', or"
+        f" {readable}"
     )
 
 

@@ -67,7 +67,9 @@ def open_bundle(prefix: Path) -> Lazy:
     except OSError as error:
         raise GptlabError(f"{index} cannot be read: {error.strerror}") from None
     except Damaged as error:
-        raise GptlabError(f"{index} is no intact index of a TensorFlow checkpoint ({error}); copy it again") from None
+        raise GptlabError(
+            f"{index} is not an intact index of a TensorFlow checkpoint ({error}); copy it again"
+        ) from None
     shards: dict[int, np.memmap] = {}
     tensors: Lazy = {}
     for name, entry in entries.items():
@@ -129,7 +131,7 @@ def _entries(data: bytes) -> tuple[int, dict[str, Entry]]:
             try:
                 name = key.decode()
             except UnicodeDecodeError:
-                raise Damaged("a name is no text, as in a checkpoint of variables cut into parts") from None
+                raise Damaged("a name is not text, as in a checkpoint of variables cut into parts") from None
             entry = _entry(value, name)
             if entry is not None:
                 entries[name] = entry

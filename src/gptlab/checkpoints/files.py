@@ -80,7 +80,7 @@ def open_safetensors(path: Path) -> tuple[Lazy, dict[str, str]]:
         names = list(handle.keys())
     except (SafetensorError, OSError) as error:
         reason = "the file is empty" if path.exists() and path.stat().st_size == 0 else error
-        raise GptlabError(f"{path} is no intact safetensors file ({reason}); copy or download it again") from None
+        raise GptlabError(f"{path} is not an intact safetensors file ({reason}); copy or download it again") from None
 
     def reader(name: str) -> Callable[[], Tensor]:
         def get() -> Tensor:
@@ -136,7 +136,7 @@ def complete_state(
         described_by: what holds the configuration, for messages.
 
     Raises:
-        GptlabError: a tensor missing, left over, of a wrong shape, or with values that are no numbers.
+        GptlabError: a tensor missing, left over, of a wrong shape, or with values that are not numbers.
     """
     shapes = expected_shapes(config)
     if missing := [name for name in shapes if name not in found]:
@@ -162,7 +162,7 @@ def complete_state(
         tensor = torch.empty(shape, dtype=torch.float32 if name in SCALES else dtype).copy_(tensor)
         if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             raise GptlabError(
-                f"the checkpoint {where} is damaged: {name} holds values that are no numbers (nan or inf)"
+                f"the checkpoint {where} is damaged: {name} holds values that are not numbers (nan or inf)"
             )
         state[name] = tensor
     return state

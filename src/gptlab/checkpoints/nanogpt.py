@@ -120,7 +120,7 @@ def _first(values: Any, names: tuple[str, ...]) -> Mapping[str, Any] | None:
 
 def _config(file: Path, settings: Mapping[str, Any], tied: bool) -> ModelConfig:
     if lost := [name for name in _FIELDS if name not in settings]:
-        raise GptlabError(f"{file} is no checkpoint of nanoGPT or of a fork like it: its settings lack {lost[0]}")
+        raise GptlabError(f"{file} is not a checkpoint of nanoGPT or of a fork like it: its settings lack {lost[0]}")
     unknown = [name for name, value in settings.items() if value and name not in (*_FIELDS, *_ALSO_KNOWN)]
     if unknown and "learning_rate" not in settings:  # else they are those of the whole training
         raise GptlabError(

@@ -44,7 +44,7 @@ def open_pickle(path: Path) -> Lazy:
     """Open a PyTorch file of nothing but tensors by name; errors as `load_pickle`."""
     tensors = load_pickle(path)
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise GptlabError(f"{path} holds something else than tensors by name; it is no pytorch_model.bin")
+        raise GptlabError(f"{path} holds something else than tensors by name; it is not a pytorch_model.bin")
     return {str(name): functools.partial(tensors.__getitem__, name) for name in tensors}
 
 
@@ -69,7 +69,9 @@ def load_pickle(path: Path) -> Any:
         if n_bytes > MOST_SHARED * path.stat().st_size:
             raise ValueError("its tensors share their numbers")
     except Foreign as error:
-        what = f"{path} is no file of tensors alone ({error} is in it): loading it could run code, so it was not loaded"
+        what = (
+            f"{path} is not a file of tensors alone ({error} is in it): loading it could run code, so it was not loaded"
+        )
         if str(error).startswith("numpy"):
             raise GptlabError(
                 f"{what}; where you trust it, turn NumPy's numbers in it into Python's (x.item()) and save it again"

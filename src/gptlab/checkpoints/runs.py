@@ -24,7 +24,7 @@ class RunCheckpoint:
     Attributes:
         path: its directory.
         step: steps taken when it was written.
-        validation_loss: nats a token, or None where it was written without a look at the validation stream.
+        validation_loss: nats per token, or None where it was written without an evaluation.
     """
 
     path: Path

@@ -95,7 +95,7 @@ def _prefix(path: Path) -> Path:
 
 
 def _translated(name: str) -> str | None:
-    """Return gptlab's name of a tensor, or None for what is no part of the model, such as an optimizer's averages."""
+    """Return gptlab's name of a tensor, or None for what is not part of the model, such as an optimizer's averages."""
     parts = name.split("/")
     if parts[0] != "model" or parts[-1].startswith("Adam"):
         return None

@@ -235,7 +235,7 @@ def _show(facts: Mapping[str, Any], source: str, out: Path, blend: bool) -> None
         moved = outputs["after"] - outputs["before"]
         print(
             f"outputs on {outputs['tokens']:,} tokens of {facts['calibration']['text']} that nothing was fitted on:"
-            f" {outputs['before']:.4f} -> {outputs['after']:.4f} nats a token ({moved:+.4f}),"
+            f" {outputs['before']:.4f} -> {outputs['after']:.4f} nats per token ({moved:+.4f}),"
             f" KL(source || converted) {outputs['kl']:.4f}"
         )
     settings = ["budget.share=0.05", f"distill.teacher={source}"]

@@ -72,4 +72,4 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise GptlabError(f"{path} cannot be read: {error.strerror}; check --characters") from None
     except UnicodeDecodeError:
-        raise GptlabError(f"{path} is no text in UTF-8; check --characters") from None
+        raise GptlabError(f"{path} is not text in UTF-8; check --characters") from None

@@ -25,7 +25,7 @@ def overrides(
     """Return the fields of `ModelConfig` that were given.
 
     Raises:
-        GptlabError: a list that is no list of numbers.
+        GptlabError: a list that is not a list of numbers.
     """
     given = {
         "position": position,

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 UNCUT = 10_000
-"""Columns of what is no terminal: a table in a file or a pipe is as wide as it needs to be."""
+"""Columns of what is not a terminal: a table in a file or a pipe is as wide as it needs to be."""
 
 
 def prepare_streams() -> None:

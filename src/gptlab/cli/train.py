@@ -161,7 +161,7 @@ def _finish(result: Result, run: Path) -> None:
     figures = result.metrics
     bits = figures.get("validation_bits_per_byte")
     print(
-        f"validation: {figures['validation_loss']:.4f} nats a token"
+        f"validation: {figures['validation_loss']:.4f} nats per token"
         + ("" if bits is None else f", {bits:.4f} bits a byte")
         + f" ({figures['protocol']})"
     )

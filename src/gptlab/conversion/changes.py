@@ -60,7 +60,7 @@ class Changes:
         """Build from plain values, as JSON or TOML give them.
 
         Raises:
-            GptlabError: a key that is no field (with the nearest field's name).
+            GptlabError: a key that is not a field (with the nearest field's name).
         """
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
@@ -185,12 +185,12 @@ def _check_positions(config: ModelConfig, changes: Changes) -> None:
                 " from; leave position out"
             )
         raise GptlabError(f"position must be rope or blend, got {asked!r}{nearest(str(asked), choices)}")
-    turning = asked in choices and asked != config.position
-    if turning and config.position not in ("learned", "blend"):
+    rotating = asked in choices and asked != config.position
+    if rotating and config.position not in ("learned", "blend"):
         raise GptlabError(f"only learned positions become {asked}; this model has position {config.position!r}")
-    if turning and config.position == "blend" and changes.rotary is not None:
+    if rotating and config.position == "blend" and changes.rotary is not None:
         raise GptlabError("rotary has no effect on a blend, which has its rotary positions; leave it out")
-    if not turning and (changes.rotary is not None or changes.rope is not None):
+    if not rotating and (changes.rotary is not None or changes.rope is not None):
         raise GptlabError("rotary and rope have no effect unless positions become rotary; set position to 'rope'")
     methods = get_args(RotaryMethod)
     if changes.rotary is not None and changes.rotary not in methods:

@@ -109,30 +109,30 @@ def align(read: Tensor, moment: Tensor, n_groups: int, rounds: int = 10) -> tupl
     for reads in read.chunk(n_groups):
         rows = reads.flatten(0, 1)
         gram = (rows @ moment @ rows.T).unflatten(1, reads.shape[:2]).unflatten(0, reads.shape[:2])  # (g, D, g, D)
-        turned, to_mean = reads, gram[0].transpose(0, 1)  # (g, D, D): of mean S S^T read_h^T, up to a factor
+        rotated, to_mean = reads, gram[0].transpose(0, 1)  # (g, D, D): of mean S S^T read_h^T, up to a factor
         for _ in range(rounds):
             u, _, vh = torch.linalg.svd(to_mean)
-            turned = u @ vh
-            to_mean = torch.einsum("jab,jbhc->hac", turned, gram)
-        shared.append((turned @ reads).mean(0))
-        mix.append(turned)
+            rotated = u @ vh
+            to_mean = torch.einsum("jab,jbhc->hac", rotated, gram)
+        shared.append((rotated @ reads).mean(0))
+        mix.append(rotated)
     return torch.stack(shared), torch.cat(mix)
 
 
 def pair_energies(read: Tensor, use: Tensor, moment: Tensor) -> Tensor:
     """Return for each pair of rotated channels the Gram matrix of the heads' reads: (D / 2, H, H) complex.
 
-    As `energies`, for keys that positions turn: the largest eigenvalue of a group's part is what one shared pair keeps.
+    As `energies`, for keys that positions rotate: the largest eigenvalue of a group's part is what one pair keeps.
     """
     rows = _pairs(read, use)
     return rows @ moment.to(rows.dtype) @ rows.mH
 
 
 def factorise_pairs(read: Tensor, use: Tensor, moment: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
-    """Share keys that rotary positions turn: one rotation and one scale for each pair of channels is all the freedom.
+    """Share keys that rotary positions rotate: one rotation and one scale for each pair of channels is all the freedom.
 
-    Channels (d, d + D / 2) turn together. As complex numbers, q and k of a pair turn by a factor e^(i p theta), and the
-    score is the real part of conj(q) k; what commutes with the turning is a complex factor c, k = c shared,
+    Channels (d, d + D / 2) rotate together. As complex numbers, q and k of a pair are multiplied by e^(i p theta); the
+    score is the real part of conj(q) k; what commutes with the rotation is a complex factor c, k = c shared,
     q' = conj(c) q. For each pair the best shared key is the first right singular vector of the (H / G, N) complex
     matrix of the group's reads, each weighed by the root mean square of its queries, and whitened. Its scale keeps the
     ratio of keys to queries.
@@ -154,7 +154,7 @@ def factorise_pairs(read: Tensor, use: Tensor, moment: Tensor, n_groups: int) ->
         scale = scale.where(scale > 0, 1.0)
         one, factor = one[:, 0] * scale, factor / scale
         shared.append(torch.cat([one.real, one.imag]))
-        mix.append(_turns(factor.mT.conj()))
+        mix.append(_rotations(factor.mT.conj()))
     return torch.stack(shared), torch.cat(mix)
 
 
@@ -165,7 +165,7 @@ def _pairs(read: Tensor, use: Tensor) -> Tensor:
     return (torch.complex(read[:, :half], read[:, half:]) * power.sqrt()[..., None]).transpose(0, 1)
 
 
-def _turns(factors: Tensor) -> Tensor:
+def _rotations(factors: Tensor) -> Tensor:
     """(H, D / 2) complex factors -> (H, D, D) matrices that multiply each pair of channels by its factor."""
     real, imaginary = factors.real.diag_embed(), factors.imag.diag_embed()
     return torch.cat([torch.cat([real, -imaginary], -1), torch.cat([imaginary, real], -1)], -2)

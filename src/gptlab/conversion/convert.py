@@ -2,7 +2,7 @@
 
 heads -> positions -> windows -> output projections -> context -> rope scaling
 
-Heads come before positions: as long as positions do not turn keys, a head's keys may be mixed freely, afterwards only
+Heads come before positions: as long as positions do not rotate keys, a head's keys may be mixed freely, afterwards only
 pair by pair. Positions come before windows, since they are fitted with the whole context in sight. Output projections
 are fitted when all that heads compute has changed. A longer context comes last: what is fitted is fitted on texts of a
 length that the source knows.
@@ -51,7 +51,7 @@ class Step:
 
 
 ORDER = {
-    "heads": "heads come first: once positions turn keys, these can be mixed only pair by pair",
+    "heads": "heads come first: once positions rotate keys, these can be mixed only pair by pair",
     "positions": "positions come before windows: they are fitted with the whole context in sight",
     "windows": "",
     "output projections": "output projections are fitted when all that heads compute has changed",

@@ -22,9 +22,9 @@ class Drift:
 
     Attributes:
         tokens: how many were predicted.
-        before: nats a token of the source.
-        after: nats a token of the converted model.
-        kl: KL(source || converted) in nats a token, over the whole vocabulary.
+        before: nats per token of the source.
+        after: nats per token of the converted model.
+        kl: KL(source || converted) in nats per token, over the whole vocabulary.
     """
 
     tokens: int

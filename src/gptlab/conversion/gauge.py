@@ -1,17 +1,17 @@
-"""The freedom of queries and keys, spent so that turning them by their positions disturbs attention least.
+"""The freedom of queries and keys, spent so that rotating them by their positions disturbs attention least.
 
-As long as nothing turns them, a head's queries and keys are free: with any invertible A (D, D) and any b (D,),
+As long as nothing rotates them, a head's queries and keys are free: with any invertible A (D, D) and any b (D,),
 
     q -> A q,    k -> A^-T k + b    (k without its bias; heads that share a key share A and b)
 
 all scores stay what they are but for q^T A^T b, which is the same for all keys and drops out of the softmax. Once
-positions turn the pairs of channels at their different speeds, A decides which direction of the scores turns how fast,
-and b^T, turned, is a preference for distances. `spend_gauge` chooses both:
+positions rotate the pairs of channels at different speeds, A decides which direction of the scores rotates how fast,
+and b^T, rotated, is a preference for distances. `spend_gauge` chooses both:
 
 1. A start that balances queries and keys, so that both have the same diagonal second moment, and orders the channels by
-   it: what carries most of the scores goes to the pairs that turn slowest (balanced truncation, Moore 1981).
+   it: what carries most of the scores goes to the pairs that rotate slowest (balanced truncation, Moore 1981).
 2. Then gradient descent, layer after layer, on the mean over queries of KL(a || a'), with a the source's attention,
-   table of positions and all, and a' that of the turned scores, from a stream that has lost the table.
+   table of positions and all, and a' that of the rotated scores, from a stream that has lost the table.
 3. Where nothing need stay exact, the same descent on the rows of queries and keys themselves.
 
 We know of no earlier work that does this; docs/conversion.md has what it gives.
@@ -59,18 +59,18 @@ class Gauge(NamedTuple):
     bias: Tensor
 
     def apply(self, heads: Heads) -> Heads:
-        """Return the same attention, as long as positions turn nothing."""
+        """Return the same attention, as long as positions rotate nothing."""
         keys = torch.linalg.inv(self.mix).mT @ heads.k
         keys[..., -1] = self.bias  # its old one is the same for all keys
         return heads._replace(q=self.mix.repeat_interleave(len(heads.q) // len(heads.k), 0) @ heads.q, k=keys)
 
 
 class _Sample(NamedTuple):
-    """A batch of text in one layer: (B, H, T, D) queries and (B, H_kv, T, D) keys, before any turn.
+    """A batch of text in one layer: (B, H, T, D) queries and (B, H_kv, T, D) keys, before any rotation.
 
     Attributes:
         source_q, source_k: of the source.
-        z: (B, T, C) what the attention of the model to turn reads, from a stream without the table.
+        z: (B, T, C) what the attention of the rotary model reads, from a stream without the table.
         q, k: its queries and keys; keys without their bias.
         positions: (1, T) where the tokens stand.
     """
@@ -93,15 +93,15 @@ class _Draws(NamedTuple):
 
 @torch.no_grad()
 def spend_gauge(
-    source: GPT, turned: GPT, rows: Tensor | Sequence[Tensor], *, beyond: bool = False, seed: int = 0
+    source: GPT, rotated: GPT, rows: Tensor | Sequence[Tensor], *, beyond: bool = False, seed: int = 0
 ) -> list[Gauge]:
-    """Give queries and keys of ``turned`` the gauge in which its turning disturbs least; return what was done.
+    """Give queries and keys of ``rotated`` the gauge in which its rotation disturbs least; return what was done.
 
     The streams of both models are kept for the whole text, and the queries and keys of one layer: 28 C bytes a token.
 
     Args:
         source: a model with learned positions, in float32.
-        turned: the same model with rotary positions and without its table, in float32; changed in place.
+        rotated: the same model with rotary positions and without its table, in float32; changed in place.
         rows: (N, T) int64 token ids, or sequences (T,) of any lengths. As long as the context is best: distances that
             they do not have are not fitted.
         beyond: also fit the rows of queries and keys themselves, with their biases, on what the gauge leaves.
@@ -111,13 +111,13 @@ def spend_gauge(
         GptlabError: no tokens.
     """
     device = source.wte.weight.device
-    draws = _Draws(*turned.frequencies, torch.Generator().manual_seed(seed))
+    draws = _Draws(*rotated.frequencies, torch.Generator().manual_seed(seed))
     old = [source.embed(ids.to(device), None, None, None) for ids in batches(rows)]
-    new = [turned.embed(ids.to(device), None, None, None) for ids in batches(rows)]
+    new = [rotated.embed(ids.to(device), None, None, None) for ids in batches(rows)]
     if not old:
         raise GptlabError("the calibration text is empty; give it at least one token")
     gauges = []
-    for before, after in zip(source.blocks, turned.blocks, strict=True):
+    for before, after in zip(source.blocks, rotated.blocks, strict=True):
         samples, bias = [], key_bias(after.attn)[:, None]
         for (x, tokens, _), (y, _, _) in zip(old, new, strict=True):
             z = after.ln_1(y)
@@ -197,7 +197,7 @@ def _descend(
 ) -> None:
     """Fit parameters in place, each from a learning rate of its own, to the source's attention.
 
-    ``project`` makes queries (B, H, n, D), of n places, and keys (B, H_kv, T, D), before any turn.
+    ``project`` makes queries (B, H, n, D), of n places, and keys (B, H_kv, T, D), before any rotation.
     """
     frequencies, factor, generator = draws
     limit, rule = attention.sinks_at_most, attention.visibility

@@ -30,20 +30,20 @@ FALLS = 1e-9
 """Smaller differences of losses are rounding errors."""
 
 
-def fitted_order(heads: Heads, moments: Moments, n_groups: int, *, turned: bool, bias: bool) -> list[int]:
+def fitted_order(heads: Heads, moments: Moments, n_groups: int, *, rotated: bool, bias: bool) -> list[int]:
     """Return an order of the query heads of a layer in which each group of neighbours shares with little loss.
 
     Args:
         heads: the layer's.
         moments: of what it reads.
         n_groups: a divisor of the number of query heads.
-        turned: whether positions turn its keys.
+        rotated: whether positions rotate its keys.
         bias: whether the model has biases.
     """
     n_head = len(heads.q)
     if n_groups in (1, n_head):
         return list(range(n_head))
-    loss = group_loss(heads.expanded(), moments, turned=turned, bias=bias)
+    loss = group_loss(heads.expanded(), moments, rotated=rotated, bias=bias)
     pairs = torch.zeros(n_head, n_head, dtype=torch.float64)
     for a, b in itertools.combinations(range(n_head), 2):
         pairs[a, b] = pairs[b, a] = loss((a, b))
@@ -51,7 +51,7 @@ def fitted_order(heads: Heads, moments: Moments, n_groups: int, *, turned: bool,
     return [head for group in sorted(groups) for head in group]
 
 
-def group_loss(heads: Heads, moments: Moments, *, turned: bool, bias: bool) -> Loss:
+def group_loss(heads: Heads, moments: Moments, *, rotated: bool, bias: bool) -> Loss:
     """Return the function that gives the energy that a group's QK and OV circuits lose if they share a key and a value.
 
     Each of the two as a share of the whole layer's energy; the sum over the groups of a division is from 0 to 2.
@@ -59,7 +59,7 @@ def group_loss(heads: Heads, moments: Moments, *, turned: bool, bias: bool) -> L
     """
     use = heads.q @ moments.uncentred @ heads.q.mT
     values = energies(heads.v, heads.o.mT @ heads.o, moments.centred if bias else moments.uncentred)
-    if turned:
+    if rotated:
         keys = pair_energies(heads.k, use, moments.uncentred)
         all_keys = keys.diagonal(dim1=1, dim2=2).real.sum().item()
     else:
@@ -69,7 +69,7 @@ def group_loss(heads: Heads, moments: Moments, *, turned: bool, bias: bool) -> L
 
     @functools.cache
     def loss(group: tuple[int, ...]) -> float:
-        lost_keys = _lost_pairs(keys, group) if turned else _lost(keys, group)
+        lost_keys = _lost_pairs(keys, group) if rotated else _lost(keys, group)
         # A layer whose keys or values are all 0 has nothing to lose.
         return lost_keys / (all_keys or 1.0) + _lost(values, group) / (all_values or 1.0)
 

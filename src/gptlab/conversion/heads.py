@@ -30,9 +30,9 @@ from gptlab.model.gpt import GPT
 Method = Literal["svd", "procrustes", "mean", "first", "random"]
 """How heads come to share a key and a value:
 
-- ``svd``: joint truncated factorisation of their circuits; not where positions turn the keys.
+- ``svd``: joint truncated factorisation of their circuits; not where positions rotate the keys.
 - ``procrustes``: each head rotated to its group, then the mean. With rotary positions one rotation and scale for each
-  pair of channels is all that a key may undergo, and the best of those is taken; values, which no position turns, are
+  pair of channels is all that a key may undergo, and the best of those is taken; values, which no position rotates, are
   factorised as ``svd`` does.
 - ``mean``, ``first``, ``random``: the paper's three: the mean of the heads, the first of them, a new initialisation.
 """
@@ -40,14 +40,14 @@ Grouping = Literal["fitted", "contiguous"]
 """Which heads share: those that fit, or neighbours, as in the paper."""
 
 
-def turns_keys(config: ModelConfig) -> bool:
-    """Whether positions turn queries and keys, which then are no longer free to be mixed."""
+def rotates_keys(config: ModelConfig) -> bool:
+    """Whether positions rotate queries and keys, which then are no longer free to be mixed."""
     return config.position not in ("learned", "none")
 
 
 def best_method(config: ModelConfig) -> Method:
     """Return the method that loses least for a model."""
-    return "procrustes" if turns_keys(config) else "svd"
+    return "procrustes" if rotates_keys(config) else "svd"
 
 
 def regroup(
@@ -96,17 +96,17 @@ def regroup(
             return (
                 heads._replace(k=k[:, 0], v=v[:, 0]) if method == "first" else heads._replace(k=k.mean(1), v=v.mean(1))
             )
-        heads = _share_keys(heads, n_kv_head, method, moments[layer], turned=turns_keys(config))
-        aligned = method == "procrustes" and not turns_keys(config)
+        heads = _share_keys(heads, n_kv_head, method, moments[layer], rotated=rotates_keys(config))
+        aligned = method == "procrustes" and not rotates_keys(config)
         return _share_values(heads, n_kv_head, moments[layer], aligned=aligned, bias=config.bias)
 
     return rebuild(model, change, **settings)
 
 
-def _share_keys(heads: Heads, n_groups: int, method: Method, moments: Moments, *, turned: bool) -> Heads:
+def _share_keys(heads: Heads, n_groups: int, method: Method, moments: Moments, *, rotated: bool) -> Heads:
     use = heads.q @ moments.uncentred @ heads.q.mT  # (H, D, D)
-    if turned:
-        # A turned key bias is not the same for all keys: it is one of the things to be kept.
+    if rotated:
+        # A rotated key bias is not the same for all keys: it is one of the things to be kept.
         k, mix = factorise_pairs(heads.k, use, moments.uncentred, n_groups)
     else:
         if method == "svd":
@@ -159,7 +159,7 @@ def group_heads(
         return [list(range(config.n_head)) for _ in model.blocks]
     moments = _moments(model, statistics)
     return [
-        fitted_order(read_heads(block.attn), moments[layer], n_kv_head, turned=turns_keys(config), bias=config.bias)
+        fitted_order(read_heads(block.attn), moments[layer], n_kv_head, rotated=rotates_keys(config), bias=config.bias)
         for layer, block in enumerate(model.blocks)
     ]
 
@@ -223,7 +223,7 @@ def check_method(config: ModelConfig, method: str) -> None:
         raise GptlabError(
             f"method must be one of {', '.join(get_args(Method))}, got {method!r}{nearest(method, get_args(Method))}"
         )
-    if method == "svd" and turns_keys(config):
+    if method == "svd" and rotates_keys(config):
         raise GptlabError(
             "method 'svd' mixes the channels of a key freely, which rotary positions do not allow; use 'procrustes',"
             " or convert the heads of the model before its positions"

@@ -66,9 +66,9 @@ def refit_outputs(source: GPT, converted: GPT, rows: Tensor | Sequence[Tensor]) 
         inputs: list[Tensor] = []
         handle = projection.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))  # noqa: B023
         halves = Sums.of(projection), Sums.of(projection)
-        for i, ((x, where, rotary), (z, place, turn)) in enumerate(zip(old, mine, strict=True)):
+        for i, ((x, where, rotary), (z, place, rotation)) in enumerate(zip(old, mine, strict=True)):
             y = before.attn(before.ln_1(x), where, rotary).flatten(0, 1)
-            after.attn(after.ln_1(z), place, turn)
+            after.attn(after.ln_1(z), place, rotation)
             f = inputs.pop().flatten(0, 1)
             # Early and late positions to each half in turn.
             middle = len(f) // 2
@@ -81,7 +81,7 @@ def refit_outputs(source: GPT, converted: GPT, rows: Tensor | Sequence[Tensor]) 
             if projection.bias is not None:
                 projection.bias.copy_(fitted[:, -1])
         old = [(before(x, where, rotary), where, rotary) for x, where, rotary in old]
-        mine = [(after(z, place, turn), place, turn) for z, place, turn in mine]
+        mine = [(after(z, place, rotation), place, rotation) for z, place, rotation in mine]
     source.train(modes[0])
     return new.train(modes[1])
 

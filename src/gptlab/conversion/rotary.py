@@ -1,13 +1,13 @@
 """Learned positions to rotary ones, for a trained model: at once, or by way of a blend of both.
 
-A table of positions adds to the stream what a token's place is; turning makes scores depend on distances. Nothing in
+A table of positions adds to the stream what a token's place is; rotation makes scores depend on distances. Nothing in
 the one tells how the other should be, so something is lost, and two things make it less:
 
 - *The mean of the table stays.* Its mean over positions can be added to every row of ``wte`` and taken from every row
   of the table: the stream is the same. Only what differs from position to position is deleted with the table. Where the
   output head is ``wte`` too, the logits of a position, h wte^T, all grow by the same number, h times the mean, and no
   probability changes.
-- *The gauge of queries and keys* is spent so that turning disturbs attention least (`gptlab.conversion.gauge`).
+- *The gauge of queries and keys* is spent so that rotation disturbs attention least (`gptlab.conversion.gauge`).
 
 Or nothing is lost at first: a model with ``position="blend"`` computes what its source does, and training takes it,
 while its scales change, to rotary positions (`finish_blend`).
@@ -39,8 +39,8 @@ RotaryMethod = Literal["fit", "gauge", "abrupt"]
 """How a model comes to rotary positions:
 
 - ``fit``: as ``gauge``, and then the queries and keys themselves are fitted to the source's attention.
-- ``gauge``: queries and keys are put into the gauge in which turning disturbs them least, on a calibration text; before
-  turning that changes nothing.
+- ``gauge``: queries and keys are put into the gauge in which rotation disturbs them least, on a calibration text;
+  before rotation that changes nothing.
 - ``abrupt``: queries and keys stay as they are.
 """
 
@@ -61,7 +61,7 @@ def to_rope(
 ) -> GPT:
     """Return a new model with rotary positions in place of learned ones; the source is left as it is.
 
-    On the calibration text (on what is looked at of it, see `MOST_TOKENS`) no method has more nats a token than
+    On the calibration text (on what is looked at of it, see `MOST_TOKENS`) no method has more nats per token than
     ``abrupt``: where one would, ``abrupt`` it is.
 
     Args:
@@ -115,7 +115,7 @@ def finish_blend(model: GPT) -> GPT:
     """Return a model whose blend has come to its end as one with rotary positions: the same function, the table gone.
 
     Raises:
-        GptlabError: the model is no blend, or its scales are not yet 1 and 0.
+        GptlabError: the model is not a blend, or its scales are not yet 1 and 0.
     """
     if model.config.position != "blend":
         raise GptlabError(f"only a model with position='blend' can be finished, this one has {model.config.position!r}")
@@ -162,14 +162,14 @@ def _without_table(model: GPT, rope: RopeConfig | None) -> GPT:
 def _fitted(
     model: GPT, rope: RopeConfig | None, rows: Tensor | Sequence[Tensor] | None, beyond: bool, seed: int
 ) -> tuple[list[Gauge], GPT] | None:
-    """Return the gauge of every layer and the turned model; None where the model is better off without."""
+    """Return the gauge of every layer and the rotary model; None where the model is better off without."""
     rows = _spread([] if rows is None else [row for row in rows if len(row)])
     # Copies in float32, since a fit in bfloat16 would not see its own steps.
     source = rebuild(model, lambda _, heads: heads).float().eval()
     abrupt = _without_table(_folded(source), rope)
-    turned = rebuild(abrupt, lambda _, heads: heads)
-    gauges = spend_gauge(source, turned, rows, beyond=beyond, seed=seed)
-    return (gauges, turned) if _nats(turned, rows) <= _nats(abrupt, rows) else None
+    rotated = rebuild(abrupt, lambda _, heads: heads)
+    gauges = spend_gauge(source, rotated, rows, beyond=beyond, seed=seed)
+    return (gauges, rotated) if _nats(rotated, rows) <= _nats(abrupt, rows) else None
 
 
 def _spread(rows: list[Tensor]) -> list[Tensor]:

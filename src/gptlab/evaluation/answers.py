@@ -41,8 +41,8 @@ def lambada_last_token(model: GPT, tokenizer: Tokenizer, settings: Settings, pro
 
 
 def lambada_stop_words(model: GPT, tokenizer: Tokenizer, settings: Settings, progress: Progress | None) -> Outcome:
-    """``lambada:last-token-stopwords``: the likeliest last token that is no stop word."""
-    # Ids beyond the tokenizer's, in a vocabulary padded for speed, are no words at all.
+    """``lambada:last-token-stopwords``: the likeliest last token that is not a stop word."""
+    # Ids beyond the tokenizer's, in a vocabulary padded for speed, are not words at all.
     never = torch.ones(model.config.vocab_size, dtype=torch.bool)
     for token in tokenizer.known_ids(len(never)):
         never[token] = tokenizer.decode([token]).strip() in STOP_WORDS
@@ -135,7 +135,7 @@ def _hellaswag_items(settings: Settings) -> tuple[data.Data, Sequence[dict[str, 
         for which, ending in enumerate(item["endings"], 1):
             if not isinstance(ending, str) or not ending.strip():
                 raise GptlabError(
-                    f"item {number} of {source.file} has {ending!r} as its ending {which}, which is no text; mend the"
+                    f"item {number} of {source.file} has {ending!r} as its ending {which}, which is not text; mend the"
                     " item, or leave it out"
                 )
         if not item["ctx"].strip():

@@ -106,7 +106,7 @@ class Data:
             fields: what every object must have, and of which type.
 
         Raises:
-            GptlabError: a line that is no such object.
+            GptlabError: a line that is not such an object.
         """
         items = []
         for number, line in enumerate(self.text().split("\n"), 1):
@@ -137,7 +137,7 @@ def parse_paths(pairs: list[str]) -> dict[str, Path]:
     """Turn ``name=file`` into paths by name.
 
     Raises:
-        GptlabError: another form, or a name that is no data set's.
+        GptlabError: another form, or a name that is not a data set's.
     """
     paths = {}
     for pair in pairs:
@@ -207,7 +207,7 @@ def _by_hand(name: str, cached: Path) -> str:
 
 
 def _unpack(content: bytes, source: Source, where: str) -> bytes:
-    """Return the data itself; where ``content`` is no archive, it is that already."""
+    """Return the data itself; where ``content`` is not an archive, it is that already."""
     if not zipfile.is_zipfile(io.BytesIO(content)):
         return content
     try:
@@ -215,7 +215,7 @@ def _unpack(content: bytes, source: Source, where: str) -> bytes:
             return files.read(source.member)
     except (KeyError, zipfile.BadZipFile):
         wanted = source.member or f"anything to do with {source.title}"
-        raise GptlabError(f"{where} is no intact archive with {wanted} in it; download it again") from None
+        raise GptlabError(f"{where} is not an intact archive with {wanted} in it; download it again") from None
 
 
 def _keep(path: Path, content: bytes) -> None:

@@ -204,7 +204,7 @@ def open_dataset(path: str | Path) -> Dataset:
         return _open_nanogpt(path)
     if any(path.glob("*_train*.bin")) or any(path.glob("*_val*.bin")):
         return _open_llmc(path)
-    raise GptlabError(f"{path} is no dataset: it has no {INDEX}; make one with gptlab prepare TEXTS --out {path}")
+    raise GptlabError(f"{path} is not a dataset: it has no {INDEX}; make one with gptlab prepare TEXTS --out {path}")
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -294,7 +294,7 @@ def _open_nanogpt(path: Path) -> Dataset:
             raise GptlabError(f"{path} has no {name}; nanoGPT's data are train.bin and val.bin")
         n_bytes = file.stat().st_size
         if n_bytes == 0 or n_bytes % 2:
-            raise GptlabError(f"{file} is truncated: {n_bytes:,} bytes are no whole number of ids; copy it again")
+            raise GptlabError(f"{file} is truncated: {n_bytes:,} bytes are not a whole number of ids; copy it again")
         shards.append([Shard(file, n_bytes // 2)])
     return _of_gpt2_ids(path, *shards)
 

@@ -57,7 +57,7 @@ def decode(content: bytes, name: object) -> str:
     """Return a whole file as text, without its byte-order mark and with line ends as they are.
 
     Raises:
-        GptlabError: bytes that are no text in the encoding that the file seems to have.
+        GptlabError: bytes that are not text in the encoding that the file seems to have.
     """
     encoding, skipped = encoding_of(content[:_HEAD])
     try:
@@ -101,7 +101,7 @@ def refuse_markup(head: bytes, name: object) -> None:
     start = head.lstrip()[:20].lower()
     for beginning, kind in _MARKUP:
         if start.startswith(beginning):
-            raise GptlabError(f"{name} is {kind}, whose markup is no text to learn; save its text as .txt")
+            raise GptlabError(f"{name} is {kind}, whose markup is not text to learn; save its text as .txt")
 
 
 def _undecodable(name: object, encoding: str, offset: int, head: bytes) -> GptlabError:
@@ -109,5 +109,5 @@ def _undecodable(name: object, encoding: str, offset: int, head: bytes) -> Gptla
         if head.startswith(beginning):
             return GptlabError(f"{name} is {kind}, no text; save what is written in it as .txt")
     if encoding == "utf-8" and b"\0" in head:
-        return GptlabError(f"{name} is no text: it holds binary data (byte {offset} is no UTF-8); name text files")
+        return GptlabError(f"{name} is not text: it holds binary data (byte {offset} is not UTF-8); name text files")
     return GptlabError(f"{name} is no {_NAMES[encoding]} text (byte {offset}); convert it, for instance with iconv")

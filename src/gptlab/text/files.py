@@ -83,11 +83,11 @@ def read_file(file: IO[bytes], name: str, reading: Reading) -> Iterator[Piece]:
         reading: how.
 
     Raises:
-        GptlabError: a file that is damaged, or that is no text.
+        GptlabError: a file that is damaged, or that is not text.
     """
     inner, outer = suffixes_of(name)
     if inner in _REFUSED:
-        raise GptlabError(f"{name} is {_REFUSED[inner]}, whose contents are no plain text; save its text as .txt")
+        raise GptlabError(f"{name} is {_REFUSED[inner]}, whose contents are not plain text; save its text as .txt")
     file = _peekable(file)
     refuse_pointer(_head(file), name)
     if not outer:
@@ -99,11 +99,15 @@ def read_file(file: IO[bytes], name: str, reading: Reading) -> Iterator[Piece]:
     try:
         yield from _read_plain(_peekable(opener(file, name)), name, inner, reading)
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
-        raise GptlabError(f"{name} is no intact {_FORMATS[outer]} file ({error}); copy or download it again") from None
+        raise GptlabError(
+            f"{name} is not an intact {_FORMATS[outer]} file ({error}); copy or download it again"
+        ) from None
     except OSError as error:
         if error.errno is not None:
             raise
-        raise GptlabError(f"{name} is no intact {_FORMATS[outer]} file ({error}); copy or download it again") from None
+        raise GptlabError(
+            f"{name} is not an intact {_FORMATS[outer]} file ({error}); copy or download it again"
+        ) from None
 
 
 def _read_plain(file: IO[bytes], name: str, suffix: str, reading: Reading) -> Iterator[Piece]:
@@ -161,7 +165,7 @@ def _read_zip(file: IO[bytes], name: str, reading: Reading) -> Iterator[Piece]:
                 with archive.open(info) as member:
                     yield from read_file(member, where, reading)
     except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise GptlabError(f"{name} is no intact zip archive ({error}); copy or download it again") from None
+        raise GptlabError(f"{name} is not an intact zip archive ({error}); copy or download it again") from None
 
 
 def _read_tar(file: IO[bytes], name: str, reading: Reading) -> Iterator[Piece]:
@@ -176,7 +180,7 @@ def _read_tar(file: IO[bytes], name: str, reading: Reading) -> Iterator[Piece]:
                     else:
                         yield from read_file(member, where, reading)
     except tarfile.TarError as error:
-        raise GptlabError(f"{name} is no intact tar archive ({error}); copy or download it again") from None
+        raise GptlabError(f"{name} is not an intact tar archive ({error}); copy or download it again") from None
 
 
 def _wanted(member: str, alone: bool = False) -> bool:

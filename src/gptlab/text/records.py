@@ -27,7 +27,7 @@ def texts(file: IO[bytes], name: object, suffix: str, field: str = TEXT_FIELD) -
         field: that holds the text.
 
     Raises:
-        GptlabError: no such field, a value that is no text, a file that is damaged, or pyarrow is not installed.
+        GptlabError: no such field, a value that is not text, a file that is damaged, or pyarrow is not installed.
     """
     records = {".json": _json, ".csv": _table, ".tsv": _table, ".parquet": _parquet}.get(suffix, _json_lines)
     for text, where in records(file, name, suffix, field):
@@ -149,7 +149,7 @@ def _table(file: IO[bytes], name: object, suffix: str, field: str) -> Texts:
             if row:
                 yield row[names.index(field)], where
     except csv.Error as error:
-        raise GptlabError(f"line {rows.line_num + 1} of {name} is no valid CSV ({error}); repair it") from None
+        raise GptlabError(f"line {rows.line_num + 1} of {name} is not valid CSV ({error}); repair it") from None
 
 
 def _parquet(file: IO[bytes], name: object, suffix: str, field: str) -> Texts:
@@ -176,4 +176,4 @@ def _parquet(file: IO[bytes], name: object, suffix: str, field: str) -> Texts:
                 if value is not None:
                     yield value, where
     except (pyarrow.ArrowException, OSError) as error:
-        raise GptlabError(f"{name} is no intact parquet file ({str(error).splitlines()[0]})") from None
+        raise GptlabError(f"{name} is not an intact parquet file ({str(error).splitlines()[0]})") from None

@@ -37,7 +37,7 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     except (FileNotFoundError, NotADirectoryError):
         within = sorted(run.glob(f"*/{METRICS}"))
         hint = f"name one, as {within[0].parent}" if within else "name the directory that `gptlab train --out` made"
-        raise GptlabError(f"{run} is no run: it has no {METRICS}; {hint}") from None
+        raise GptlabError(f"{run} is not a run: it has no {METRICS}; {hint}") from None
     except OSError as error:
         raise GptlabError(f"{path} cannot be read: {error.strerror}") from None
     rows: list[dict[str, Any]] = []
@@ -74,7 +74,7 @@ class Curve(NamedTuple):
     Attributes:
         name: of the run, as the picture labels it.
         planned: steps that the run is to take, nan if unknown.
-        training: one value per row of ``step``: ``steps``, ``tokens``, ``hours``, ``loss`` (nats a token; with a
+        training: one value per row of ``step``: ``steps``, ``tokens``, ``hours``, ``loss`` (nats per token; with a
             teacher the cross-entropy, so that all runs can be compared), ``learning_rate`` and ``tokens_per_second``.
         validation: one value per row of ``evaluate``: ``steps``, ``tokens``, ``hours`` and ``loss``.
     """
@@ -126,7 +126,7 @@ class Smoothed:
     """Running average of values that come at uneven steps: one that came n steps ago weighs exp(-n / span).
 
     At even steps this is the exponential average with Adam's correction of its bias (Kingma & Ba 2015). Values that
-    are no finite numbers are passed over.
+    are not finite numbers are passed over.
     """
 
     def __init__(self, span: float) -> None:

@@ -139,7 +139,7 @@ def read_recipe(
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise GptlabError(f"the recipe {name_or_path} is no valid TOML: {error}") from None
+        raise GptlabError(f"the recipe {name_or_path} is not valid TOML: {error}") from None
     for setting in settings or []:
         _apply(values, setting)
     if model:
@@ -214,7 +214,7 @@ def _apply(values: dict[str, Any], setting: str) -> None:
         return
     target = values.setdefault(section, {})
     if not isinstance(target, dict):
-        raise GptlabError(f"{section!r} is no section of the recipe, so --set {setting} has nowhere to go")
+        raise GptlabError(f"{section!r} is not a section of the recipe, so --set {setting} has nowhere to go")
     if section == "budget" and name in KINDS:  # another kind of budget takes the place of the recipe's
         for other in [key for key in target if key != "of" or name != "share"]:
             del target[other]

@@ -18,7 +18,7 @@ from gptlab.model.gpt import GPT
 from gptlab.training.recipe import Recipe
 from gptlab.training.settings import BlendSettings, NarrowSettings
 
-FIRST_TURN = 2.0**-12
+FIRST_SHARE = 2.0**-12
 """Where the angle of a pair begins to grow. It grows geometrically, since the harm does not grow with the angle: 256
 tokens away, the mean cosine over the pairs is 0.83 at a hundredth of the angles, 0.62 at a tenth, 0.35 at all."""
 
@@ -69,9 +69,9 @@ def set_stage(model: GPT, recipe: Recipe, step: int, steps: int, *, training: bo
         training: else its own windows, whatever the step.
     """
     if recipe.blend is not None and model.config.position == "blend":
-        turn, factor = blend_scales(recipe.blend, step / steps, model.config.head_dim // 2)
+        angle_share, factor = blend_scales(recipe.blend, step / steps, model.config.head_dim // 2)
         with torch.no_grad():
-            model.rope_scale.copy_(turn)
+            model.rope_scale.copy_(angle_share)
             model.wpe_scale.copy_(factor)
     if recipe.narrow is not None:
         windows = narrowed(recipe.narrow, model.config, step, steps) if training else model.config.windows
@@ -85,7 +85,7 @@ def blend_scales(settings: BlendSettings, done: float, n_pairs: int) -> tuple[Te
     Args:
         settings: the recipe's.
         done: share of the run that is over.
-        n_pairs: D/2; the first pair turns fastest.
+        n_pairs: D/2; the first pair rotates fastest.
     """
     share = done / settings.rope_end
     if settings.ramp == "geometric":
@@ -93,9 +93,9 @@ def blend_scales(settings: BlendSettings, done: float, n_pairs: int) -> tuple[Te
     else:
         waiting = torch.arange(n_pairs - 1, -1, -1, dtype=torch.float64)  # pairs that are slower than this one
         shares = share * n_pairs - waiting
-    turn = torch.where(shares < 0, 0.0, FIRST_TURN ** (1 - shares.clamp(0, 1)))
+    angle_share = torch.where(shares < 0, 0.0, FIRST_SHARE ** (1 - shares.clamp(0, 1)))
     left = (settings.wpe_end - done) / (settings.wpe_end - settings.wpe_start)
-    return turn.float(), torch.tensor(min(max(left, 0.0), 1.0))
+    return angle_share.float(), torch.tensor(min(max(left, 0.0), 1.0))
 
 
 def narrowed(settings: NarrowSettings, config: ModelConfig, step: int, steps: int) -> tuple[int | None, ...]:

@@ -133,8 +133,8 @@ class TrainSettings(Section):
         dtype: of the products; weights, gradients and optimizer state are float32 in any case.
         compile: ``auto`` compiles where the run is long enough to pay for it, and goes on without where it fails.
         recompute: compute each block again in the backward pass instead of keeping what is inside it.
-        evaluate_every: steps from one look at the validation stream to the next.
-        evaluate_tokens: look at that many tokens of it only, always the first; None is all.
+        evaluate_every: steps from one evaluation on the validation stream to the next.
+        evaluate_tokens: evaluate on that many tokens of it only, always the first; None is all.
         save_every: steps from one checkpoint to the next; None is ``evaluate_every``.
         keep_last: how many of the latest checkpoints stay; the best one stays in any case.
     """
@@ -167,7 +167,7 @@ class BlendSettings(Section):
     """From learned positions to rotary ones, for a base of position ``blend``; the last model has position ``rope``.
 
     Attributes:
-        ramp: ``geometric`` turns all pairs together, from 2^-12 of their angle to all of it; ``pairs`` one after the
+        ramp: ``geometric`` rotates all pairs together, from 2^-12 of their angle to all of it; ``pairs`` one after the
             other, from the slowest to the fastest, each in the same way.
         rope_end: share of the run at which rotation is whole.
         wpe_start: share of the run until which the learned positions stay whole.

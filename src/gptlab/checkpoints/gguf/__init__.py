@@ -235,7 +235,7 @@ def write(
     Args:
         path: the file.
         checkpoint: the model; without a tokenizer llama.cpp takes token ids alone.
-        type: of the matrices; norms, biases and positions are float32. With q8_0 a matrix whose rows are no multiple
+        type: of the matrices; norms, biases and positions are float32. With q8_0 a matrix whose rows are not a multiple
             of 32 is f16.
         context: see `plan`.
         facts: ``name`` is written as the model's.

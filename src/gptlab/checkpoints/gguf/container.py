@@ -52,8 +52,8 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], Lazy]:
         data = np.memmap(path, dtype=np.uint8, mode="c")
         metadata, places = _parse(_Reader(data))
     except Damaged as error:
-        raise GptlabError(f"{path} is no intact GGUF file ({error}); copy or download it again") from None
-    except (OSError, ValueError) as error:  # the second of an empty file, or of text that is no UTF-8
+        raise GptlabError(f"{path} is not an intact GGUF file ({error}); copy or download it again") from None
+    except (OSError, ValueError) as error:  # the second of an empty file, or of text that is not UTF-8
         raise GptlabError(f"{path} cannot be read as a GGUF file ({error}); copy or download it again") from None
     return metadata, {name: functools.partial(_read, path, data, name, place) for name, place in places.items()}
 
@@ -126,7 +126,7 @@ def _size(name: str, shape: tuple[int, ...], kind: int) -> int:
         raise Damaged(f"{name} has the unknown type {kind}")
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     if not shape or shape[-1] % block:
-        raise Damaged(f"{name} has rows that are no whole blocks of {block}")
+        raise Damaged(f"{name} has rows that are not whole blocks of {block}")
     return n // block * size
 
 

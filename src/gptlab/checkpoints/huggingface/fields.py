@@ -157,7 +157,7 @@ def _refuse_look_alike(
         heads = bool(words & {"heads", "head"}) and value in fields["n_head"].stated(values).values()
         if value and not one and not heads:
             raise GptlabError(
-                f"{path} has {name}={_short(value)}, which is no field of {family} and may change what it computes;"
+                f"{path} has {name}={_short(value)}, which is not a field of {family} and may change what it computes;"
                 " delete it if it has no meaning"
             )
         return
@@ -173,8 +173,8 @@ def _refuse_look_alike(
     silent = [ours for ours in meant if not fields[ours].stated(values)]
     if silent and value is not None:
         raise GptlabError(
-            f"{path} has {name}={_short(value)}, which is no field of {family}, and not {fields[silent[0]].names[0]},"
-            " which it may mean; rename it, or delete it if it has no meaning"
+            f"{path} has {name}={_short(value)}, which is not a field of {family}, and not"
+            f" {fields[silent[0]].names[0]}, which it may mean; rename it, or delete it if it has no meaning"
         )
 
 

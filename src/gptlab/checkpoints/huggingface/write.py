@@ -110,12 +110,12 @@ def size_of(text: str) -> int:
     """Return the bytes of a size such as ``500MB`` or ``5GiB``.
 
     Raises:
-        GptlabError: it is no size.
+        GptlabError: it is not a size.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)\s*", text, re.IGNORECASE)
     size = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
     if size < 1:
-        raise GptlabError(f"{text!r} is no size of a file; write it as 500MB or 5GB")
+        raise GptlabError(f"{text!r} is not a size of a file; write it as 500MB or 5GB")
     return size
 
 

@@ -105,7 +105,7 @@ class Tokenizer(ABC):
         return hashlib.sha256(self.files()["tokenizer.json"]).hexdigest()
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ``ids``; bytes that are no valid UTF-8 become U+FFFD.
+        """Return the text of ``ids``; bytes that are not valid UTF-8 become U+FFFD.
 
         Raises:
             GptlabError: an id outside the vocabulary.
