@@ -54,11 +54,19 @@ class RopeConfig:
         theta: base of the geometric series of wavelengths.
         scaling: how to run longer than trained, or None.
         factor: by how much longer, for ``scaling``.
+        trained_length: tokens of the texts that the model was trained on, where ``context_length`` was raised since
+            without training; None: ``context_length``. It is ``original_max_position_embeddings`` of transformers.
     """
 
     theta: float = 10000.0
     scaling: Scaling | None = None
     factor: float = 1.0
+    trained_length: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; ``trained_length``, which came later, is left out where it is None."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name != "trained_length" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -187,12 +195,15 @@ class ModelConfig:
 
     def _check_rope(self, rope: RopeConfig) -> None:
         if not isinstance(rope, RopeConfig):
-            raise GptlabError(f"rope must hold the settings theta, scaling and factor, got {rope!r}")
+            raise GptlabError(f"rope must hold the settings theta, scaling, factor and trained_length, got {rope!r}")
         for name, least in (("theta", "above 1"), ("factor", "at least 1")):
             value = getattr(rope, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value <= LARGEST_FLOAT32
             if not number or (name == "theta" and value == 1):
                 raise GptlabError(f"rope: {name} must be a finite number {least}, got {value!r}")
+        length = rope.trained_length
+        if length is not None and not (_is_whole(length) and 1 <= length <= LARGEST["context_length"]):
+            raise GptlabError(f"rope: trained_length must be a whole number of at least 1, got {length!r}")
         choices = get_args(Scaling)
         if rope.scaling is not None and rope.scaling not in choices:
             hint = nearest(str(rope.scaling), choices)
@@ -232,6 +243,11 @@ class ModelConfig:
     def has_rotation(self) -> bool:
         """Whether positions rotate queries and keys."""
         return self.position in ("rope", "blend")
+
+    @property
+    def trained_length(self) -> int:
+        """Tokens of the texts trained on: `RopeConfig.trained_length`, else ``context_length``."""
+        return (self.rope.trained_length if self.rope is not None else None) or self.context_length
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -300,6 +316,8 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON can hold; `from_dict` is the inverse."""
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in LATER or v != LATER[k]}
+        if self.rope is not None:
+            values["rope"] = self.rope.to_dict()
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 

@@ -102,8 +102,32 @@ def test_without_a_table_the_context_is_a_number() -> None:
     torch.testing.assert_close(converted.model(ids), model(ids), rtol=0.0, atol=1e-6)
     assert converted.steps[0].change == (
         "64 -> 100 tokens: a number, rope positions have no table; nothing is done for texts longer than the 64 tokens"
-        " trained on, which --rope-scaling yarn --rope-factor 2 without --context is for"
+        " trained on, which --rope-scaling yarn --rope-factor 2 is for"
     )
+
+
+@torch.no_grad()
+def test_yarn_is_worked_out_from_the_length_trained_on_whenever_the_context_grows() -> None:
+    model, ids = noisy(position="rope"), random_ids(length=200)
+    yarn = Changes(rope_scaling="yarn", rope_factor=4.0)
+    expected = convert(model, yarn).model(ids)  # of a model whose context was never touched
+    longer, further = (convert(model, Changes(context_length=n)).model for n in (100, 150))
+    ways = {
+        "context first": convert(longer, yarn).model,
+        "context twice": convert(convert(longer, Changes(context_length=150)).model, yarn).model,
+        "both at once": convert(model, dataclasses.replace(yarn, context_length=100)).model,
+        "scaling first": convert(convert(model, yarn).model, Changes(context_length=100)).model,
+        "by hand": extend_context(convert(model, yarn).model, 100),
+    }
+    for way, found in ways.items():
+        assert found.config.trained_length == 64, way
+        assert found.config.context_length > 64, way
+        assert ModelConfig.from_dict(found.config.to_dict()) == found.config
+        torch.testing.assert_close(found(ids), expected, rtol=0.0, atol=0.0)
+    by_context = GPT(dataclasses.replace(further.config, rope=RopeConfig(scaling="yarn", factor=4.0)))
+    by_context.load_state_dict(model.state_dict())
+    assert (by_context.eval()(ids) - expected).abs().max() > 1e-3  # the length does something
+    assert "trained_length" not in model.config.to_dict().get("rope", {}) if model.config.rope else True
 
 
 # Heads
@@ -231,9 +255,6 @@ def test_rotary_models_are_refused_a_table_and_svd() -> None:
         target(rope, Changes(n_kv_head=2, method="svd"))
     with pytest.raises(GptlabError, match="only learned positions become blend; this model has position 'rope'"):
         target(rope, Changes(position="blend"))
-    yarn = dataclasses.replace(rope, rope=RopeConfig(scaling="yarn", factor=4.0))
-    with pytest.raises(GptlabError, match="'yarn' is worked out from the context_length trained on, 64"):
-        target(yarn, Changes(context_length=100))
 
 
 def test_unknown_settings_are_refused() -> None:

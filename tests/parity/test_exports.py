@@ -325,6 +325,18 @@ THEIRS: dict[str, Any] = {
     "unscaled": lambda: transformers.GPTBigCodeConfig(**BIG, scale_attn_weights=False, activation_function="relu"),
     "StarCoder2": lambda: transformers.Starcoder2Config(**STAR, sliding_window=20),
     "without biases": lambda: transformers.Starcoder2Config(**STAR, use_bias=False, tie_word_embeddings=False),
+    "linear": lambda: transformers.Starcoder2Config(
+        **STAR, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0}
+    ),
+    "YaRN with a context of its own": lambda: transformers.Starcoder2Config(
+        **{**STAR, "max_position_embeddings": 3 * CONTEXT},
+        rope_parameters={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "rope_theta": 1000.0,
+            "original_max_position_embeddings": CONTEXT // 2,
+        },
+    ),
     "YaRN": lambda: transformers.Starcoder2Config(
         **{**STAR, "max_position_embeddings": 4 * CONTEXT},
         rope_parameters={

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 from gptlab.config import ModelConfig, RopeConfig, Scaling
-from gptlab.conversion.context import Extension, check_length
+from gptlab.conversion.context import Extension, check_length, with_trained_length
 from gptlab.conversion.heads import Grouping, Method, check_grouping, check_heads, check_method
 from gptlab.conversion.rotary import RotaryMethod
 from gptlab.errors import GptlabError, nearest
@@ -84,7 +84,7 @@ class Changes:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value != field.default:
-                value = dataclasses.asdict(value) if isinstance(value, RopeConfig) else value
+                value = value.to_dict() if isinstance(value, RopeConfig) else value
                 found[field.name] = list(value) if isinstance(value, (tuple, list)) else value
         return found
 
@@ -115,6 +115,8 @@ def target(config: ModelConfig, changes: Changes) -> ModelConfig:
         check_length(config, changes.context_length)
         settings["context_length"] = changes.context_length
     found = dataclasses.replace(config, **settings)
+    if found.context_length != config.context_length and config.position == "rope":
+        found = dataclasses.replace(found, rope=with_trained_length(config))
     if changes.rope_scaling is not None or changes.rope_factor is not None:
         found = dataclasses.replace(found, rope=_scaled(found, changes))
     if changes.extension is not None:
@@ -158,11 +160,6 @@ def _scaled(config: ModelConfig, changes: Changes) -> RopeConfig:
         raise GptlabError(
             "rope_scaling and rope_factor go together, as in rope_scaling yarn with rope_factor 4 for texts 4 times as"
             " long as trained; set both"
-        )
-    if changes.context_length is not None and kind == "yarn":
-        raise GptlabError(
-            "rope scaling 'yarn' is worked out from the context_length trained on; leave context_length out: texts"
-            " beyond it are read with any rotary positions"
         )
     return dataclasses.replace(rope, scaling=cast(Scaling, kind), factor=rope.factor if factor is None else factor)
 

@@ -5,7 +5,8 @@ T + i as position i, and so on. Heads that look at the tokens just before then f
 after a seam. Up to T tokens the model computes the same; beyond, it was never trained, and a little training is due.
 
 Rotary positions and models without positions have no table: there the context length is but a number, and what is
-computed stays the same at every length. How well a model of rotary positions does beyond the texts that it was trained
+computed stays the same at every length. The length trained on stays known (`gptlab.config.RopeConfig.trained_length`):
+``yarn`` is worked out from it. How well a model of rotary positions does beyond the texts that it was trained
 on is a matter of their scaling (`rescale`).
 """
 
@@ -29,18 +30,18 @@ def check_length(config: ModelConfig, length: int) -> None:
     """Refuse lengths that a model's context cannot be extended to.
 
     Raises:
-        GptlabError: a length below the model's own, or ``yarn`` positions, which depend on it.
+        GptlabError: a length below the model's own.
     """
     if length < config.context_length:
         raise GptlabError(
             f"a context of {length:,} is shorter than the model's {config.context_length:,}; a shorter text needs no"
             " conversion"
         )
-    if config.rope is not None and config.rope.scaling == "yarn" and length != config.context_length:
-        raise GptlabError(
-            f"rope scaling 'yarn' is worked out from the context_length trained on, {config.context_length:,}; leave it"
-            " as it is and set rope.factor"
-        )
+
+
+def with_trained_length(config: ModelConfig) -> RopeConfig:
+    """Return a model's settings of rotary positions with the length that it was trained on written down."""
+    return dataclasses.replace(config.rope or RopeConfig(), trained_length=config.trained_length)
 
 
 @torch.no_grad()
@@ -58,6 +59,8 @@ def extend_context(model: GPT, length: int, *, method: Extension = "copy", seed:
     """
     check_length(model.config, length)
     config = dataclasses.replace(model.config, context_length=length)
+    if model.config.position == "rope" and length != model.config.context_length:
+        config = dataclasses.replace(config, rope=with_trained_length(model.config))
     state = {name: tensor.clone() for name, tensor in model.tensors().items()}
     if config.has_table:
         table = state["wpe.weight"]  # (T, C)

@@ -10,6 +10,7 @@ length that the source knows.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ def _steps(
         found.append(_output_projections(rows))
     if new.context_length != config.context_length:
         found.append(_context(config, new, changes))
-    if new.position == "rope" and (new.rope or RopeConfig()) != (changes.rope or config.rope or RopeConfig()):
+    if new.position == "rope" and _turns(new.rope) != _turns(changes.rope or config.rope):
         found.append(_scaling(new))
     return found
 
@@ -224,28 +225,33 @@ def _output_projections(rows: Sequence[Tensor] | None) -> tuple[Step, Act]:
     return step, lambda source, model: refit_outputs(source, model, rows or [])
 
 
+def _turns(rope: RopeConfig | None) -> RopeConfig:
+    """The settings of rotary positions but the length trained on, which changes with the context."""
+    return dataclasses.replace(rope or RopeConfig(), trained_length=None)
+
+
 def _scaling(new: ModelConfig) -> tuple[Step, Act]:
     rope = new.rope or RopeConfig()
     if rope.scaling is None:
         step = Step("rope scaling", "none: angles as trained", "all weights", "outputs")
     else:
-        most = round(new.context_length * rope.factor)
+        most = round(new.trained_length * rope.factor)
         words = f"{rope.scaling}, factor {rope.factor:g}: for texts of up to {most:,} tokens"
-        words += f", {rope.factor:g} times the {new.context_length:,} of its context"
+        words += f", {rope.factor:g} times the {new.trained_length:,} trained on"
         step = Step("rope scaling", words, "all weights", "outputs, at every length")
     return step, lambda _, model: rescale(model, rope)
 
 
 def _context(config: ModelConfig, new: ModelConfig, changes: Changes) -> tuple[Step, Act]:
-    old, length = config.context_length, new.context_length
+    old, length, trained = config.context_length, new.context_length, config.trained_length
     if not new.has_table:
         words = f"{old:,} -> {length:,} tokens: a number, {new.position} positions have no table"
         reach = [w and w * d for w, d in zip(new.windows, new.dilations, strict=True)]
         scaled = new.rope is not None and new.rope.scaling is not None
-        if new.position == "rope" and not scaled and any(r is None or r > old for r in reach):
+        if new.position == "rope" and not scaled and any(r is None or r > trained for r in reach):
             words += (
-                f"; nothing is done for texts longer than the {old:,} tokens trained on, which --rope-scaling yarn"
-                f" --rope-factor {-(-length // old)} without --context is for"
+                f"; nothing is done for texts longer than the {trained:,} tokens trained on, which --rope-scaling yarn"
+                f" --rope-factor {-(-length // trained)} is for"
             )
         step = Step("context", words, "all")
     else:

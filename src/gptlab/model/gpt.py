@@ -125,7 +125,7 @@ class GPT(nn.Module):
         if config.has_rotation:
             with torch.device("cpu"):
                 # Not a buffer: `model.to(torch.bfloat16)` must not touch the angles.
-                self.frequencies = frequencies(config.rope or RopeConfig(), config.head_dim, config.context_length)
+                self.frequencies = frequencies(config.rope or RopeConfig(), config.head_dim, config.trained_length)
         self.tie()
         if self.wte.weight.device.type != "meta":
             self.init_weights(seed)

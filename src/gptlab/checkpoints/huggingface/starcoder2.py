@@ -5,6 +5,7 @@ Queries, keys and values are three projections there; pairs of channels are rota
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -77,7 +78,13 @@ def read_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
     if kind != "default":
         rope |= {"scaling": kind, "factor": factor}
     if kind == "yarn" and trained is not None:
-        found["context_length"] = trained
+        longest = found["context_length"]
+        if factor is None and _is_number(longest) and _is_number(trained):
+            rope["factor"] = factor = longest / trained
+        if _is_number(factor) and _is_number(trained) and longest == int(trained * factor):
+            found["context_length"] = trained  # as `write_config` writes it
+        else:
+            rope["trained_length"] = trained
     config = ModelConfig.from_dict(
         {
             **found,
@@ -89,6 +96,10 @@ def read_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
     if head_dim not in (None, config.head_dim):
         raise GptlabError(f"{path} has head_dim={head_dim!r}, which gptlab computes with {config.head_dim} only")
     return config
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value < math.inf
 
 
 def _object(path: Path, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,8 +146,9 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     if config.rope is not None and config.rope.scaling is not None:
         rope = {"rope_type": config.rope.scaling, "factor": float(config.rope.factor)}
         if config.rope.scaling == "yarn":
-            rope["original_max_position_embeddings"] = config.context_length
-            longest = int(config.context_length * config.rope.factor)
+            rope["original_max_position_embeddings"] = config.trained_length
+            # Not the context: transformers 4 takes the factor from the two lengths.
+            longest = int(config.trained_length * config.rope.factor)
     return {
         "vocab_size": config.vocab_size,
         "max_position_embeddings": longest,
