@@ -226,7 +226,7 @@ def test_rope_settings_that_are_impossible_or_idle_are_refused(name: str, rope: 
 
 
 def test_rope_must_be_its_settings_and_ntk_needs_two_pairs() -> None:
-    assert "theta, scaling and factor" in refusal(position="rope", rope=10000.0)
+    assert "theta, scaling, factor and trained_length" in refusal(position="rope", rope=10000.0)
     assert "two pairs" in refusal(position="rope", n_embd=24, rope={"scaling": "ntk", "factor": 2.0})
 
 

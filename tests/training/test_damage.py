@@ -227,7 +227,7 @@ def test_changed_data_are_refused(run: Path, data: Dataset, tmp_path: Path, chec
     if not checkpointed:
         shutil.rmtree(run / "checkpoints")
     other = make_dataset(tmp_path / "data", [sentences(50, seed=i) for i in range(60)])
-    with pytest.raises(gptlab.GptlabError, match=r"the data of the run .* has changed since it began; restore it"):
+    with pytest.raises(gptlab.GptlabError, match=r"/data holds other data than the run .* began with.*; restore them"):
         resume(run, other)
     assert (run / "checkpoints").exists() == checkpointed
 

@@ -144,7 +144,10 @@ def test_flags_come_on_top_of_settings() -> None:
 def test_a_base_takes_the_place_of_the_model() -> None:
     plan = read_recipe("finetune", base="runs/a")
     assert plan.base == "runs/a"
-    with pytest.raises(gptlab.GptlabError, match=r"the model comes from runs/a, so model\.preset cannot be set; leave"):
+    words = (
+        r"runs/a, so model\.preset cannot be set; take a recipe that sets nothing of the model, such as finetune, or"
+    )
+    with pytest.raises(gptlab.GptlabError, match=words):
         read_recipe("pocket", base="runs/a")
     with pytest.raises(gptlab.GptlabError, match=r"the model comes from gpt2, so model\.window cannot be set"):
         read_recipe("finetune", model={"window": 8})

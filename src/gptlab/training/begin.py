@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import gptlab
 from gptlab.checkpoints import Checkpoint
 from gptlab.checkpoints.files import write_files
 from gptlab.checkpoints.runs import is_run, read_run
+from gptlab.conversion.context import rescale
 from gptlab.errors import GptlabError
 from gptlab.language_model import LanguageModel
 from gptlab.model.gpt import GPT
@@ -58,6 +60,10 @@ def first_model(recipe: Recipe, dataset: Dataset, base: LanguageModel | None) ->
                 " the data with the tokenizer that the model was trained with"
             )
         check_schedules(recipe, base.config)
+        rope = base.config.rope
+        if rope is not None and rope.scaling is None and rope.trained_length is not None:
+            # From here on it is trained on texts as long as its context.
+            return rescale(base.model, dataclasses.replace(rope, trained_length=None)).float()
         return base.model.float()
     config = recipe.model_for(dataset.tokenizer.vocab_size)
     check_schedules(recipe, config)
