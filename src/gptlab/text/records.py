@@ -14,6 +14,7 @@ from gptlab.text.tokenizers import refuse_surrogates
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXT_FIELD = "text"
 
+_WHERE = "(of gptlab prepare and gptlab evaluate)"
 _BATCH = 64  # rows of a parquet file at a time
 
 
@@ -117,7 +118,7 @@ def _no_record(where: str, field: str, record: Any) -> GptlabError:
     hint = ""
     if others and field not in record:
         which = others[0] if len(others) == 1 else "NAME"
-        hint = f"; it has {_quoted(others)}: name the one to read with --text-field {which}"
+        hint = f"; it has {_quoted(others)}: name the one to read with --text-field {which} {_WHERE}"
     what = "a text" if field == TEXT_FIELD else f"a text in {field!r}"
     return GptlabError(f'{where} is no JSON object with {what}, as {{"{field}": "..."}}{hint}')
 
@@ -137,7 +138,7 @@ def _table(file: IO[bytes], name: object, suffix: str, field: str) -> Texts:
         names = next(iter(found.values()))
         raise GptlabError(
             f"{name} has no column {field!r}; its first row has {_quoted(names)}: name the column to read with"
-            " --text-field NAME"
+            f" --text-field NAME {_WHERE}"
         )
     names = found[mark]
     rows = csv.reader(lines, delimiter=mark, strict=True)
@@ -164,7 +165,7 @@ def _parquet(file: IO[bytes], name: object, suffix: str, field: str) -> Texts:
             names = table.schema_arrow.names
             raise GptlabError(
                 f"{name} has no column {field!r}; it has {_quoted(names)}: name the column to read with"
-                " --text-field NAME"
+                f" --text-field NAME {_WHERE}"
             )
         number = 0
         for batch in table.iter_batches(batch_size=_BATCH, columns=[field]):
