@@ -24,8 +24,8 @@ import transformers
 
 import gptlab
 from gptlab.evaluation.answers import encode_pair
+from gptlab.evaluation.batches import DTYPES
 from gptlab.evaluation.data import read
-from gptlab.evaluation.rows import DTYPES
 from gptlab.evaluation.scoring import completion_logprobs
 from gptlab.text.tokenizers import GPT2Tokenizer
 

@@ -11,7 +11,7 @@ import transformers
 from theirs import by_windows, one_by_one, random_ids, small, theirs
 
 from gptlab import GPT, GptlabError, ModelConfig
-from gptlab.evaluation import rows
+from gptlab.evaluation import batches
 from gptlab.evaluation.scoring import Completion, completion_logprobs, token_logprobs
 from gptlab.model import kernels
 from gptlab.text.tokenizers import GPT2Tokenizer
@@ -89,16 +89,16 @@ def test_a_batch_holds_no_more_tokens_than_asked(model: GPT, sequences: list[lis
 
 
 def test_no_more_than_a_few_rows_of_logits_at_once(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "HEAD_ROWS", 7)
+    monkeypatch.setattr(batches, "HEAD_ROWS", 7)
     seen = []
-    linear = rows.F.linear
+    linear = batches.F.linear
 
     def spy(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> torch.Tensor:
         if len(weight) == model.config.vocab_size:
             seen.append(tuple(x.shape[:-1]))
         return linear(x, weight, *rest)
 
-    monkeypatch.setattr(rows.F, "linear", spy)
+    monkeypatch.setattr(batches.F, "linear", spy)
     ids = random_ids(CONTEXT + 1)
     found = token_logprobs(model, [ids])[0]
     assert seen == [(7,), (7,), (2,)]

@@ -133,7 +133,7 @@ def evaluate(
 def _load(name: str, dtype: str, tokenizer: str | None, device: str) -> LanguageModel:
     import gptlab
     from gptlab.errors import GptlabError, nearest
-    from gptlab.evaluation.rows import DTYPES
+    from gptlab.evaluation.batches import DTYPES
 
     if dtype not in DTYPES:
         raise GptlabError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{nearest(dtype, DTYPES)}")

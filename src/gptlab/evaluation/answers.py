@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gptlab.errors import GptlabError
 from gptlab.evaluation import data, detokenizers
+from gptlab.evaluation.batches import Progress
 from gptlab.evaluation.protocol import Outcome, Settings, ids_sha256, mean_and_error, perplexity
-from gptlab.evaluation.rows import Progress
 from gptlab.evaluation.scoring import Completion, Score, completion_logprobs
 from gptlab.model.gpt import GPT
 from gptlab.text.tokenizers import Tokenizer

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gptlab.errors import GptlabError
+from gptlab.evaluation.batches import Progress
 from gptlab.evaluation.protocol import Settings
-from gptlab.evaluation.rows import Progress
 from gptlab.evaluation.scoring import Ids, as_ids, token_logprobs, window_length
 from gptlab.model.gpt import GPT
 from gptlab.text.documents import open_documents

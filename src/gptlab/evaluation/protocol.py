@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from gptlab.errors import GptlabError
-from gptlab.evaluation.rows import Progress
+from gptlab.evaluation.batches import Progress
 from gptlab.evaluation.scoring import Ids, Score
 from gptlab.model.gpt import GPT
 from gptlab.text.records import TEXT_FIELD

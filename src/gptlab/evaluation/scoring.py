@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gptlab.errors import GptlabError
-from gptlab.evaluation.rows import Progress, Row, score_rows
+from gptlab.evaluation.batches import Progress, Row, score_rows
 from gptlab.model.gpt import GPT
 
 Ids = np.ndarray | Sequence[int]

@@ -14,8 +14,8 @@ import torch
 
 from gptlab.errors import GptlabError, nearest
 from gptlab.evaluation import answers, texts
+from gptlab.evaluation.batches import Progress
 from gptlab.evaluation.protocol import Outcome, Protocol, Settings
-from gptlab.evaluation.rows import Progress
 from gptlab.evaluation.scoring import Result, check_stride, window_length
 from gptlab.model.gpt import GPT
 from gptlab.text.records import TEXT_FIELD

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gptlab.errors import GptlabError
 from gptlab.evaluation import data, detokenizers
+from gptlab.evaluation.batches import Progress
 from gptlab.evaluation.protocol import Outcome, Settings, ids_sha256, perplexity
-from gptlab.evaluation.rows import Progress
 from gptlab.evaluation.scoring import Score, token_logprobs, window_length
 from gptlab.model.gpt import GPT
 from gptlab.text.documents import open_documents, sha256_of_documents

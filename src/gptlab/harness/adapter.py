@@ -21,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from gptlab.errors import GptlabError, nearest
-from gptlab.evaluation.rows import DTYPES
+from gptlab.evaluation.batches import DTYPES
 from gptlab.evaluation.scoring import completion_logprobs, window_length
 from gptlab.evaluation.tasks import identity
 from gptlab.generation.continuation import Continuation

@@ -27,9 +27,9 @@ from gptlab.training.budget import with_count
 from gptlab.training.data import Batches, Items, Windows
 from gptlab.training.distill import Teacher, load_teacher
 from gptlab.training.hardware import keep_memory, memory_bytes, peak_flops
-from gptlab.training.items import novelty
 from gptlab.training.lock import alone
 from gptlab.training.loss import LogitsGradient, softmax_gradient
+from gptlab.training.novelty import novelty
 from gptlab.training.optimizer import clip, cut_warmup, learning_rate_share, make_optimizers
 from gptlab.training.parallel import Group, join, spread
 from gptlab.training.recipe import Recipe, make_recipe

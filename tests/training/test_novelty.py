@@ -11,8 +11,8 @@ from trainings import RECIPE, make_dataset, small
 
 import gptlab
 from gptlab.text.shards import Dataset
-from gptlab.training.items import novelty
 from gptlab.training.loop import train
+from gptlab.training.novelty import novelty
 
 ITEMS = RECIPE.replace('kind = "bytes"', 'kind = "chars"\n\n[data]\nitems = true').replace(
     "context_length = 32", "context_length = 8"
