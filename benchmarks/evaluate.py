@@ -23,9 +23,9 @@ import torch
 import transformers
 
 import gptlab
-from gptlab.evaluation.answers import encode_pair
 from gptlab.evaluation.batches import DTYPES
 from gptlab.evaluation.data import read
+from gptlab.evaluation.pairs import encode_pair
 from gptlab.evaluation.scoring import completion_logprobs
 from gptlab.text.tokenizers import GPT2Tokenizer
 

@@ -16,7 +16,8 @@ from theirs import at_once, by_windows, small, theirs
 import gptlab
 from gptlab import GPT, GptlabError, ModelConfig
 from gptlab.evaluation import detokenizers, texts
-from gptlab.evaluation.answers import STOP_WORDS, encode_pair
+from gptlab.evaluation.lambada import STOP_WORDS
+from gptlab.evaluation.pairs import encode_pair
 from gptlab.evaluation.paper import TABLE_3
 from gptlab.evaluation.scoring import Result
 from gptlab.evaluation.tasks import TASKS, evaluate, protocol_of

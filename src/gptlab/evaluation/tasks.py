@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gptlab.errors import GptlabError, nearest
-from gptlab.evaluation import answers, texts
+from gptlab.evaluation import hellaswag, lambada, texts
 from gptlab.evaluation.batches import Progress
 from gptlab.evaluation.protocol import Outcome, Protocol, Settings
 from gptlab.evaluation.scoring import Result, check_stride, window_length
@@ -52,7 +52,7 @@ TASKS = {
         Protocol(
             "lambada:last-word",
             "LAMBADA test, OpenAI's file: greedy decoding gives all tokens of the last word; perplexity of the word",
-            answers.lambada_last_word,
+            lambada.lambada_last_word,
             "lambada",
             ("accuracy", "perplexity"),
             original={"accuracy": 0.3256, "perplexity": 40.06},
@@ -61,7 +61,7 @@ TASKS = {
         Protocol(
             "lambada:last-token",
             "LAMBADA test, OpenAI's file: the last token of the passage, given all before it; perplexity of the token",
-            answers.lambada_last_token,
+            lambada.lambada_last_token,
             "lambada",
             ("accuracy", "perplexity"),
             original={"accuracy": 0.4667},
@@ -70,7 +70,7 @@ TASKS = {
         Protocol(
             "lambada:last-token-stopwords",
             "as lambada:last-token, with the likeliest token that is none of 127 English stop words",
-            answers.lambada_stop_words,
+            lambada.lambada_stop_words,
             "lambada",
             ("accuracy",),
         ),
@@ -78,7 +78,7 @@ TASKS = {
             "hellaswag:completion",
             "HellaSwag validation, context and endings as they are: the ending with the least loss, and with the least"
             " loss per token (norm)",
-            answers.hellaswag_completion,
+            hellaswag.hellaswag_completion,
             "hellaswag",
             ("accuracy", "accuracy_norm"),
             original={"accuracy": 0.2859, "accuracy_norm": 0.2955},
@@ -88,7 +88,7 @@ TASKS = {
             "hellaswag:lm-eval",
             "HellaSwag validation, activity first, brackets removed: the ending with the least loss, and with the least"
             " loss per character (norm)",
-            answers.hellaswag_harness,
+            hellaswag.hellaswag_harness,
             "hellaswag",
             ("accuracy", "accuracy_norm"),
             original={"accuracy": 0.2892, "accuracy_norm": 0.3114},
