@@ -110,4 +110,4 @@ def _undecodable(name: object, encoding: str, offset: int, head: bytes) -> Gptla
             return GptlabError(f"{name} is {kind}, no text; save what is written in it as .txt")
     if encoding == "utf-8" and b"\0" in head:
         return GptlabError(f"{name} is not text: it holds binary data (byte {offset} is not UTF-8); name text files")
-    return GptlabError(f"{name} is no {_NAMES[encoding]} text (byte {offset}); convert it, for instance with iconv")
+    return GptlabError(f"{name} is not {_NAMES[encoding]} text (byte {offset}); convert it, for instance with iconv")
