@@ -121,7 +121,7 @@ def test_by_path_other_files_are_taken_and_known(cache: Path, tmp_path: Path) ->
     [
         (b"", "there is no text in mine.jsonl"),
         (b" \n\n", "there is no text in mine.jsonl"),
-        (b"\xff\xfa", "no UTF-8 text"),
+        (b"\xff\xfa", "is not UTF-8 text"),
         (b"plain text\n", "line 1, is no JSON object"),
         (CONTENT + b"[1]\n", "line 2, is no JSON object"),
         (CONTENT + b"\n" + json.dumps({"texts": "a"}).encode(), "line 3, has no 'text'"),
