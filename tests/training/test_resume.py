@@ -231,7 +231,7 @@ def test_a_compiled_run_goes_on_within_rounding(data: Dataset, tmp_path: Path, d
 
 
 def test_a_run_on_items_goes_on_exactly(tmp_path: Path) -> None:
-    from test_items import ITEMS, words_dataset
+    from test_novelty import ITEMS, words_dataset
 
     data, recipe = words_dataset(tmp_path / "data"), small(text=ITEMS)
     whole = train(recipe, data, tmp_path / "whole")
