@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name bytes by their number: what a compressor writes holds the time, and workers must agree on names."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real material that lies beside a checkout of the project and is not a part of it."""
