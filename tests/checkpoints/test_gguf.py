@@ -288,7 +288,7 @@ def header(n_tensors: int = 0, n_keys: int = 0, version: int = 3) -> bytes:
         (header(n_tensors=1) + string(b"a") + struct.pack("<I", 2**31), "more than four dimensions"),
         (header(n_tensors=1) + string(b"a") + struct.pack("<IQQIQ", 2, 2**62, 2**62, 0, 0), "behind its end"),
         (header(n_tensors=1) + string(b"a") + struct.pack("<IQIQ", 1, 1, 0, 2**63), "behind its end"),
-        (header(n_tensors=1) + string(b"a") + struct.pack("<IQIQ", 1, 33, 8, 0), "no whole blocks of 32"),
+        (header(n_tensors=1) + string(b"a") + struct.pack("<IQIQ", 1, 33, 8, 0), "not whole blocks of 32"),
         (header(n_tensors=1) + string(b"a") + struct.pack("<IQIQ", 1, 32, 77, 0), "the unknown type 77"),
         (header(), "has the architecture None; gptlab reads gpt2 and starcoder2"),
     ],
