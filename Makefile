@@ -31,14 +31,21 @@ demo: setup
 test: setup
 	$(PYTEST)
 
-# With EleutherAI's harness, half a gigabyte that only its own tests need.
-test-all: $(VENV)/.gptlab-eval
+# With EleutherAI's harness, half a gigabyte, and llama.cpp, which only their own tests need.
+test-all: $(VENV)/.gptlab-eval $(VENV)/.gptlab-llama
 	$(PYTEST) -m 'slow or not slow'
 
 $(VENV)/.gptlab-eval: $(VENV)/.gptlab
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		$(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX)) -c constraints.txt -e '.[eval]'
 	@touch $@
+
+# Built from source, since it has no wheel. Where that fails its tests are skipped, and the next call tries again.
+$(VENV)/.gptlab-llama: $(VENV)/.gptlab
+	@echo "building llama.cpp for its tests (about ten minutes, once)"
+	@if CMAKE_ARGS=-DGGML_NATIVE=OFF $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt llama-cpp-python==0.3.36 > $@.log 2>&1; then mv $@.log $@; \
+		else echo "llama.cpp could not be built, so its tests will be skipped; the reason is in $@.log"; fi
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -137,7 +137,12 @@ def test_a_size_that_is_none(saved: Path, tmp_path: Path, size: str) -> None:
 
 
 def test_the_card_tells_the_whole_history(tmp_path: Path) -> None:
-    first = {"source": {"name": "pocket"}, "steps": [{"name": "heads", "change": "6 to 2"}], "outputs": None}
+    imported = {"source": "ckpt.pt", "format": "nanogpt"}
+    first = {
+        "source": {"name": "m0", "import": imported},
+        "steps": [{"name": "heads", "change": "6 to 2"}],
+        "outputs": None,
+    }
     outputs = {"before": 4.5, "after": 4.75}
     second = {"source": {"name": "m1", "conversion": first}, "steps": [{"name": "windows", "change": "64"}]}
     import json
@@ -148,20 +153,23 @@ def test_the_card_tells_the_whole_history(tmp_path: Path) -> None:
     export(tmp_path / "model", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "- converted from m1: windows: 64 (4.5000 to 4.7500 nats per token on a text not fitted on)" in card
-    assert "- converted from pocket: heads: 6 to 2\n" in card
-    assert card.index("from m1") < card.index("from pocket")
+    assert "- converted from m0: heads: 6 to 2\n- imported from ckpt.pt (format: nanogpt)\n" in card
+    assert card.index("from m1") < card.index("from m0")
     assert "4 query heads on 2 key/value heads, 8 wide" in card
     assert "rope positions, context 64, attention windows of 16 tokens" in card
 
 
-def test_the_card_of_a_trained_model() -> None:
-    from gptlab.checkpoints.hub import built_in
-    from gptlab.checkpoints.huggingface import plan
-    from gptlab.checkpoints.huggingface.card import make_card, read_facts
+def test_the_card_of_a_trained_model(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
 
-    path = built_in()["pocket"]
-    config = checkpoints.read_config(path)
-    card = make_card(config, plan(config), "GPT2LMHeadModel", {"name": "pocket", **read_facts(path)})
-    assert card.startswith("---\nlibrary_name: transformers\n")
-    for part in ("- corpus: enwiki", "- 8,192,000 tokens", "- 4.3800 nats per token", '"name": "muon"'):
-        assert part in card
+    export("pocket", tmp_path / "hf", verify=False)
+    export("pocket", tmp_path / "m.gguf", format="gguf", planning={"type": "q8_0"}, verify=False)
+    cards = {
+        "hf": (tmp_path / "hf" / "README.md").read_text(encoding="utf-8"),
+        "gguf": gguf.GGUFReader(tmp_path / "m.gguf").fields["general.description"].contents(),
+    }
+    assert cards["hf"].startswith("---\nlibrary_name: transformers\n")
+    assert cards["gguf"].startswith("# pocket\n\nA causal language model exported by gptlab for llama.cpp, as `gpt2` w")
+    for card in cards.values():
+        for part in ("- corpus: enwiki", "- 8,192,000 tokens", "- 4.3800 nats per token", '"name": "muon"'):
+            assert part in card

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gptlab import checkpoints
 from gptlab.checkpoints import Checkpoint, gguf, hub, huggingface
+from gptlab.checkpoints.card import read_facts
 from gptlab.checkpoints.files import refuse_bytes
-from gptlab.checkpoints.huggingface.card import read_facts
 from gptlab.conversion.calibration import DEFAULT_TEXT, calibration_rows
 from gptlab.errors import GptlabError, nearest
 from gptlab.formatting import readable

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptlab import language_model
+from gptlab import checkpoints, language_model
 from gptlab.checkpoints import hub
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
@@ -75,7 +75,7 @@ def checks(
         data: files for those by name of data set; others are looked for as `gptlab evaluate` does.
 
     Raises:
-        GptlabError: not one of the four, or its weights cannot be had.
+        GptlabError: not one of the four, its weights cannot be had, or what lies there is of another architecture.
     """
     if model is None:
         if path is not None or scores:
@@ -86,8 +86,10 @@ def checks(
         return
     if model not in hub.ORIGINALS:
         raise GptlabError(f"only the original models can be verified: {', '.join(hub.ORIGINALS)}; got {model!r}")
-    lm = language_model.load(path or model)
-    if lm.tokenizer is None:
+    directory = hub.locate(model if path is None else str(path.absolute()))
+    _refuse_others(model, directory)
+    lm = language_model.load(directory)
+    if lm.tokenizer is None or lm.tokenizer.vocab_size != lm.config.vocab_size:
         lm.tokenizer = GPT2Tokenizer()
     yield _timed(lambda: original_count(model, lm))
     if model == "gpt2":
@@ -100,6 +102,17 @@ def checks(
         for protocol in TASKS.values():
             if protocol.original:
                 yield _timed(functools.partial(published_scores, lm, protocol, data))
+
+
+def _refuse_others(model: str, directory: Path) -> None:
+    """Raise GptlabError where a model is not of the architecture of an original, before any weight is read."""
+    found, wanted = checkpoints.read_config(directory).to_dict(), ModelConfig.preset(model).to_dict()
+    differ = [name for name in wanted if found.get(name) != wanted[name] and name != "dropout"]
+    if differ:
+        shapes = "; ".join(f"{name} is {found.get(name)}, not {wanted[name]}" for name in differ)
+        raise GptlabError(
+            f"{directory} holds another model than {model}: {shapes}; --path takes the weights of {model}"
+        )
 
 
 SCORE_BOUNDS = {"accuracy": 0.005, "perplexity": 0.01}

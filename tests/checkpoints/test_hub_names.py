@@ -279,11 +279,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return self.answer(404, X_Error_Code="RevisionNotFound")
             siblings = [{"rfilename": name} for name in files]
             return self.answer(200, json.dumps({"id": "owner/name", "sha": COMMIT, "siblings": siblings}).encode())
+        if re.fullmatch(f"{api}tree/[^/]+/.+", path):
+            return self.answer(404, X_Error_Code="EntryNotFound")  # there are no folders in it
         if path == f"{api}tree/{COMMIT}":
             rows = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in files.items()]
             return self.answer(200, json.dumps(rows).encode(), Content_Type="application/json")
-        if path.startswith(f"/owner/name/resolve/{COMMIT}/"):
-            name = path.rsplit("/", 1)[1]
+        if found := re.fullmatch(f"/owner/name/resolve/({'|'.join(REVISIONS)})/(.+)", path):
+            name = found[2]
+            if name not in files:
+                return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
             if self.command == "GET":
                 self.server.sent.append(name)
             etag = hashlib.sha256(files[name]).hexdigest()
@@ -349,6 +353,28 @@ def test_what_another_program_fetched_is_enough_offline(
     assert "merges.txt" not in {path.name for path in cache.rglob("*")}
     done = run(LOAD.format(name="owner/name"), tmp_path / "home", tmp_path, **network)
     assert done.stdout.strip() == checksum(), done.stdout + done.stderr
+
+
+TRANSFORMERS = """
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained("owner/name", dtype=torch.float32)
+tokenizer = transformers.AutoTokenizer.from_pretrained("owner/name")
+print(model.transformer.wte.weight.double().sum().item(), tokenizer("The dog")["input_ids"])
+"""
+
+
+@pytest.mark.slow  # imports transformers in a process of its own
+def test_what_transformers_fetched_is_enough_offline(tmp_path: Path, repository: Path, local_hub: Hub) -> None:
+    engine = Engine(models.BPE(vocab=gpt2_vocab(), merges=list(gpt2_merges())))
+    engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    local_hub.files["tokenizer.json"] = engine.to_str().encode()
+    theirs = run(TRANSFORMERS, tmp_path / "home", tmp_path, HF_ENDPOINT=local_hub.url)
+    assert theirs.stdout.strip() == checksum(), theirs.stdout + theirs.stderr
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(local_hub.sent)
+    asked = len(local_hub.sent)
+    ours = run(LOAD.format(name="owner/name"), tmp_path / "home", tmp_path, HF_HUB_OFFLINE="1")
+    assert ours.stdout.strip() == checksum(), ours.stdout + ours.stderr
+    assert len(local_hub.sent) == asked
 
 
 def test_a_download_that_breaks_off_goes_on_where_it_was(tmp_path: Path, local_hub: Hub) -> None:

@@ -290,6 +290,14 @@ def test_verify(refused: Refused, arguments: list[str], complaint: str) -> None:
     assert complaint in refused("verify", *arguments)
 
 
+def test_verify_of_another_architecture_says_so_before_any_weight_is_read(refused: Refused, tmp_path: Path) -> None:
+    config = gptlab.ModelConfig.preset("gpt2", n_layer=2, n_embd=24, window=64)
+    gptlab.save(gptlab.LanguageModel(gptlab.GPT(config)), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    said = refused("verify", "gpt2", "--path", tmp_path / "model")
+    assert "holds another model than gpt2: n_layer is 2, not 12; n_embd is 24, not 768; n_inner is 96, not" in said
+
+
 # --- pipes ----------------------------------------------------------------------------------------------------
 
 posix_pipes = pytest.mark.skipif(sys.platform == "win32", reason="pipes break differently there")

@@ -278,6 +278,7 @@ def test_verify_of_weights_that_are_not_the_originals_fails_in_rows(
     from gptlab import verification
 
     monkeypatch.setattr(verification, "known_text", lambda: "A short text will do for untrained weights.")
+    monkeypatch.setitem(PRESETS, "gpt2", gptlab.load(tiny).config.to_dict())
     code, out, err = run("verify", "gpt2", "--path", tiny)
     assert (code, err) == (1, "")
     assert [row.split()[0] for row in out.splitlines()] == ["FAIL", "FAIL", "FAIL", "FAIL", "0"]

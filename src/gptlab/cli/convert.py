@@ -190,14 +190,15 @@ def _caches(before: ModelConfig, after: ModelConfig) -> dict[str, Any]:
 
 
 def _identity(lm: LanguageModel, source: str, directory: Path) -> dict[str, Any]:
-    """Return what tells the source from other models, and how it was converted itself."""
+    """Return what tells the source from other models, and where it came from itself."""
     from gptlab.evaluation.tasks import identity
     from gptlab.training.budget import tokens_trained
 
     found = {**identity(lm.model, source), "tokens_trained": tokens_trained(source)}
-    earlier = directory / "conversion.json"
-    if earlier.is_file():
-        found["conversion"] = json.loads(earlier.read_text(encoding="utf-8"))
+    for name in ("conversion", "import"):
+        earlier = directory / f"{name}.json"
+        if earlier.is_file():
+            found[name] = json.loads(earlier.read_text(encoding="utf-8"))
     return found
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gptlab.checkpoints.card import make_card
 from gptlab.checkpoints.files import Checkpoint, Lazy, complete_state, write_files
 from gptlab.checkpoints.gguf.container import MAGIC, open_gguf
 from gptlab.checkpoints.gguf.vocabulary import add_vocabulary, read_vocabulary
@@ -238,7 +239,8 @@ def write(
         type: of the matrices; norms, biases and positions are float32. With q8_0 a matrix whose rows are not a multiple
             of 32 is f16.
         context: see `plan`.
-        facts: ``name`` is written as the model's.
+        facts: for the model card, as `card.read_facts` gives them; ``name`` is written as the model's. The card is the
+            file's ``general.description``.
 
     Returns:
         How it lives in llama.cpp.
@@ -256,7 +258,8 @@ def write(
     def fill(temporary: Path) -> None:
         writer = gguf.GGUFWriter(temporary, home.family)
         try:
-            _add_metadata(writer, home.config, type, str((facts or {}).get("name", path.stem)))
+            _add_card(writer, checkpoint.config, home, type, {"name": path.stem, **(facts or {})})
+            _add_metadata(writer, home.config, type)
             add_vocabulary(writer, checkpoint.tokenizer, home.config.vocab_size)
             for name, tensor in _tensors(checkpoint, home).items():
                 numbers = tensor.detach().float().numpy()
@@ -281,10 +284,16 @@ def _type_of(name: str, tensor: Tensor, type: str) -> str:
     return "f16" if type == "q8_0" and tensor.shape[-1] % 32 else type
 
 
-def _add_metadata(writer: Any, config: ModelConfig, type: str, name: str) -> None:
+def _add_card(writer: Any, config: ModelConfig, home: Home, type: str, facts: Mapping[str, Any]) -> None:
+    opening = f"A causal language model exported by gptlab for llama.cpp, as `{home.family}` with weights in {type}."
+    writer.add_name(str(facts["name"]))
+    writer.add_description(make_card(config, facts, opening=opening, rewritten=home.rewritten, lost=home.lost))
+    writer.add_tags(["gptlab", "text-generation"])
+
+
+def _add_metadata(writer: Any, config: ModelConfig, type: str) -> None:
     import gguf
 
-    writer.add_name(name)
     kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
     writer.add_file_type(gguf.LlamaFileType[kinds[type]])
     if type == "q8_0":

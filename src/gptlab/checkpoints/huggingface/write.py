@@ -11,9 +11,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gptlab.checkpoints.card import make_card
 from gptlab.checkpoints.files import Checkpoint, write_files
 from gptlab.checkpoints.huggingface import bigcode, custom, gpt2, starcoder2
-from gptlab.checkpoints.huggingface.card import make_card
 from gptlab.checkpoints.huggingface.homes import Home, home_of, move_in, obstacle
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
@@ -98,12 +98,25 @@ def write(
     }
     files.update(_tokenizer_files(checkpoint.tokenizer, moved.config, tokens))
     files["generation_config.json"] = _json({**tokens, "_from_model_config": True})
-    files["README.md"] = make_card(checkpoint.config, home, architecture, facts or {}).encode()
+    files["README.md"] = _card(checkpoint.config, home, architecture, facts or {}).encode()
     weights = _weight_files(tensors, limit)
     files.update(weights)
     files["config.json"] = _json(header)
     write_files(directory, files, stale=[name for name in _earlier(directory) if name not in files])
     return home
+
+
+def _card(config: ModelConfig, home: Home, architecture: str, facts: Mapping[str, Any]) -> str:
+    """The model card, with the header that the hub reads."""
+    loading = ", trust_remote_code=True" if home.family == "gptlab" else ""
+    opening = (
+        f"A causal language model exported by gptlab as `{architecture}`.\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("."{loading})\n'
+        'tokenizer = AutoTokenizer.from_pretrained(".")\n```'
+    )
+    header = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- gptlab\n- gpt2\n---\n\n"
+    return header + make_card(config, facts, opening=opening, rewritten=home.rewritten, lost=home.lost)
 
 
 def size_of(text: str) -> int:

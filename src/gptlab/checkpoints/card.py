@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptlab.checkpoints.huggingface.homes import Home
 from gptlab.config import ModelConfig
 
-SOURCES = ("card.json", "conversion.json", "training.json")
+SOURCES = ("card.json", "conversion.json", "import.json", "training.json")
 """Files beside a checkpoint that say where it comes from."""
 
 
@@ -28,22 +27,27 @@ def read_facts(directory: Path) -> dict[str, Any]:
     return facts
 
 
-def make_card(config: ModelConfig, home: Home, architecture: str, facts: Mapping[str, Any]) -> str:
-    """Return the model card as Markdown, with the header that the hub reads."""
+def make_card(
+    config: ModelConfig, facts: Mapping[str, Any], *, opening: str, rewritten: Sequence[str], lost: Sequence[str]
+) -> str:
+    """Return the model card as Markdown.
+
+    Args:
+        config: of the model that was exported.
+        facts: as `read_facts` gives them; ``name`` is the title.
+        opening: what the model is in the other program, and how to load it there.
+        rewritten: what is written otherwise than it was, with the same function.
+        lost: what the other program does not have.
+    """
     heads = f"{config.n_head} query heads on {config.kv_heads} key/value heads, {config.head_dim} wide"
     window = (
         "full causal attention" if set(config.windows) == {None} else f"attention windows of {config.window} tokens"
     )
     extras = [f"{config.sinks} sinks"] if config.sinks else []
     extras += [f"dilation {config.dilation}"] if set(config.dilations) != {1} else []
-    loading = ", trust_remote_code=True" if home.family == "gptlab" else ""
     sections = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- gptlab\n- gpt2\n---",
         "# " + str(facts.get("name", "A model from gptlab")),
-        f"A causal language model exported by gptlab as `{architecture}`.",
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("."{loading})\n'
-        'tokenizer = AutoTokenizer.from_pretrained(".")\n```',
+        opening,
         "## Architecture\n"
         + _list(
             f"{config.n_layer} layers, {config.n_embd} channels, feed-forward {config.inner} ({config.activation})",
@@ -52,9 +56,8 @@ def make_card(config: ModelConfig, home: Home, architecture: str, facts: Mapping
             f"vocabulary {config.vocab_size:,}, output head {'tied' if config.tie_embeddings else 'of its own'}",
         ),
     ]
-    if home.rewritten or home.lost:
-        lost = [f"what is lost: {what}" for what in home.lost]
-        sections.append("## As it is written here\n" + _list(*home.rewritten, *lost))
+    if rewritten or lost:
+        sections.append("## As it is written here\n" + _list(*rewritten, *(f"what is lost: {what}" for what in lost)))
     sections += [
         section for section in (_data(facts), _training(facts), _evaluation(facts), _history(facts)) if section
     ]
@@ -99,7 +102,7 @@ def _evaluation(facts: Mapping[str, Any]) -> str:
 def _history(facts: Mapping[str, Any]) -> str:
     """Every conversion on the way to this model, the last one first."""
     items = []
-    conversion: Any = facts.get("conversion")
+    conversion, imported = facts.get("conversion"), _of(facts, "import")
     while isinstance(conversion, dict):
         source = _of(conversion, "source")
         steps = [step for step in conversion.get("steps") or [] if isinstance(step, dict)]
@@ -109,7 +112,9 @@ def _history(facts: Mapping[str, Any]) -> str:
         if isinstance(outputs, dict) and _number(outputs, "before") and _number(outputs, "after"):
             moved = f" ({outputs['before']:.4f} to {outputs['after']:.4f} nats per token on a text not fitted on)"
         items.append(f"converted from {source.get('name', 'another model')}: {changes}{moved}")
-        conversion = source.get("conversion")
+        conversion, imported = source.get("conversion"), _of(source, "import")
+    if imported.get("source"):
+        items.append(f"imported from {imported['source']} (format: {imported.get('format')})")
     return "## Conversion history\n" + _list(*items) if items else ""
 
 
