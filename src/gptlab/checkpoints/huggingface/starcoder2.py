@@ -89,7 +89,7 @@ def read_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
         {
             **found,
             "position": "rope",
-            "rope": rope,
+            "rope": None if rope == {"theta": 10000.0} else rope,  # without settings of its own
             "activation": activation(path, "hidden_act", found["activation"]),
         }
     )
