@@ -16,7 +16,7 @@ import gptlab
 from gptlab import checkpoints, exporting
 from gptlab.exporting import export
 from gptlab.formatting import readable
-from gptlab.text.tokenizers import byte_tokenizer
+from gptlab.text.tokenizers import byte_tokenizer, char_tokenizer
 
 
 @pytest.fixture
@@ -41,6 +41,15 @@ def test_a_model_without_a_tokenizer_is_compared_on_random_tokens(tmp_path: Path
     gptlab.save(gptlab.LanguageModel(gptlab.GPT(gptlab.ModelConfig.preset("tiny"))), tmp_path / "model")
     found = export(tmp_path / "model", tmp_path / "out")
     assert (found.difference, found.tokens) == (0.0, 128)
+
+
+def test_characters_that_cannot_write_the_text_are_compared_on_random_tokens(tmp_path: Path) -> None:
+    config = gptlab.ModelConfig.preset("tiny", vocab_size=3)
+    lm = gptlab.LanguageModel(gptlab.GPT(config, seed=1), char_tokenizer(["abc"], end_of_text=False))
+    gptlab.save(lm, tmp_path / "model")
+    found = export(tmp_path / "model", tmp_path / "out")
+    assert (found.difference, found.tokens) == (0.0, 128)
+    assert gptlab.load(tmp_path / "out").needs_tokenizer().encode("cab") == [2, 0, 1]
 
 
 def test_without_a_comparison(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

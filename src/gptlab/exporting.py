@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -119,12 +120,15 @@ def export(
 
 
 def calibration(checkpoint: Checkpoint, length: int) -> list[Tensor]:
-    """Return rows of ``length`` ids to compare models on: of a text of Python's own, random without a tokenizer."""
+    """Return rows of ``length`` ids to compare models on.
+
+    They are of a text of Python's own, or random where there is no tokenizer, or one that cannot write that text.
+    """
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    if tokenizer is None or tokenizer.vocab_size > config.vocab_size:
-        drawn = torch.randint(config.vocab_size, (ROWS, length), generator=torch.Generator().manual_seed(0))
-        return list(drawn)
-    return list(calibration_rows(tokenizer, length, ROWS * length, DEFAULT_TEXT))
+    if tokenizer is not None and tokenizer.vocab_size <= config.vocab_size:
+        with contextlib.suppress(GptlabError):  # a character-level model knows its own characters alone
+            return list(calibration_rows(tokenizer, length, ROWS * length, DEFAULT_TEXT))
+    return list(torch.randint(config.vocab_size, (ROWS, length), generator=torch.Generator().manual_seed(0)))
 
 
 @torch.no_grad()

@@ -109,10 +109,9 @@ def _refuse_others(model: str, directory: Path) -> None:
     found, wanted = checkpoints.read_config(directory).to_dict(), ModelConfig.preset(model).to_dict()
     differ = [name for name in wanted if found.get(name) != wanted[name] and name != "dropout"]
     if differ:
-        shapes = "; ".join(f"{name} is {found.get(name)}, not {wanted[name]}" for name in differ)
-        raise GptlabError(
-            f"{directory} holds another model than {model}: {shapes}; --path takes the weights of {model}"
-        )
+        some = "; ".join(f"{name} is {found.get(name)}, not {wanted[name]}" for name in differ[:4])
+        more = f"; and {len(differ) - 4} more" if len(differ) > 4 else ""
+        raise GptlabError(f"{directory} holds another model than {model}: {some}{more}; verify {model}'s own weights")
 
 
 SCORE_BOUNDS = {"accuracy": 0.005, "perplexity": 0.01}

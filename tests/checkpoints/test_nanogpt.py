@@ -275,6 +275,24 @@ def test_the_activation_can_be_stated(tmp_path: Path, monkeypatch: pytest.Monkey
     assert imported(monkeypatch, path, "--out", tmp_path / "out") == 2  # is there already
 
 
+def test_an_activation_that_is_stated_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert imported(monkeypatch, "pocket", "--out", tmp_path / "out", "--activation", "gelu") == 2
+    assert "which do not state it; pocket does: leave it out" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_characters_the_way_to_give_them_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "ckpt.pt")
+    with pytest.raises(gptlab.GptlabError, match=r"gptlab import .*ckpt.pt --characters input.txt --out model` takes"):
+        gptlab.load(path).generate("A")
+    assert imported(monkeypatch, path, "--out", tmp_path / "out") == 0
+    assert "give the training text of a character-level model with --characters" in capsys.readouterr().out
+
+
 def test_a_tokenizer_beside_the_file_is_used(tmp_path: Path) -> None:
     state = weights(vocab_size=257)
     path = write(tmp_path / "ckpt.pt", state, model_args={**ARGS, "vocab_size": 257})

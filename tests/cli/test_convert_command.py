@@ -17,7 +17,7 @@ from gptlab import GPT, ModelConfig
 from gptlab.config import RopeConfig
 from gptlab.conversion.rotary import to_rope
 from gptlab.evaluation.tasks import identity
-from gptlab.text.tokenizers import byte_tokenizer
+from gptlab.text.tokenizers import byte_tokenizer, char_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -173,6 +173,20 @@ def test_weights_alone(run: Run, source: Path, text: Path, tmp_path: Path) -> No
     values = json.loads(said)
     assert values["steps"][0]["change"].endswith("by the weights alone")
     assert values["calibration"].keys() == {"text", "measured_on"}
+
+
+def test_characters_that_cannot_write_the_text(run: Run, tmp_path: Path) -> None:
+    config = gptlab.ModelConfig.preset("tiny", vocab_size=3)
+    gptlab.save(gptlab.LanguageModel(gptlab.GPT(config), char_tokenizer(["abc"], end_of_text=False)), tmp_path / "m")
+    change = (tmp_path / "m", "--n-kv-head", 2, "--out", tmp_path / "new")
+    code, _, err = run("convert", *change)
+    assert code == 2
+    assert err.startswith("gptlab: of the calibration text pydoc the character")
+    assert "or name another text (--calibration)" in err
+    assert not (tmp_path / "new").exists()
+    code, out, _ = run("convert", *change, "--no-calibration")
+    assert code == 0
+    assert "outputs: not measured, for want of a text" in out
 
 
 def test_what_was_trained_is_passed_on(run: Run, source: Path, text: Path, tmp_path: Path) -> None:

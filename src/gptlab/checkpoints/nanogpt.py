@@ -61,6 +61,12 @@ def read_config(path: Path) -> ModelConfig:
     return _opened(path)[0]
 
 
+NO_TOKENIZER = (
+    "{file} came without a tokenizer, and the characters in nanoGPT's meta.pkl are a pickle, which is never opened:"
+    " `gptlab import {file} --characters input.txt --out model` takes them from the training text"
+)
+
+
 def read(path: Path, dtype: torch.dtype) -> Checkpoint:
     """Read the model in a `ckpt.pt`; the optimizer's state is left aside.
 
@@ -73,7 +79,7 @@ def read(path: Path, dtype: torch.dtype) -> Checkpoint:
     if tokenizer is None and config.vocab_size == GPT2_VOCABULARY:
         tokenizer = GPT2Tokenizer()
     state = complete_state(config, readers, dtype, file, described_by="model_args")
-    return Checkpoint(config, state, tokenizer)
+    return Checkpoint(config, state, tokenizer, "" if tokenizer else NO_TOKENIZER.format(file=file))
 
 
 def _file(path: Path) -> Path:

@@ -63,7 +63,7 @@ def convert(
         int | None, typer.Option(help="Tokens of it to fit on (default: 8,192, or 8 for each channel).")
     ] = None,
     no_calibration: Annotated[
-        bool, typer.Option("--no-calibration", help="Look at the weights alone, and measure nothing.")
+        bool, typer.Option("--no-calibration", help="Look at the weights alone; a text only measures the result.")
     ] = False,
     refit: Annotated[
         bool | None,
@@ -137,7 +137,12 @@ def _texts(
     n_fit = 0 if none else -(-(n_tokens or texts.default_tokens(lm.config.n_embd)) // length)
     n_held_out = -(-HELD_OUT // length)
     name = calibration or texts.DEFAULT_TEXT
-    rows = texts.calibration_rows(lm.tokenizer, length, (n_fit + n_held_out) * length, name)
+    try:
+        rows = texts.calibration_rows(lm.tokenizer, length, (n_fit + n_held_out) * length, name)
+    except GptlabError:
+        if none:  # nothing depends on the text but the measurement
+            return None, [], None
+        raise
     fit, held_out = ([], rows) if none else texts.keep_back(rows, n_held_out)
     n_fit = min(n_fit, len(fit))
     fit = [fit[i * len(fit) // n_fit] for i in range(n_fit)]  # of a short text no more than was asked for

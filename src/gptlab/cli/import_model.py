@@ -35,6 +35,8 @@ def import_model(
     tokenizer = None if characters is None else char_tokenizer([_text(characters)], end_of_text=False)
     place = hub.locate(source)
     format_name = checkpoints.name_of(checkpoints.format_of(place))
+    if activation is not None and format_name != "nanogpt":
+        raise GptlabError(f"--activation is for nanoGPT's files, which do not state it; {source} does: leave it out")
     lm = gptlab.load(source, tokenizer=tokenizer)
     if tokenizer is not None and tokenizer.vocab_size != lm.config.vocab_size:
         raise GptlabError(
@@ -58,7 +60,11 @@ def import_model(
     print(f"{source}: {facts['parameters']:,} parameters, read as {checkpoints.FORMATS[format_name].ABOUT}")
     print(f"saved: {out}\ntry it: gptlab {'generate --model' if lm.tokenizer else 'inspect'} {out}")
     if lm.tokenizer is None:
-        print("it came without a tokenizer; put its tokenizer.json, or vocab.json and merges.txt, beside the source")
+        characters_too = ", or give the training text of a character-level model with --characters"
+        print(
+            "it came without a tokenizer; put its tokenizer.json, or vocab.json and merges.txt, beside the source"
+            + (characters_too if format_name == "nanogpt" else "")
+        )
 
 
 def _about(source: str, format_name: str) -> bytes:

@@ -43,7 +43,7 @@ def calibration_rows(
         Tensors (T,) int64.
 
     Raises:
-        GptlabError: no such text, or one that is shorter than a row.
+        GptlabError: no such text, one that is shorter than a row, or one that the tokenizer cannot write.
     """
     if n_tokens < 1:
         raise GptlabError(f"a calibration text has at least 1 token, got {n_tokens}")
@@ -51,7 +51,12 @@ def calibration_rows(
     ids: list[int] = []
     left = MOST_CHARACTERS
     for document in open_documents([str(source)]):
-        ids += mark + tokenizer.encode(document[:left])
+        try:
+            ids += mark + tokenizer.encode(document[:left])
+        except GptlabError as error:
+            raise GptlabError(
+                f"of the calibration text {source} {error}, or name another text (--calibration)"
+            ) from None
         left -= len(document)
         if left <= 0:
             break

@@ -113,7 +113,7 @@ def _card(config: ModelConfig, home: Home, architecture: str, facts: Mapping[str
         f"A causal language model exported by gptlab as `{architecture}`.\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("."{loading})\n'
-        'tokenizer = AutoTokenizer.from_pretrained(".")\n```'
+        f'tokenizer = AutoTokenizer.from_pretrained("."{loading})\n```'
     )
     header = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- gptlab\n- gpt2\n---\n\n"
     return header + make_card(config, facts, opening=opening, rewritten=home.rewritten, lost=home.lost)
