@@ -176,6 +176,13 @@ def test_a_padded_vocabulary_and_none(tmp_path: Path, tokenizer: Tokenizer) -> N
     assert gptlab.load(tmp_path).tokenizer is None
 
 
+def test_a_directory_with_several_files(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        ours.write(tmp_path / f"{name}.gguf", make())
+    with pytest.raises(gptlab.GptlabError, match=r"holds 2 GGUF files; name one of them, as .*a\.gguf$"):
+        gptlab.load(tmp_path)
+
+
 def test_tokenizers_that_llama_cpp_lacks(tmp_path: Path) -> None:
     for one, complaint in (
         (byte_tokenizer(), "needs at least one merge"),

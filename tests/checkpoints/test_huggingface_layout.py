@@ -474,7 +474,7 @@ def test_an_index_may_not_name_a_path_outside(tmp_path: Path, outside: str) -> N
         (tmp_path / place).write_bytes((tmp_path / "m" / shard).read_bytes())
     moved = {name: outside if at == shard else at for name, at in weight_map.items()}
     (tmp_path / "m" / INDEX).write_text(json.dumps({"weight_map": moved}))
-    assert f"names the shard {outside!r}" in refusal(tmp_path / "m")
+    assert f"names the shard {outside!r}, which is not a file's name" in refusal(tmp_path / "m")
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"weight_map": {}}', '{"weight_map": [1]}', '{"weight_map": 3}'])

@@ -275,6 +275,13 @@ def test_the_activation_can_be_stated(tmp_path: Path, monkeypatch: pytest.Monkey
     assert imported(monkeypatch, path, "--out", tmp_path / "out") == 2  # is there already
 
 
+def test_a_file_that_was_cut_short(tmp_path: Path) -> None:
+    path = write(tmp_path / "ckpt.pt")
+    path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(gptlab.GptlabError, match=r"ckpt.pt is damaged \(it is cut short\); copy or download it again$"):
+        gptlab.load(path)
+
+
 def test_an_activation_that_is_stated_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 def diagnose(directory: Path) -> str | None:
     """Say what a directory without a model is and which way leads to one; None where nothing in it tells."""
-    return _adapter(directory) or _trainer(directory)
+    return _adapter(directory) or _trainer(directory) or _several(directory)
 
 
 def _adapter(directory: Path) -> str | None:
@@ -39,3 +39,8 @@ def _trainer(directory: Path) -> str | None:
         f"{directory} holds the checkpoints of a trainer, not a model itself; name one of them: the last is"
         f" {numbered[max(numbered)]}" + (f", the first {numbered[min(numbered)]}" if len(numbered) > 1 else "")
     )
+
+
+def _several(directory: Path) -> str | None:
+    files = sorted(directory.glob("*.gguf"))
+    return f"{directory} holds {len(files)} GGUF files; name one of them, as {files[0]}" if len(files) > 1 else None

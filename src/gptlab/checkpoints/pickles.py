@@ -33,6 +33,7 @@ MOST_TUPLES = 20_000
 """Tuples in tuples, as keys of a dictionary, overflow the stack of Python at 80,000; a checkpoint has four a tensor."""
 MOST_SHARED = 3
 """Times the size of the file; embedding and head are often one tensor, and more than that nothing needs."""
+_ZIP = b"PK\x03\x04"
 _OLD_PICKLES = 5  # before torch 1.6: a number, a version, the machine, the object, the names of its storages
 
 
@@ -58,6 +59,9 @@ def load_pickle(path: Path) -> Any:
     try:
         zipped = zipfile.is_zipfile(path)
         with path.open("rb") as file:
+            if not zipped and file.read(4) == _ZIP:
+                raise ValueError("it is cut short")  # an archive's list of contents is at its end
+            file.seek(0)
             for pickled in _zipped(file) if zipped else [file] * _OLD_PICKLES:
                 _check(pickled)
         with warnings.catch_warnings(action="ignore"):  # about pickle protocols; what counts is said below

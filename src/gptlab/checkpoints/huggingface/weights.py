@@ -91,7 +91,9 @@ def _merge(directory: Path, index: str, open_one: Callable[[Path], Lazy]) -> Laz
         raise GptlabError(f"{directory / index} is damaged (no weight_map); restore it")
     merged: Lazy = {}
     for shard in sorted(set(map(str, weight_map.values()))):
-        if Path(shard).name != shard or not (directory / shard).is_file():
+        if shard in ("", "..") or Path(shard).name != shard:
+            raise GptlabError(f"{directory / index} names the shard {shard!r}, which is not a file's name; restore it")
+        if not (directory / shard).is_file():
             raise GptlabError(f"{directory / index} names the shard {shard!r}, which is not there; copy it too")
         opened = open_one(directory / shard)
         merged.update({name: get for name, get in opened.items() if weight_map.get(name, shard) == shard})
