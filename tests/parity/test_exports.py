@@ -204,6 +204,15 @@ def test_what_has_no_home_is_refused_and_brings_its_own_code(name: str, tmp_path
     same_state(again, checkpoint(lm))
 
 
+@pytest.mark.parametrize("custom_code", [False, True])
+def test_a_position_that_no_code_computes_is_refused(custom_code: bool, tmp_path: Path) -> None:
+    lm = model(position="none")
+    object.__setattr__(lm.config, "position", "new")  # as if `Position` had one more
+    with pytest.raises(gptlab.GptlabError, match="position='new' cannot be written for transformers"):
+        huggingface.write(tmp_path / "m", checkpoint(lm), custom_code=custom_code)
+    assert not (tmp_path / "m").exists()
+
+
 @torch.no_grad()
 def test_code_of_its_own_trains(tmp_path: Path) -> None:
     lm = model(window=8)

@@ -87,6 +87,11 @@ class CausalSelfAttention(nn.Module):
         q_sinks = None if self.sinks_at_most is None else rotary.rotate(q, at_most=self.sinks_at_most)
         return rotary.rotate(q), rotary.rotate(k), v, q_sinks
 
+    def weights(self, x: Tensor, tokens: Tokens, rotary: Rotary | None = None) -> Tensor:
+        """Return the weights that `forward` gives the values, (B, H, T, T) float32, without a cache or dropout."""
+        q, k, _, q_sinks = self.project(x, rotary)
+        return kernels.attention_weights(q, k, self.visibility, tokens, tokens, q_sinks)
+
     def forward(
         self, x: Tensor, tokens: Tokens, rotary: Rotary | None = None, cache: Full | None = None
     ) -> Tensor:  # (B, T, C) -> (B, T, C)

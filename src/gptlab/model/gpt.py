@@ -24,7 +24,6 @@ from gptlab.errors import GptlabError
 from gptlab.model.attention import CausalSelfAttention
 from gptlab.model.cache import Cache, Full
 from gptlab.model.checks import check_input
-from gptlab.model.kernels import attention_weights
 from gptlab.model.linear import Linear
 from gptlab.model.masks import Tokens
 from gptlab.model.rope import Rotary, frequencies
@@ -274,5 +273,4 @@ class GPT(nn.Module):
         for block in self.blocks[:layer]:
             x = block(x, tokens, rotary)
         block = self.blocks[layer]
-        q, k, _, q_sinks = block.attn.project(block.ln_1(x), rotary)
-        return attention_weights(q, k, block.attn.visibility, tokens, tokens, q_sinks)
+        return block.attn.weights(block.ln_1(x), tokens, rotary)

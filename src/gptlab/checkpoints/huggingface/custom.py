@@ -17,6 +17,8 @@ from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 
 ARCHITECTURE = "GptlabForCausalLM"
+POSITIONS = ("learned", "rope", "none", "blend")
+"""Kinds of position that the code sent along computes."""
 FILES = ("configuration_gptlab.py", "modeling_gptlab.py")
 
 

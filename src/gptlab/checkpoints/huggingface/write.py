@@ -32,8 +32,13 @@ def plan(config: ModelConfig, custom_code: bool = False) -> Home:
         custom_code: where no class of transformers computes it, send code of its own along.
 
     Raises:
-        GptlabError: no class computes it, and ``custom_code`` is false.
+        GptlabError: no class computes it, and ``custom_code`` is false; or the code of its own does not either.
     """
+    if config.position not in custom.POSITIONS:
+        raise GptlabError(
+            f"position={config.position!r} cannot be written for transformers, which has no class for it; keep the"
+            " model in gptlab's own format"
+        )
     reason = obstacle(config)
     if reason is None:
         return home_of(config)
