@@ -59,6 +59,16 @@ def test_lines(run: Run, tmp_path: Path) -> None:
     assert open_dataset(tmp_path / "data").items
 
 
+@pytest.mark.parametrize(("text", "noted"), [("a<|endoftext|>b\nc\n", True), ("a<|endoftext|>\nb<|endoftext|>", False)])
+def test_a_mark_inside_a_line_gets_one_note(run: Run, tmp_path: Path, text: str, noted: bool) -> None:
+    (tmp_path / "a.txt").write_text(text * 5)
+    code, out, _ = run(tmp_path / "a.txt", "--tokenizer", "bytes", "--held-out", 0.3, "--out", tmp_path / "data")
+    assert code == 0
+    assert out.count("note: <|endoftext|> inside a line is text and ends no document, as in 'a<|endoftext|>b") == noted
+    (tmp_path / "b.txt").write_text(text.replace("<|endoftext|>", "<|endoftext|>\n"))  # as the note says
+    assert "note:" not in run(tmp_path / "b.txt", "--append", "--out", tmp_path / "data")[1]
+
+
 def test_a_validation_text_of_ones_own(run: Run, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n")
     (tmp_path / "held.csv").write_text("body\ntwo\nthree\n")

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptlab.errors import GptlabError
+from gptlab.text.decoding import CHUNK
 from gptlab.text.documents import open_documents
 
 TEXTS = ["one\nline", 'naïve, "quoted"; 東京 🌹', "three"]
@@ -200,6 +201,12 @@ POINTED = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".txt.gz", ".zip", ".t
         ("a.txt", b"%PDF-1.4\n\xe2\xe3", "is a PDF file, no text"),
         ("a.pdf", b"%PDF-1.4", "is a formatted document"),
         ("a.txt", b"\0\1\2\xff" * 100, "is not text: it holds binary data"),
+        ("a.txt", b"one\ntwo\0three\n", r"a\.txt holds a NUL \(byte 7 is 0\): it looks like binary data, or UTF-16"),
+        ("a.txt", b"\xef\xbb\xbfone\0", r"holds a NUL \(byte 6 is 0\)"),
+        ("a.txt", b"x" * CHUNK + b"\0", rf"holds a NUL \(byte {CHUNK} is 0\)"),
+        ("a.txt", "東京\n".encode("utf-16-le") * 9, r"is not (UTF-8 )?text|holds a NUL"),
+        ("a.txt", "one\n".encode("utf-32-le"), "holds a NUL"),
+        ("a.jsonl", b'{"text": "a\0"}\n', r"a\.jsonl holds a NUL"),
         ("a.ipynb", b"{}", "is a notebook"),
         ("a.json", b'{"data": 3}', "record 1 of .* is no JSON object with a text"),
         ("a.json", b'[{"text": "a"}, ', "ends within its array"),

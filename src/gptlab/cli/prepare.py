@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from gptlab.text.documents import Documents
     from gptlab.text.shards import Dataset, NewTokenizer, TokenizerChoice
     from gptlab.text.tokenizers import Tokenizer
 
@@ -62,6 +63,7 @@ def prepare(
             documents = open_documents(sources, per_line=per_line, text_field=text_field, report=report)
             dataset = shards.append(documents, out, tokenizer=same, report=report)
         _summarise(dataset, documents.left_out)
+        _note_marks(documents)
     else:
         if validation and held_out is not None:
             raise GptlabError("--held-out has no effect with --validation; leave one of them out")
@@ -99,6 +101,7 @@ def prepare_with_progress(
         other = texts(validation) if validation else None
         dataset = shards.prepare(documents, tokenizer, out, held_out=held_out, validation=other, report=take)
     _summarise(dataset, documents.left_out | (other.left_out if other is not None else {}))
+    _note_marks(documents)
     if shared:
         print(f"note: {shared:,} of the documents to train on are in the validation text too")
     return dataset
@@ -143,6 +146,17 @@ def _summarise(dataset: Dataset, left_out: Mapping[str, str]) -> None:
         some = [f"{name} ({reason})" for name, reason in list(left_out.items())[:5]]
         more = f" and {len(left_out) - 5:,} more" if len(left_out) > 5 else ""
         print(f"left out    {len(left_out):,} file{'s' * (len(left_out) > 1)}: {', '.join(some)}{more}")
+
+
+def _note_marks(documents: Documents) -> None:
+    """Say when a text holds the mark that ends documents where it is text, which few people mean."""
+    from gptlab.text.tokenizers import END_OF_TEXT
+
+    if documents.inside:
+        print(
+            f"note: {END_OF_TEXT} inside a line is text and ends no document, as in {documents.inside[0]!r}; put a line"
+            " break behind each that is to end one"
+        )
 
 
 def _held_out(dataset: Dataset) -> str:

@@ -57,9 +57,11 @@ def decode(content: bytes, name: object) -> str:
     """Return a whole file as text, without its byte-order mark and with line ends as they are.
 
     Raises:
-        GptlabError: bytes that are not text in the encoding that the file seems to have.
+        GptlabError: bytes that are not text in the encoding that the file seems to have, or zeros among them.
     """
     encoding, skipped = encoding_of(content[:_HEAD])
+    if encoding == "utf-8":
+        _refuse_zeros(content, 0, name, content[:_HEAD])
     try:
         return content[skipped:].decode(encoding)
     except UnicodeDecodeError as error:
@@ -85,6 +87,8 @@ def decoded(file: IO[bytes], name: object) -> Iterator[str]:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
             raise _undecodable(name, encoding, offset - held + error.start, head) from None
+        if encoding == "utf-8":
+            _refuse_zeros(chunk, offset, name, head)
         offset += len(chunk)
         if after or "\r" in text:
             text = after + text
@@ -102,6 +106,20 @@ def refuse_markup(head: bytes, name: object) -> None:
     for beginning, kind in _MARKUP:
         if start.startswith(beginning):
             raise GptlabError(f"{name} is {kind}, whose markup is not text to learn; save its text as .txt")
+
+
+def _refuse_zeros(content: bytes, offset: int, name: object, head: bytes) -> None:
+    """Raise GptlabError where UTF-8, which begins at ``offset`` in its file, holds a byte that is 0: no text has it."""
+    place = content.find(b"\0")
+    if place < 0:
+        return
+    for beginning, kind in _NO_TEXT:
+        if head.startswith(beginning):
+            raise GptlabError(f"{name} is {kind}, no text; save what is written in it as .txt")
+    raise GptlabError(
+        f"{name} holds a NUL (byte {offset + place} is 0): it looks like binary data, or UTF-16 or UTF-32 without a"
+        " byte-order mark; name text files, or convert it, for instance with iconv -f UTF-16LE -t UTF-8"
+    )
 
 
 def _undecodable(name: object, encoding: str, offset: int, head: bytes) -> GptlabError:

@@ -23,6 +23,7 @@ from gptlab.text.decoding import decoded
 from gptlab.text.files import ARCHIVES, READ, Reading, holds_records, read_file, stem_of, suffixes_of
 from gptlab.text.records import TEXT_FIELD
 from gptlab.text.segmentation import PIECE, Piece, document_pieces, in_pieces, line_pieces
+from gptlab.text.tokenizers import END_OF_TEXT
 
 NAMES = ("stdlib", "pydoc", *downloads.NAMES)
 
@@ -42,12 +43,14 @@ class Documents:
         readers: each yields the pieces of some documents, from the start at every call.
         left_out: the files of directories and archives that were not read, and why. Those in archives are known when
             the documents were read once.
+        inside: the first place where ``<|endoftext|>`` stands inside a line and so is text; known as `left_out` is.
     """
 
     name: str
     items: bool
     readers: tuple[Read, ...]
     left_out: dict[str, str] = field(default_factory=dict)
+    inside: list[str] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[str]:
         """Yield each document's whole text, in a fixed order."""
@@ -68,6 +71,8 @@ class Documents:
         for reader in self.readers:
             for piece in reader():
                 empty = False
+                if not self.inside and (place := piece.text.find(END_OF_TEXT)) >= 0:
+                    self.inside.append(piece.text[max(0, place - 10) : place + len(END_OF_TEXT) + 10])
                 yield piece
         if empty:
             left = f" (left out: {', '.join(list(self.left_out)[:5])})" if self.left_out else ""
