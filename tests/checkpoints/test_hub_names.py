@@ -189,6 +189,23 @@ def test_the_hubs_cache_serves_offline(tmp_path: Path, repository: Path, shared_
     assert done.stdout.strip() == checksum(), done.stdout + done.stderr
 
 
+def test_a_revision_that_the_cache_lacks_is_named_offline(tmp_path: Path, repository: Path) -> None:
+    blob = fill_cache(tmp_path / "home", repository, "owner/name")
+    refs = blob.parents[1] / "refs"
+    (refs / "pr").mkdir()
+    (refs / "pr" / "1").write_text(COMMIT)
+    (refs / "gone").write_text("f" * 40)  # a name whose files were never fetched
+    # One process for all, since the imports take the time.
+    names = ("owner/name@v9", f"owner/name@{COMMIT}", "owner/name@pr/1", "owner/none@v9")
+    done = run("".join(LOAD.format(name=name) for name in names), tmp_path / "home", tmp_path, HF_HUB_OFFLINE="1")
+    lacking, *there, nothing = done.stdout.splitlines()
+    assert "the revision 'v9' of owner/name" in lacking, done.stdout + done.stderr
+    assert lacking.endswith("its cache here holds main, pr/1: name owner/name@main")
+    assert there == [checksum()] * 2
+    assert "the revision 'v9' of owner/none" in nothing
+    assert "to use it offline, put config.json" in nothing
+
+
 def test_a_flipped_bit_in_the_hubs_cache_is_noticed(tmp_path: Path, repository: Path) -> None:
     blob = fill_cache(tmp_path, repository, "openai-community/gpt2")
     snapshot = blob.parents[1] / "snapshots" / COMMIT

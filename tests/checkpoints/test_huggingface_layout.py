@@ -89,6 +89,9 @@ def refusal(directory: Path) -> str:
         "module._orig_mod.",
         "_orig_mod.module.model.",
         "_fsdp_wrapped_module.transformer.",
+        "gpt2.",
+        "decoder.",
+        "pretrained_model.transformer.",
     ],
 )
 @pytest.mark.parametrize("head", ["absent", "same as the embedding"])
@@ -521,6 +524,30 @@ def write_bin(directory: Path, *, legacy: bool = False) -> Path:
 def test_a_pickle_of_tensors_is_read(tmp_path: Path, legacy: bool) -> None:
     write_bin(tmp_path, legacy=legacy)
     assert_same(gptlab.load(tmp_path).model, original())
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model", "module"])
+def test_a_pickle_in_which_a_training_loop_wrapped_the_tensors(tmp_path: Path, wrapper: str) -> None:
+    path = write_bin(tmp_path)
+    tensors = tensors_of(original(), "model.transformer.")
+    torch.save({wrapper: tensors, "epoch": 3, "optimizer": {"state": {}}}, path)
+    assert_same(gptlab.load(tmp_path).model, original())
+    tensors.pop("model.transformer.h.0.ln_1.weight")
+    torch.save({wrapper: tensors}, path)
+    assert "lacks h.0.ln_1.weight" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ({"epoch": 3}, r"holds something else than tensors by name, alone or under 'state_dict'"),
+        ({"state_dict": {"epoch": 3}}, r"save model\.state_dict\(\) alone as pytorch_model\.bin"),
+        ({"model": {}, "model_args": {"n_layer": 2}}, r"is nanoGPT's ckpt\.pt under another name; rename it"),
+    ],
+)
+def test_a_pickle_of_something_else_is_explained(tmp_path: Path, content: dict[str, Any], complaint: str) -> None:
+    torch.save(content, write_bin(tmp_path))
+    assert re.search(complaint, refusal(tmp_path))
 
 
 class Payload:

@@ -111,6 +111,18 @@ def _cached(repository: str, revision: str | None) -> Path | None:
     return snapshot if any(path.exists() for path in weights) else None
 
 
+def _cached_revisions(repository: str) -> list[str]:
+    """The branches and tags, and the commits without such a name, whose models the hub's cache holds."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    root = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
+    names = {path.relative_to(root / "refs").as_posix(): path for path in (root / "refs").rglob("*") if path.is_file()}
+    commits = {path.read_text().strip() for path in names.values()}
+    others = [path.name for path in (root / "snapshots").glob("*") if path.name not in commits]
+    return [name for name in (*sorted(names), *sorted(others)) if _cached(repository, name) is not None]
+
+
 def _refusal(name: str, repository: str, revision: str | None, error: Exception) -> GptlabError:
     """The sentence for what went wrong between here and the hub."""
     from huggingface_hub import errors
@@ -132,8 +144,14 @@ def _refusal(name: str, repository: str, revision: str | None, error: Exception)
         )
     folder = Path(name.split("/")[-1])
     why = f"{type(error).__name__}, status {status}" if status else type(error).__name__
+    wanted = f"the revision {revision!r} of {repository}" if revision else repository
+    if there := _cached_revisions(repository):
+        return GptlabError(
+            f"{here}the Hugging Face hub cannot be reached for {wanted} ({why}); its cache here holds"
+            f" {', '.join(there)}: name {name}@{there[0]}"
+        )
     return GptlabError(
-        f"{here}the Hugging Face hub cannot be reached for {repository} ({why}); to use it offline, put config.json,"
+        f"{here}the Hugging Face hub cannot be reached for {wanted} ({why}); to use it offline, put config.json,"
         f" model.safetensors, vocab.json and merges.txt of {repository} into the folder {folder} and run the same"
         f" command with ./{folder} for the model; the built-in model 'pocket' needs no network"
     )

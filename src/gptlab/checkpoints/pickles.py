@@ -31,6 +31,8 @@ _ALLOWED = re.compile(
 LARGEST_PICKLE = 2**24
 MOST_TUPLES = 20_000
 """Tuples in tuples, as keys of a dictionary, overflow the stack of Python at 80,000; a checkpoint has four a tensor."""
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+"""Names under which training loops put a model's tensors, beside their own state."""
 MOST_SHARED = 3
 """Times the size of the file; embedding and head are often one tensor, and more than that nothing needs."""
 _ZIP = b"PK\x03\x04"
@@ -42,10 +44,19 @@ class Foreign(Exception):
 
 
 def open_pickle(path: Path) -> Lazy:
-    """Open a PyTorch file of nothing but tensors by name; errors as `load_pickle`."""
+    """Open a PyTorch file of tensors by name, alone or under a name of `WRAPPERS`; errors as `load_pickle`."""
     tensors = load_pickle(path)
+    if isinstance(tensors, dict):
+        if isinstance(tensors.get("model_args"), dict):
+            raise GptlabError(
+                f"{path} is nanoGPT's ckpt.pt under another name; rename it to ckpt.pt and name that file"
+            )
+        tensors = next((tensors[name] for name in WRAPPERS if isinstance(tensors.get(name), dict)), tensors)
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise GptlabError(f"{path} holds something else than tensors by name; it is not a pytorch_model.bin")
+        raise GptlabError(
+            f"{path} holds something else than tensors by name, alone or under {', '.join(map(repr, WRAPPERS))}; save"
+            " model.state_dict() alone as pytorch_model.bin"
+        )
     return {str(name): functools.partial(tensors.__getitem__, name) for name in tensors}
 
 

@@ -14,7 +14,7 @@ from gptlab.errors import GptlabError
 
 # Wrappers that put their name before, or inside, the name of every tensor that they hold.
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_PREFIX = re.compile(r"^((module|model|transformer|base_model)\.)+")
+_PREFIX = re.compile(r"^((module|model|transformer|base_model|pretrained_model|gpt2|decoder)\.)+")
 _HEADS = {
     "multiple_choice_head": "multiple choice",
     "summary": "multiple choice",
