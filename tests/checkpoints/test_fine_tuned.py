@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,21 @@ def test_texts_begin_and_end_as_in_transformers(tmp_path: Path, ends: dict[str, 
             assert lm.tokenizer.encode_prompt(prompt, special=True) == begun
         if "eos_token_id" in ends and ends_here:
             assert len(continued) == len(kept) + 1  # transformers ended there too
+
+
+@pytest.mark.parametrize(
+    ("ends", "named"), [(ROWS, str(ROWS)), ([STOP, 50256, -1], "-1, 50256"), (STOP + 1, str(STOP + 1)), (STOP, None)]
+)
+def test_an_end_that_is_no_token_gets_a_line(tmp_path: Path, ends: Any, named: str | None) -> None:
+    directory = fine_tuned(tmp_path, generation_config={"eos_token_id": ends})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lm = gptlab.load(directory)
+    said = [str(warning.message) for warning in caught if "eos_token_id" in str(warning.message)]
+    assert len(said) == (named is not None)
+    assert all(f"eos_token_id {named} in its configuration" in line and "\n" not in line for line in said)
+    assert lm.tokenizer is not None
+    assert lm.tokenizer.ends <= set(range(STOP + 1))
 
 
 def test_prompts_of_ids_and_special_tokens(tmp_path: Path) -> None:

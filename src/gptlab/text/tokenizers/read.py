@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,12 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GptlabError(f"the tokenizer in {directory} cannot be read ({reason}); restore its files") from None
     _set_borders(tokenizer, declared)
+    if lost := sorted(set(declared.ends) - _known(tokenizer, declared)):
+        warnings.warn(
+            f"{directory} has eos_token_id {', '.join(map(str, lost))} in its configuration, for which the tokenizer"
+            " has no token or the model no row: it is ignored",
+            stacklevel=2,
+        )
     return tokenizer
 
 
@@ -196,9 +203,14 @@ def _adds_tokens(processor: dict[str, Any] | None) -> bool:
     return True
 
 
+def _known(tokenizer: Tokenizer, declared: Declared) -> set[int]:
+    """Return the ids that the tokenizer can decode and the model has a row for."""
+    return set(tokenizer.known_ids(tokenizer.vocab_size if declared.rows is None else declared.rows))
+
+
 def _set_borders(tokenizer: Tokenizer, declared: Declared) -> None:
     """Set where texts begin and end: as the configurations say, else as the tokenizer's own files do."""
-    known = set(tokenizer.known_ids(tokenizer.vocab_size if declared.rows is None else declared.rows))
+    known = _known(tokenizer, declared)
     contents = (declared.named.get("bos_token"), declared.named.get("eos_token"), END_OF_TEXT)
     bos, eos, usual = (
         [token for name, token in tokenizer.special_tokens.items() if name == content and token in known]
