@@ -104,9 +104,11 @@ def generate(
     begun = False
     try:
         for _, piece in pieces:
-            if live:  # the prompt comes with the first piece: a prompt that is refused is not printed
-                print(piece if begun else (prompt or "") + piece, end="", flush=True)
-            begun = True
+            # The prompt comes with the first piece: a prompt that is refused is not printed.
+            shown = piece if begun else (prompt or "") + piece
+            begun = True  # before it is printed: an interruption may come as soon as a reader has seen it
+            if live:
+                print(shown, end="", flush=True)
     except (KeyboardInterrupt, GptlabError) as error:
         if not begun:
             raise
