@@ -70,12 +70,12 @@ def in_process(variant: str, length: int, backward: bool) -> dict[str, float]:
 
 def exponent(rows: list[dict], variant: str, backward: bool, first: int, last: int) -> float | None:
     """Return p of time ~ length^p between two lengths."""
-    found = {
+    seconds = {
         row["length"]: row["milliseconds"] for row in rows if (row["variant"], row["backward"]) == (variant, backward)
     }
-    if first not in found or last not in found:
+    if first not in seconds or last not in seconds:
         return None
-    return math.log(found[last] / found[first]) / math.log(last / first)
+    return math.log(seconds[last] / seconds[first]) / math.log(last / first)
 
 
 def main() -> None:
@@ -96,11 +96,11 @@ def main() -> None:
             variants = [v for v in VARIANTS if not (backward and v in FORWARD_ONLY)]
             if length > (4096 if backward else 8192):  # a mask of T x T and its gradients do not fit far beyond this
                 variants.remove("sdpa with a window mask")
-            found: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
+            measurements: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
             for _ in range(arguments.rounds):
                 for variant in variants:
-                    found[variant].append(in_process(variant, length, backward))
-            for variant, values in found.items():
+                    measurements[variant].append(in_process(variant, length, backward))
+            for variant, values in measurements.items():
                 row = {"variant": variant, "length": length, "backward": backward}
                 row |= {key: statistics.median(value[key] for value in values) for key in values[0]}
                 rows.append(row)

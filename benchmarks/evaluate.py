@@ -43,7 +43,7 @@ def ours(model: gptlab.GPT, pairs: list[Pair], dtype: str) -> list[Answer]:
 @torch.inference_mode()
 def theirs(model: torch.nn.Module, pairs: list[Pair], *, needed_only: bool) -> list[Answer]:
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
-    found: dict[int, Answer] = {}
+    answers: dict[int, Answer] = {}
     for start in range(0, len(order), BATCH):
         batch = order[start : start + BATCH]
         rows = [pairs[i][0] + pairs[i][1][:-1] for i in batch]
@@ -60,8 +60,8 @@ def theirs(model: torch.nn.Module, pairs: list[Pair], *, needed_only: bool) -> l
             part = logprobs[row, [at[place] for place in span]]
             answer = torch.tensor(pairs[i][1])
             greedy = torch.equal(part.argmax(-1), answer)
-            found[i] = (part[range(len(answer)), answer].sum().item(), greedy)
-    return [found[i] for i in range(len(pairs))]
+            answers[i] = (part[range(len(answer)), answer].sum().item(), greedy)
+    return [answers[i] for i in range(len(pairs))]
 
 
 def timed(work: Callable[[], list[Answer]]) -> tuple[float, list[Answer]]:

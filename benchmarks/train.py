@@ -220,9 +220,9 @@ def main() -> None:
     rows = []
     for shape in arguments.shapes:
         for dtype in arguments.dtypes:
-            found = compare(programs, *SHAPES[shape], dtype, arguments.nanogpt)
-            rows += found
-            for row in found:
+            compared = compare(programs, *SHAPES[shape], dtype, arguments.nanogpt)
+            rows += compared
+            for row in compared:
                 print(json.dumps(row), flush=True)
     import torch
     import transformers

@@ -103,9 +103,9 @@ def attention() -> str:
     for backward in (False, True):
         rows += [f"Milliseconds (extra peak memory, MB), {'forward and backward' if backward else 'forward'}:", ""]
         rows += [f"| tokens | {' | '.join(kinds)} |", "|---:|" + "---:|" * len(kinds)]
-        found = {(r["length"], r["variant"]): r for r in values["rows"] if r["backward"] == backward}
-        for length in sorted({length for length, _ in found}):
-            cells = [found.get((length, kind)) for kind in kinds]
+        by_case = {(r["length"], r["variant"]): r for r in values["rows"] if r["backward"] == backward}
+        for length in sorted({length for length, _ in by_case}):
+            cells = [by_case.get((length, kind)) for kind in kinds]
             texts = ("" if c is None else f"{c['milliseconds']:,.0f} ({c['extra_megabytes']:,.0f})" for c in cells)
             rows.append(f"| {length:,} | {' | '.join(texts)} |")
         rows.append("")
@@ -122,9 +122,9 @@ def decode_attention() -> str:
     values = results("decode_attention")
     kinds = list(dict.fromkeys(row["variant"] for row in values["rows"]))
     rows = [f"| batch | cached tokens | {' | '.join(kinds)} |", "|---:|---:|" + "---:|" * len(kinds)]
-    found = {(row["batch"], row["context"], row["variant"]): row for row in values["rows"]}
+    by_case = {(row["batch"], row["context"], row["variant"]): row for row in values["rows"]}
     for batch, context in dict.fromkeys((row["batch"], row["context"]) for row in values["rows"]):
-        cells = (found[batch, context, kind] for kind in kinds)
+        cells = (by_case[batch, context, kind] for kind in kinds)
         texts = (f"{cell['milliseconds']:,.1f} ({cell['megabytes_read']:,.0f})" for cell in cells)
         rows.append(f"| {batch} | {context:,} | {' | '.join(texts)} |")
     rows.append(
@@ -189,14 +189,14 @@ def conversion_heads() -> str:
     if not (ROOT / "docs/results/conversion_heads.json").exists():
         return ""
     values = results("conversion_heads")
-    found = {(row["method"], row["grouping"], row["n_kv_head"]): row for row in values["rows"]}
+    by_case = {(row["method"], row["grouping"], row["n_kv_head"]): row for row in values["rows"]}
     counts = list(dict.fromkeys(row["n_kv_head"] for row in values["rows"]))
     rows = [f"| method, groups | {' | '.join(map(str, counts))} |", "|---|" + "---|" * len(counts)]
-    for method, grouping in dict.fromkeys((method, grouping) for method, grouping, _ in found):
+    for method, grouping in dict.fromkeys((method, grouping) for method, grouping, _ in by_case):
         cells = []
         for n_kv_head in counts:
             # One group of all heads is the same either way.
-            row = found.get((method, grouping, n_kv_head)) or found[method, "contiguous", n_kv_head]
+            row = by_case.get((method, grouping, n_kv_head)) or by_case[method, "contiguous", n_kv_head]
             cells.append(f"{row['qk_mean']:.3f} / {row['ov_mean']:.3f}")
         rows.append(f"| {method}, {grouping} | {' | '.join(cells)} |")
     rows += [
@@ -257,23 +257,23 @@ def excerpt(folder: Path, name: str) -> tuple[Any, list] | None:
 
 
 def study(name: str) -> str:
-    found = excerpt(ROOT / "docs" / "results", name)
-    if found is None:
+    kept = excerpt(ROOT / "docs" / "results", name)
+    if kept is None:
         return ""
     from gptlab.report.page import render
 
-    return render("report.md.j2", *found, {}, level=2, folder=f"results/{name}").strip()
+    return render("report.md.j2", *kept, {}, level=2, folder=f"results/{name}").strip()
 
 
 def figures(name: str) -> dict[Path, bytes]:
     """The figures of a study, by where they belong."""
     folder = ROOT / "docs" / "results"
-    found = excerpt(folder, name)
-    if found is None:
+    kept = excerpt(folder, name)
+    if kept is None:
         return {}
     from gptlab.report.page import draw
 
-    return {folder / name / file: content + stamp(name) for file, content in draw(found[1], ("svg",)).items()}
+    return {folder / name / file: content + stamp(name) for file, content in draw(kept[1], ("svg",)).items()}
 
 
 def stamp(name: str) -> bytes:
@@ -351,29 +351,31 @@ def pages() -> list[Path]:
 
 def stale() -> dict[Path, bytes | None]:
     """Every file that is not current, with what it should contain; None for one that should not be there."""
-    found: dict[Path, bytes | None] = {}
+    changes: dict[Path, bytes | None] = {}
     for path in pages():
         text = current(path).encode()
         if text != path.read_bytes():
-            found[path] = text
-    found |= drawings()
+            changes[path] = text
+    changes |= drawings()
     for name in STUDIES:
         drawn = figures(name)
         there = set((ROOT / "docs" / "results" / name).glob("*.svg"))
-        found |= dict.fromkeys(there - drawn.keys())
+        changes |= dict.fromkeys(there - drawn.keys())
         end = stamp(name)
-        found |= {path: new for path, new in drawn.items() if path not in there or not path.read_bytes().endswith(end)}
-    return found
+        changes |= {
+            path: new for path, new in drawn.items() if path not in there or not path.read_bytes().endswith(end)
+        }
+    return changes
 
 
 def main() -> None:
-    found = stale()
+    changes = stale()
     if "--check" in sys.argv:
-        if found:
-            names = ", ".join(str(path.relative_to(ROOT)) for path in found)
+        if changes:
+            names = ", ".join(str(path.relative_to(ROOT)) for path in changes)
             sys.exit(f"out of date: {names}; run `make docs`")
         return
-    for path, content in found.items():
+    for path, content in changes.items():
         if content is None:
             path.unlink()
         else:

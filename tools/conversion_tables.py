@@ -12,26 +12,26 @@ STUDIES = ("convert", "convert-8m")
 METHODS = ("svd", "procrustes", "mean", "first", "random")
 
 
-def table(found: Mapping[str, Results]) -> str:
+def table(studies: Mapping[str, Results]) -> str:
     """Return Markdown.
 
     Args:
-        found: the results of `STUDIES`, by name; empty gives an empty text.
+        studies: the results of `STUDIES`, by name; empty gives an empty text.
     """
-    if not found:
+    if not studies:
         return ""
-    columns = [name for name in STUDIES if name in found]
-    last = max(c.share for name in columns for one in converted(found[name]).values() for c in one.checkpoints)
-    heads = [f"{_base(found[name])}, {when}" for name in columns for when in ("0%", f"{100 * last:g}%")]
+    columns = [name for name in STUDIES if name in studies]
+    last = max(c.share for name in columns for one in converted(studies[name]).values() for c in one.checkpoints)
+    heads = [f"{_base(studies[name])}, {when}" for name in columns for when in ("0%", f"{100 * last:g}%")]
     rows = [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
-    for title, names in _rows(found).items():
+    for title, names in _rows(studies).items():
         cells = []
         for study in columns:
-            about = converted(found[study]).get(names.get(study, ""))
+            about = converted(studies[study]).get(names.get(study, ""))
             by_share = {c.share: c for c in about.checkpoints} if about else {}
             cells += [_cell(by_share.get(share)) for share in (0.0, last)]
         rows.append(f"| {title} | {' | '.join(cells)} |")
-    of = (f"{_base(found[name])} {_pretraining(found[name]) / 1e6:.1f} million" for name in columns)
+    of = (f"{_base(studies[name])} {_pretraining(studies[name]) / 1e6:.1f} million" for name in columns)
     rows.append(
         "\nLoss in nats per token on held-out text, less that of the base; after continued training, less"
         f" that of the base after the same training: {100 * last:g}% of its pre-training ({', '.join(of)})."
@@ -95,10 +95,10 @@ def _base(results: Results) -> str:
     return results.variants[results.study.base].label
 
 
-def _rows(found: Mapping[str, Results]) -> dict[str, dict[str, str]]:
+def _rows(studies: Mapping[str, Results]) -> dict[str, dict[str, str]]:
     """Titles of the rows, with the variant of each study that belongs there."""
     rows: dict[str, dict[str, str]] = {}
-    for study, results in found.items():
+    for study, results in studies.items():
         n_head = results.variants[results.study.base].config.n_head
         for name, about in converted(results).items():
             if about.changes:

@@ -24,12 +24,12 @@ def find_device(device: Any) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        found = torch.device(device)
-        torch.zeros(1, device=found).item()  # not every name of torch's is a device that computes
+        resolved = torch.device(device)
+        torch.zeros(1, device=resolved).item()  # not every name of torch's is a device that computes
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise GptlabError(f"no device {str(device)!r} here ({reason}); 'cpu' is always there") from None
-    return found
+    return resolved
 
 
 def find_dtype(dtype: Any) -> torch.dtype:
@@ -43,5 +43,5 @@ def find_dtype(dtype: Any) -> torch.dtype:
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES or not isinstance(dtype, (str, torch.dtype)):
         raise GptlabError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{nearest(name, DTYPES)}")
-    found: torch.dtype = getattr(torch, name)
-    return found
+    resolved: torch.dtype = getattr(torch, name)
+    return resolved

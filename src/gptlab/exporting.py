@@ -143,9 +143,9 @@ def compare(source: Checkpoint, result: Checkpoint, rows: list[Tensor]) -> tuple
         models.append(model.eval())
     largest, spread = 0.0, 0.0
     for row in rows:
-        expected, found = (model(row[None].long()) for model in models)
-        found = found[..., : expected.shape[-1]]
-        difference = (found - expected).abs().max().item()
+        expected, actual = (model(row[None].long()) for model in models)
+        actual = actual[..., : expected.shape[-1]]
+        difference = (actual - expected).abs().max().item()
         largest = max(largest, difference) if difference == difference else float("nan")
         spread = max(spread, expected.std().item())
     return largest, spread

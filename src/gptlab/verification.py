@@ -106,10 +106,10 @@ def checks(
 
 def _refuse_others(model: str, directory: Path) -> None:
     """Raise GptlabError where a model is not of the architecture of an original, before any weight is read."""
-    found, wanted = checkpoints.read_config(directory).to_dict(), ModelConfig.preset(model).to_dict()
-    differ = [name for name in wanted if found.get(name) != wanted[name] and name != "dropout"]
+    config, wanted = checkpoints.read_config(directory).to_dict(), ModelConfig.preset(model).to_dict()
+    differ = [name for name in wanted if config.get(name) != wanted[name] and name != "dropout"]
     if differ:
-        some = "; ".join(f"{name} is {found.get(name)}, not {wanted[name]}" for name in differ[:4])
+        some = "; ".join(f"{name} is {config.get(name)}, not {wanted[name]}" for name in differ[:4])
         more = f"; and {len(differ) - 4} more" if len(differ) > 4 else ""
         raise GptlabError(f"{directory} holds another model than {model}: {some}{more}; verify {model}'s own weights")
 
@@ -122,16 +122,16 @@ def published_scores(lm: LanguageModel, protocol: Protocol, data: Mapping[str, P
     """Measure the original 124M by a protocol and compare with what others obtained under the same."""
     expected = "; ".join(f"{name} {value:g}" for name, value in protocol.original.items())
     try:
-        found = evaluate(lm.model, lm.needs_tokenizer(), protocol.name, data=data).metrics
+        metrics = evaluate(lm.model, lm.needs_tokenizer(), protocol.name, data=data).metrics
     except GptlabError as error:
         return protocol.name, f"not measured: {error}", expected, False
     close = all(
-        abs(found[name] - value) <= SCORE_BOUNDS["perplexity"] * value
+        abs(metrics[name] - value) <= SCORE_BOUNDS["perplexity"] * value
         if "perplexity" in name
-        else abs(found[name] - value) <= SCORE_BOUNDS["accuracy"]
+        else abs(metrics[name] - value) <= SCORE_BOUNDS["accuracy"]
         for name, value in protocol.original.items()
     )
-    return protocol.name, "; ".join(f"{name} {found[name]:.4g}" for name in protocol.original), expected, close
+    return protocol.name, "; ".join(f"{name} {metrics[name]:.4g}" for name in protocol.original), expected, close
 
 
 def line(result: Result) -> str:
@@ -196,8 +196,8 @@ def parameter_counts() -> Outcome:
             counted[name] = sum(p.numel() for p in GPT(config).parameters())
         if counted[name] != sum(cost.parameters(config).values()):
             return f"{name}: cost model", "-", "the counts of the modules", False
-    found = ", ".join(f"{n:,}" for n in counted.values())
-    return "parameters of GPT-2's four sizes", found, "as published", counted == PUBLISHED
+    totals = ", ".join(f"{n:,}" for n in counted.values())
+    return "parameters of GPT-2's four sizes", totals, "as published", counted == PUBLISHED
 
 
 def initial_loss() -> Outcome:
@@ -314,10 +314,10 @@ def tokenizer_answers() -> Outcome:
     hard = "naïve café\n\n\t 你好 🙂👩‍👩‍👧 I'll we'VE <|endoftext|> \x00 e\u0301  end  "
     for t in (tokenizer, byte_tokenizer()):
         right = right and t.decode(t.encode(hard)) == hard
-    found = (
+    answers = (
         f"{known['Hello, my name is']} and {len(tokenizer.encode(hard))} tokens of Unicode" if right else "other ids"
     )
-    return "GPT-2's tokenizer", found, "known ids, same text back", right
+    return "GPT-2's tokenizer", answers, "known ids, same text back", right
 
 
 @torch.inference_mode()
@@ -391,10 +391,10 @@ def original_greedy(lm: LanguageModel) -> Outcome:
     continuations = lm.new_continuations(1)
     for _ in lm.continue_all(["The dog"], continuations, Sampling(temperature=0), len(THE_DOG) - 2):
         pass
-    found = repr("The dog" + continuations[0].text)
+    text = repr("The dog" + continuations[0].text)
     return (
         "greedy continuation of 'The dog'",
-        found,
+        text,
         "the known 20 ids",
         THE_DOG[:2] + continuations[0].tokens == THE_DOG,
     )
@@ -408,8 +408,8 @@ def original_prediction(lm: LanguageModel) -> Outcome:
     chances = lm.model(torch.tensor([tokenizer.encode(prompt)]))[0, -1].softmax(-1)
     best = chances.topk(5)
     words = [tokenizer.decode([i]) for i in best.indices.tolist()]
-    found = ", ".join(f"{w!r} {p:.0%}" for w, p in zip(words, best.values.tolist(), strict=True))
-    return f"next word of {prompt!r}", found, f"{wanted!r} among the five", wanted in words
+    guesses = ", ".join(f"{w!r} {p:.0%}" for w, p in zip(words, best.values.tolist(), strict=True))
+    return f"next word of {prompt!r}", guesses, f"{wanted!r} among the five", wanted in words
 
 
 def original_loss(lm: LanguageModel) -> Outcome:

@@ -62,8 +62,8 @@ def format_of(path: Path) -> Format:
         raise GptlabError(f"{path} is a file that gptlab cannot read; it reads {readable}")
     if not path.is_dir():
         raise GptlabError(f"no file or directory {path}; check the path")
-    if found := diagnose(path):
-        raise GptlabError(found)
+    if problem := diagnose(path):
+        raise GptlabError(problem)
     raise GptlabError(
         f"{path} is not a model directory: it has no config.json; name a model such as 'pocket' or 'gpt2', or"
         f" {readable}"

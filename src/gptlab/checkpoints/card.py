@@ -119,10 +119,10 @@ def _history(facts: Mapping[str, Any]) -> str:
 
 
 def _of(facts: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    found: Any = facts
+    value: Any = facts
     for name in names:
-        found = found.get(name) if isinstance(found, dict) else None
-    return found if isinstance(found, dict) else {}
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
 
 
 def _number(values: Mapping[str, Any], name: str) -> bool:

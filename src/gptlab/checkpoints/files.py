@@ -121,7 +121,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
 
 def complete_state(
     config: ModelConfig,
-    found: Mapping[str, Callable[[], Tensor]],
+    tensors: Mapping[str, Callable[[], Tensor]],
     dtype: torch.dtype,
     where: Path,
     described_by: str = "config.json",
@@ -130,7 +130,7 @@ def complete_state(
 
     Args:
         config: what the model should hold.
-        found: a reader for each tensor, by gptlab's names and in gptlab's layout.
+        tensors: a reader for each tensor, by gptlab's names and in gptlab's layout.
         dtype: of the result.
         where: the directory or file, for messages.
         described_by: what holds the configuration, for messages.
@@ -139,16 +139,16 @@ def complete_state(
         GptlabError: a tensor missing, left over, of a wrong shape, or with values that are not numbers.
     """
     shapes = expected_shapes(config)
-    if missing := [name for name in shapes if name not in found]:
+    if missing := [name for name in shapes if name not in tensors]:
         raise GptlabError(f"the checkpoint {where} lacks {_list(missing)}; it is incomplete, copy or download it again")
-    if extra := [name for name in found if name not in shapes]:
+    if extra := [name for name in tensors if name not in shapes]:
         raise GptlabError(
             f"the checkpoint {where} holds {_list(extra)}, which a model of its {described_by} does not have;"
             f" {described_by} and weights do not belong together"
         )
     state: dict[str, Tensor] = {}
     for name, shape in shapes.items():
-        tensor = found[name]()
+        tensor = tensors[name]()
         if tensor.shape != shape:
             raise GptlabError(
                 f"the checkpoint {where} has {name} of shape {tuple(tensor.shape)} where its {described_by} asks for"

@@ -120,8 +120,8 @@ def _get(tensor: Tensor) -> Tensor:
 
 
 def _first(values: Any, names: tuple[str, ...]) -> Mapping[str, Any] | None:
-    found = (values[name] for name in names if isinstance(values, dict) and isinstance(values.get(name), dict))
-    return next(found, None)
+    candidates = (values[name] for name in names if isinstance(values, dict) and isinstance(values.get(name), dict))
+    return next(candidates, None)
 
 
 def _config(file: Path, settings: Mapping[str, Any], tied: bool) -> ModelConfig:

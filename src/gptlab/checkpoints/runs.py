@@ -56,13 +56,13 @@ def read_run(run: str | Path) -> dict[str, Any]:
 
 def run_checkpoints(run: str | Path) -> list[RunCheckpoint]:
     """Return the checkpoints of a run by step; one whose `training.json` cannot be read counts without a loss."""
-    found = []
+    checkpoints = []
     for path in Path(run, FOLDER).glob("step-*"):
         name = _NAME.fullmatch(path.name)
         if name is not None:
             loss = read_facts(path).get("validation_loss")
-            found.append(RunCheckpoint(path, int(name[1]), loss if isinstance(loss, float) else None))
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+            checkpoints.append(RunCheckpoint(path, int(name[1]), loss if isinstance(loss, float) else None))
+    return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
 
 
 def read_facts(path: Path) -> dict[str, Any]:

@@ -199,12 +199,12 @@ def _identity(lm: LanguageModel, source: str, directory: Path) -> dict[str, Any]
     from gptlab.evaluation.tasks import identity
     from gptlab.training.budget import tokens_trained
 
-    found = {**identity(lm.model, source), "tokens_trained": tokens_trained(source)}
+    facts = {**identity(lm.model, source), "tokens_trained": tokens_trained(source)}
     for name in ("conversion", "import"):
         earlier = directory / f"{name}.json"
         if earlier.is_file():
-            found[name] = json.loads(earlier.read_text(encoding="utf-8"))
-    return found
+            facts[name] = json.loads(earlier.read_text(encoding="utf-8"))
+    return facts
 
 
 def _files(source: str, facts: Mapping[str, Any]) -> dict[str, bytes]:

@@ -101,10 +101,10 @@ def evaluate(
                     progress=progress,
                 )
             results[protocol.name].append(result)
-        for text, found in positions.items():
+        for text, by_model in positions.items():
             source = text.removeprefix("text:")
             with _progress(f"{name} {text} by position") as progress:
-                found[name] = positions_in_text(
+                by_model[name] = positions_in_text(
                     lm.model,
                     lm.needs_tokenizer(),
                     source,
@@ -120,8 +120,8 @@ def evaluate(
     else:
         for task in tasks:
             _show(results[task], differences[task])
-        for text, found in positions.items():
-            _show_positions(text, found)
+        for text, by_model in positions.items():
+            _show_positions(text, by_model)
         if paper_table:
             _show_paper(models, results, absent)
     if out is not None:
@@ -147,7 +147,7 @@ def _paper_protocols(tasks: list[str], paths: dict[str, Path], absent: dict[str,
     from gptlab.evaluation.paper import TABLE_3
     from gptlab.evaluation.tasks import TASKS
 
-    found = []
+    protocols = []
     for name in dict.fromkeys(row.protocol for row in TABLE_3 if row.protocol):
         protocol = TASKS[name]
         assert protocol.data is not None
@@ -157,8 +157,8 @@ def _paper_protocols(tasks: list[str], paths: dict[str, Path], absent: dict[str,
             absent[name] = str(error)
             continue
         if name not in tasks:
-            found.append(protocol)
-    return found
+            protocols.append(protocol)
+    return protocols
 
 
 def _differences(results: list[Result]) -> list[dict[str, Any]]:
@@ -166,11 +166,11 @@ def _differences(results: list[Result]) -> list[dict[str, Any]]:
     from gptlab.errors import GptlabError
     from gptlab.evaluation.compare import paired_difference
 
-    found = []
+    rows = []
     for other in results[1:]:
         row: dict[str, Any] = {"of": other.model["name"], "minus": results[0].model["name"]}
         if any(math.isnan(value) for result in (results[0], other) for value in result.metrics.values()):
-            found.append({**row, "words": "no difference: what is compared is not a number"})
+            rows.append({**row, "words": "no difference: what is compared is not a number"})
             continue
         try:
             answered = all(score.correct is not None for score in other.scores)
@@ -178,8 +178,8 @@ def _differences(results: list[Result]) -> list[dict[str, Any]]:
             row |= {**dataclasses.asdict(difference), "words": str(difference)}
         except GptlabError as error:
             row["words"] = f"no difference: {error}"
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 @contextlib.contextmanager
@@ -246,22 +246,22 @@ def _conditions(result: Result) -> str:
     )
 
 
-def _show_positions(text: str, found: dict[str, list[Position]]) -> None:
+def _show_positions(text: str, by_model: dict[str, list[Position]]) -> None:
     from rich.table import Table
 
     table = Table("tokens seen")
-    for name in found:
+    for name in by_model:
         table.add_column(f"{name}, nats", justify="right")
-    ranges = sorted({(row.first, row.last) for rows in found.values() for row in rows})
+    ranges = sorted({(row.first, row.last) for rows in by_model.values() for row in rows})
     for first, last in ranges:
         cells = []
-        for rows in found.values():
+        for rows in by_model.values():
             row = next((row for row in rows if (row.first, row.last) == (first, last)), None)
             cells.append("" if row is None else f"{row.nats:.4f} ± {row.error:.4f}")
         table.add_row(f"{first:,} to {last:,}", *cells)
     notes = [
         f"{name}: {rows[0].tokens // (rows[0].last - rows[0].first + 1):,} pieces of {rows[-1].last:,} tokens."
-        for name, rows in found.items()
+        for name, rows in by_model.items()
     ]
     _print(f"{text}, loss by position", table, notes)
 
@@ -317,17 +317,17 @@ def _as_json(
     """
     from gptlab import __version__
 
-    rows = [result.to_dict() for found in results.values() for result in found]
+    rows = [result.to_dict() for of_protocol in results.values() for result in of_protocol]
     if not scores:
         rows = [{key: value for key, value in row.items() if key != "scores"} for row in rows]
     values = {
         "gptlab": __version__,
         "results": rows,
-        "differences": [{"protocol": name, **row} for name, found in differences.items() for row in found],
+        "differences": [{"protocol": name, **row} for name, compared in differences.items() for row in compared],
         "positions": [
-            {"text": text, "model": name, "positions": [dataclasses.asdict(row) for row in found]}
+            {"text": text, "model": name, "positions": [dataclasses.asdict(row) for row in of_model]}
             for text, by_model in positions.items()
-            for name, found in by_model.items()
+            for name, of_model in by_model.items()
         ],
         "absent": absent,
     }

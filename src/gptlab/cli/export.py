@@ -49,7 +49,7 @@ def export(
 
     from gptlab.exporting import export as write
 
-    found = write(
+    result = write(
         model,
         out,
         format=format,
@@ -63,17 +63,17 @@ def export(
         **({} if max_shard_size is None else {"max_shard_size": max_shard_size}),
     )
     if as_json:
-        print(json.dumps({"model": model, "out": str(out), "format": format, **dataclasses.asdict(found)}, indent=2))
+        print(json.dumps({"model": model, "out": str(out), "format": format, **dataclasses.asdict(result)}, indent=2))
         return
-    print(f"{model} as {found.family}: {out}")
-    for words in found.rewritten:
+    print(f"{model} as {result.family}: {out}")
+    for words in result.rewritten:
         print(f"   the same function: {words}")
-    for words in found.lost:
+    for words in result.lost:
         print(f"   lost: {words}")
-    if found.difference is None:
+    if result.difference is None:
         print("not compared with its source, as was asked for")
     else:
         print(
-            f"read back and compared on {found.tokens:,} tokens: logits differ by at most {found.difference:.2g}"
-            f" (their standard deviation is {found.spread:.2g})"
+            f"read back and compared on {result.tokens:,} tokens: logits differ by at most {result.difference:.2g}"
+            f" (their standard deviation is {result.spread:.2g})"
         )

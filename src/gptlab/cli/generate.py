@@ -138,9 +138,9 @@ def _ids(text: str) -> list[int]:
 
 def _hint(prompt: str, lm: LanguageModel) -> None:
     """Say when a prompt holds the text of a special token, which most people then mean."""
-    found = [content for content in lm.needs_tokenizer().special_tokens if content in prompt]
-    if found:
-        print(f"note: {found[0]} in the prompt is read as text; --special reads it as the token", file=sys.stderr)
+    specials = [content for content in lm.needs_tokenizer().special_tokens if content in prompt]
+    if specials:
+        print(f"note: {specials[0]} in the prompt is read as text; --special reads it as the token", file=sys.stderr)
 
 
 def _load(model: str, dtype: str, tokenizer: str | None, device: str) -> LanguageModel:

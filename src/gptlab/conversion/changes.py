@@ -80,13 +80,13 @@ class Changes:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is set, in plain values that JSON can hold; `from_dict` is the inverse."""
-        found = {}
+        values = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value != field.default:
                 value = value.to_dict() if isinstance(value, RopeConfig) else value
-                found[field.name] = list(value) if isinstance(value, (tuple, list)) else value
-        return found
+                values[field.name] = list(value) if isinstance(value, (tuple, list)) else value
+        return values
 
 
 def target(config: ModelConfig, changes: Changes) -> ModelConfig:
@@ -114,25 +114,25 @@ def target(config: ModelConfig, changes: Changes) -> ModelConfig:
     if changes.context_length is not None:
         check_length(config, changes.context_length)
         settings["context_length"] = changes.context_length
-    found = dataclasses.replace(config, **settings)
-    if found.context_length != config.context_length and config.position == "rope":
-        found = dataclasses.replace(found, rope=with_trained_length(config))
+    new = dataclasses.replace(config, **settings)
+    if new.context_length != config.context_length and config.position == "rope":
+        new = dataclasses.replace(new, rope=with_trained_length(config))
     if changes.rope_scaling is not None or changes.rope_factor is not None:
-        found = dataclasses.replace(found, rope=_scaled(found, changes))
+        new = dataclasses.replace(new, rope=_scaled(new, changes))
     if changes.extension is not None:
         if changes.extension not in get_args(Extension):
             choices = get_args(Extension)
             raise GptlabError(
                 f"extension must be copy or random, got {changes.extension!r}{nearest(changes.extension, choices)}"
             )
-        if found.context_length == config.context_length or not found.has_table:
+        if new.context_length == config.context_length or not new.has_table:
             raise GptlabError("extension has no effect unless a table of positions grows; leave it out")
     if changes.refit and not any(
-        getattr(found, name) != getattr(config, name)
+        getattr(new, name) != getattr(config, name)
         for name in ("n_kv_head", "position", "windows", "sinks", "dilations")
     ):
         raise GptlabError("refit has no effect unless heads, positions or windows change; leave it out")
-    return found
+    return new
 
 
 def _scaled(config: ModelConfig, changes: Changes) -> RopeConfig:

@@ -121,24 +121,24 @@ def _steps(
 ) -> list[tuple[Step, Act]]:
     """Return what is to be done, in order."""
     new = target(config, changes)
-    found: list[tuple[Step, Act]] = []
+    steps: list[tuple[Step, Act]] = []
     if new.n_kv_head != config.n_kv_head:
-        found.append(_heads(config, changes, rows, calibrated))
+        steps.append(_heads(config, changes, rows, calibrated))
     if new.position != config.position:
-        found.append(_positions(config, changes, rows, calibrated))
+        steps.append(_positions(config, changes, rows, calibrated))
     if (new.windows, new.sinks, new.dilations) != (config.windows, config.sinks, config.dilations):
-        found.append(_windows(config, new))
+        steps.append(_windows(config, new))
     if changes.refit and not calibrated:
         raise GptlabError("refit fits the output projections on a calibration text; give one, or leave it out")
     aligned = new.kv_heads < config.kv_heads and (changes.method or best_method(config)) == "procrustes"
     pays = calibrated and aligned and new.position == config.position
     if changes.refit or (changes.refit is None and pays):
-        found.append(_output_projections(rows))
+        steps.append(_output_projections(rows))
     if new.context_length != config.context_length:
-        found.append(_context(config, new, changes))
+        steps.append(_context(config, new, changes))
     if new.position == "rope" and _turns(new.rope) != _turns(changes.rope or config.rope):
-        found.append(_scaling(new))
-    return found
+        steps.append(_scaling(new))
+    return steps
 
 
 def _heads(config: ModelConfig, changes: Changes, rows: Sequence[Tensor] | None, calibrated: bool) -> tuple[Step, Act]:

@@ -129,9 +129,9 @@ def _exchanges(pairs: Tensor, member: Tensor) -> Tensor:
 def _improve(groups: list[tuple[int, ...]], pairs: Tensor, loss: Loss) -> list[tuple[int, ...]]:
     """Exchange heads of different groups as long as that lowers the loss."""
     n_head = len(pairs)
-    found = True
-    while found:
-        found = False
+    improved = True
+    while improved:
+        improved = False
         home = {head: i for i, group in enumerate(groups) for head in group}
         member = torch.tensor([home[head] for head in range(n_head)])
         growth = _exchanges(pairs, member)
@@ -143,6 +143,6 @@ def _improve(groups: list[tuple[int, ...]], pairs: Tensor, loss: Loss) -> list[t
             second = tuple(sorted({*groups[j]} - {b} | {a}))
             if loss(first) + loss(second) < loss(groups[i]) + loss(groups[j]) - FALLS:
                 groups[i], groups[j] = first, second
-                found = True
+                improved = True
                 break
     return groups

@@ -89,12 +89,12 @@ def collect_statistics(model: GPT, rows: Tensor | Sequence[Tensor]) -> list[Mome
         visit_inputs(model, ids, add)
     if count == 0:
         raise GptlabError("the calibration text is empty; give it at least one token")
-    found = []
+    moments = []
     for assumed, total, square in zip(shifts, sums, squares, strict=True):
         mean = total / (count + width)
         covariance = (square + width * assumed.covariance) / (count + width) - torch.outer(mean, mean)
-        found.append(Moments(assumed.mean + mean, covariance, count))
-    return found
+        moments.append(Moments(assumed.mean + mean, covariance, count))
+    return moments
 
 
 def batches(rows: Tensor | Sequence[Tensor], tokens: int = BATCH_TOKENS) -> Iterator[Tensor]:

@@ -81,11 +81,11 @@ def divergence(maps: Tensor) -> Tensor:
     """
     own = entropy(maps)  # (B, H, T)
     n_head = maps.shape[1]
-    found = maps.new_zeros(n_head, n_head)
+    divergences = maps.new_zeros(n_head, n_head)
     for h in range(n_head - 1):
         mixed = entropy((maps[:, h : h + 1] + maps[:, h + 1 :]) / 2)  # (B, H - h - 1, T)
-        found[h, h + 1 :] = (mixed - (own[:, h : h + 1] + own[:, h + 1 :]) / 2).mean((0, 2))
-    return (found + found.T).clamp(0.0, math.log(2))  # rounding may step outside by 1e-7
+        divergences[h, h + 1 :] = (mixed - (own[:, h : h + 1] + own[:, h + 1 :]) / 2).mean((0, 2))
+    return (divergences + divergences.T).clamp(0.0, math.log(2))  # rounding may step outside by 1e-7
 
 
 def key_weights(model: GPT, layer: int) -> Tensor:

@@ -129,9 +129,9 @@ def _copying(
             start = int(draw.integers(len(filler) - (distance - length) + 1))
             between = np.asarray(filler[start : start + distance - length], dtype=np.int64)
         pairs += [(np.concatenate([begin, between, string[:1]]), string[1:]) for begin in (string, other)]
-    found = completion_logprobs(model, pairs, context=distance + length - 1, dtype=dtype)
-    logprobs = torch.stack([one.logprobs for one in found]).view(n, 2, -1).mean((0, 2))
-    right = torch.stack([one.best == one.ids for one in found]).view(n, 2, -1).double().mean((0, 2))
+    completions = completion_logprobs(model, pairs, context=distance + length - 1, dtype=dtype)
+    logprobs = torch.stack([one.logprobs for one in completions]).view(n, 2, -1).mean((0, 2))
+    right = torch.stack([one.best == one.ids for one in completions]).view(n, 2, -1).double().mean((0, 2))
     return Copying(distance, right[0].item(), logprobs[0].item(), right[1].item(), logprobs[1].item(), n * (length - 1))
 
 

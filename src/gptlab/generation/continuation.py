@@ -45,10 +45,10 @@ class Continuation:
             return self.close("end_of_text")
         self.tokens.append(token)
         self._held += self._decoder.decode(self._tokenizer.decode_bytes([token]))
-        found = [i for i in (self._held.find(word) for word in self._stop) if i >= 0]
-        if found:
+        starts = [i for i in (self._held.find(word) for word in self._stop) if i >= 0]
+        if starts:
             self.finish = "stop"
-            return self._give(min(found))
+            return self._give(min(starts))
         return self._give(len(self._held) - self._undecided())
 
     def close(self, finish: Finish) -> str:

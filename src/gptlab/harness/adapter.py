@@ -160,14 +160,14 @@ class GptlabLM(TemplateLM):  # type: ignore[misc]
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as bar:
             for start in range(0, len(order), KEPT):
                 part = order[start : start + KEPT]
-                found = completion_logprobs(
+                completions = completion_logprobs(
                     self._model,
                     [requests[i][1:] for i in part],
                     context=self.max_length,
                     batch_tokens=self._batch_tokens,
                     dtype=self._dtype,
                 )
-                for i, completion in zip(part, found, strict=True):
+                for i, completion in zip(part, completions, strict=True):
                     answers[i] = (completion.logprobs.double().sum().item(), completion.greedy)
                     if requests[i][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])

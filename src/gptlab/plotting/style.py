@@ -96,13 +96,13 @@ def looks(kinds: Sequence[tuple[object, bool]]) -> list[Look]:
     """
     attentions = list(dict.fromkeys(attention for attention, _ in kinds))
     palette = [INK, *COLOURS[:-1]]
-    found = []
+    styles = []
     for attention, rotary in kinds:
         i = attentions.index(attention)
         round_ = i // len(palette)
         stroke = STROKES[2 * round_ % len(STROKES)] if round_ else ("--" if rotary else "-")
-        found.append(Look(palette[i % len(palette)], stroke, rotary))
-    return found
+        styles.append(Look(palette[i % len(palette)], stroke, rotary))
+    return styles
 
 
 def figure(height: float = HEIGHT, width: float = WIDTH) -> Figure:
@@ -149,8 +149,8 @@ def tens(values: Sequence[float]) -> list[float]:
     """Return round places on a logarithmic axis that holds positive values: 1, 2 and 5 times powers of ten."""
     low, high = min(values), max(values)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found = [n * 10.0**i for i in powers for n in (1, 2, 5)]
-    within = [place for place in found if 0.8 * low <= place <= 1.25 * high]
+    candidates = [n * 10.0**i for i in powers for n in (1, 2, 5)]
+    within = [place for place in candidates if 0.8 * low <= place <= 1.25 * high]
     return within if len(within) <= 6 else [place for place in within if math.log10(place).is_integer()]
 
 

@@ -39,19 +39,19 @@ FAMILIES = {
 
 def families(study: Study) -> dict[str, list[str]]:
     """Return the converted variants that were evaluated, by family."""
-    found: dict[str, list[str]] = {name: [] for name in FAMILIES}
+    by_kind: dict[str, list[str]] = {name: [] for name in FAMILIES}
     for name, kinds in study.kinds.items():
         if study.checkpoints(name) and kinds:
-            found[next(iter(kinds)) if len(kinds) == 1 else "several"].append(name)
-    return {kind: names for kind, names in found.items() if names}
+            by_kind[next(iter(kinds)) if len(kinds) == 1 else "several"].append(name)
+    return {kind: names for kind, names in by_kind.items() if names}
 
 
 def conversion(study: Study) -> Section:
     """Return losses by share of the pre-training, their curves, and the best of several ways to one architecture."""
-    about, found = study.about.conversion, families(study)
-    if about is None or not found:
+    about, by_kind = study.about.conversion, families(study)
+    if about is None or not by_kind:
         return Section("conversion", "Conversion", [])
-    blocks = [*_method(study, about), _losses(study, about), *side_by_side(_curves(study, found))]
+    blocks = [*_method(study, about), _losses(study, about), *side_by_side(_curves(study, by_kind))]
     return Section("conversion", "Conversion", [*blocks, *_rivals(study), _steps(study)])
 
 
@@ -179,10 +179,10 @@ def _steps(study: Study) -> Table:
     return Table("How each was made", study.setting, columns, rows, note)
 
 
-def _curves(study: Study, found: Mapping[str, Sequence[str]]) -> list[Picture]:
+def _curves(study: Study, by_kind: Mapping[str, Sequence[str]]) -> list[Picture]:
     """For each family the added loss against the share of the pre-training."""
     pictures = []
-    for kind, names in found.items():
+    for kind, names in by_kind.items():
         series: list[Series] = []
         for name, look in zip(names, _looks(study, names), strict=True):
             points = [(100 * at.share, at.difference.mean) for at in study.checkpoints(name) if at.difference]

@@ -119,12 +119,12 @@ def _groups(study: Study) -> list[Block]:
 def _within(heads: Heads, config: ModelConfig) -> tuple[float, float]:
     """Mean divergence of two heads of one group, and of two heads of different groups."""
     size = config.n_head // config.kv_heads
-    found: tuple[list[float], list[float]] = ([], [])
+    divergences: tuple[list[float], list[float]] = ([], [])
     for layer in heads.layers:
         for i in range(config.n_head):
             for j in range(i):
-                found[i // size != j // size].append(layer.divergence[i][j])
-    return statistics.fmean(found[0]), statistics.fmean(found[1])
+                divergences[i // size != j // size].append(layer.divergence[i][j])
+    return statistics.fmean(divergences[0]), statistics.fmean(divergences[1])
 
 
 def _beyond(study: Study) -> list[Block]:
@@ -186,11 +186,11 @@ def _recall(study: Study) -> list[Block]:
     gains = _gains(study, [name for name, kinds in study.kinds.items() if kinds <= {"swa"}])
     if not gains:
         return []
-    distances = sorted({distance for found in gains.values() for distance in found})
+    distances = sorted({distance for by_distance in gains.values() for distance in by_distance})
     rows = []
-    for name, found in gains.items():
+    for name, by_distance in gains.items():
         reach = study.variants[name].receptive_field
-        cells = (nats(found[distance]) if distance in found else "" for distance in distances)
+        cells = (nats(by_distance[distance]) if distance in by_distance else "" for distance in distances)
         rows.append([f"**{study.label(name)}**", *cells, count(reach) if reach else "no limit"])
     columns = [VARIANT, *(Column(tokens(distance)) for distance in distances), Column("reach, tokens")]
     note = (
@@ -202,9 +202,9 @@ def _recall(study: Study) -> list[Block]:
 
 def _copying(study: Study) -> list[Picture]:
     series = [
-        Series(study.name_of(name), study.looks[name], list(found), list(found.values()), marks=True)
-        for name, found in _gains(study, study.drawn).items()
-        if len(found) > 1
+        Series(study.name_of(name), study.looks[name], list(by_distance), list(by_distance.values()), marks=True)
+        for name, by_distance in _gains(study, study.drawn).items()
+        if len(by_distance) > 1
     ]
     if not series:
         return []

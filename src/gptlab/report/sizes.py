@@ -20,7 +20,7 @@ CORNERS = ((128, 1), (1024, 1), (1024, 32), (16384, 1), (16384, 32))
 
 def _counterparts(study: Study, change: str) -> dict[str, Counterpart]:
     """For each of GPT-2's sizes, this change alone, as the first variant that makes it would make it there."""
-    found = {}
+    counterparts = {}
     names = [*study.alone(change), *study.with_change(change)]
     for size, rows in study.results.four_sizes.items():
         name = next((name for name in names if name in rows), None)
@@ -31,8 +31,8 @@ def _counterparts(study: Study, change: str) -> dict[str, Counterpart]:
             # What else the variant changes is taken back.
             own = {field: value for field, value in row.changes.items() if kinds_of({field: value}) == [change]}
             row = costs.counterpart(size, make_config({**ModelConfig.preset(size).to_dict(), **own}))
-        found[size] = row
-    return found
+        counterparts[size] = row
+    return counterparts
 
 
 def _plain(study: Study, size: str) -> Counterpart | None:

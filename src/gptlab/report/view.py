@@ -90,14 +90,14 @@ class Study:
 
         One that was uptrained comes before those that were not.
         """
-        found: list[str] = []
+        names: list[str] = []
         for name, variant in self.variants.items():
             if variant.source == "converted":
                 alike = [n for n in self.variants if self.configs[n] == self.configs[name]]
                 if any(self.variants[n].source != "converted" for n in alike) or name != min(alike, key=self._rank):
                     continue
-            found.append(name)
-        return found
+            names.append(name)
+        return names
 
     def _rank(self, name: str) -> tuple[bool, float]:
         loss = self.loss(name)
@@ -228,8 +228,8 @@ class Study:
 
     def cache(self, name: str, context: int, batch: int = 1) -> int | None:
         """Bytes of a variant's cache as counted by the study."""
-        found = (e.bytes for e in self.variants[name].cache if (e.context, e.batch) == (context, batch))
-        return next(found, None)
+        sizes = (e.bytes for e in self.variants[name].cache if (e.context, e.batch) == (context, batch))
+        return next(sizes, None)
 
     def per_token(self, name: str) -> int:
         """Bytes that a token adds to a variant's cache."""

@@ -332,13 +332,13 @@ def _mapped(shard: Shard, dtype: np.dtype[Any]) -> np.ndarray:
 
 def _check_size(shard: Shard, itemsize: int) -> None:
     try:
-        found = shard.path.stat().st_size
+        size = shard.path.stat().st_size
     except OSError:
         raise GptlabError(f"{shard.path} is missing; restore it, or prepare the data again") from None
     expected = shard.offset + shard.n_tokens * itemsize
-    if found != expected:
+    if size != expected:
         raise GptlabError(
-            f"{shard.path} has {found:,} bytes instead of {expected:,}; restore it, or prepare the data again"
+            f"{shard.path} has {size:,} bytes instead of {expected:,}; restore it, or prepare the data again"
         )
 
 

@@ -132,15 +132,15 @@ def _table(file: IO[bytes], name: object, suffix: str, field: str) -> Texts:
     csv.field_size_limit(2**31 - 1)
     lines = lines_of(decoded(file, name))
     first = next(lines, "")
-    found = {mark: next(csv.reader([first], delimiter=mark), []) for mark in ("\t,;" if suffix == ".tsv" else ",;\t")}
-    mark = next((mark for mark, names in found.items() if field in names), None)
+    columns = {mark: next(csv.reader([first], delimiter=mark), []) for mark in ("\t,;" if suffix == ".tsv" else ",;\t")}
+    mark = next((mark for mark, names in columns.items() if field in names), None)
     if mark is None:
-        names = next(iter(found.values()))
+        names = next(iter(columns.values()))
         raise GptlabError(
             f"{name} has no column {field!r}; its first row has {_quoted(names)}: name the column to read with"
             f" --text-field NAME {_WHERE}"
         )
-    names = found[mark]
+    names = columns[mark]
     rows = csv.reader(lines, delimiter=mark, strict=True)
     try:
         for row in rows:

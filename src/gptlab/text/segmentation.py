@@ -97,11 +97,11 @@ def _parts(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
                 begin = cast(re.Match[str], _BLANK.match(rest, start)).end()
                 after_mark = begin == len(rest) and not rest.endswith("\n", start)
                 start = begin
-            found = _END.search(rest, start)
-            if found is None:
+            mark = _END.search(rest, start)
+            if mark is None:
                 break
-            yield rest[start : found.start()], True
-            start, after_mark = found.end(), True
+            yield rest[start : mark.start()], True
+            start, after_mark = mark.end(), True
         # What may be the beginning of a mark, or one that is not seen yet to be followed by white space, waits.
         held = next(n for n in range(len(END_OF_TEXT), -1, -1) if rest.endswith(END_OF_TEXT[:n], start))
         yield rest[start : len(rest) - held], False

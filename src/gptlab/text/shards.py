@@ -85,14 +85,14 @@ def prepare(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise GptlabError(f"{out} exists already; choose another place, or add to the data there with --append")
     with _workplace(out, "nothing was left there") as folder:
-        found = survey(documents, report)
-        n_bytes = found.n_bytes
+        surveyed = survey(documents, report)
+        n_bytes = surveyed.n_bytes
         if validation is None:
-            division = divide(documents, found, held_out)
+            division = divide(documents, surveyed, held_out)
         else:
             other = survey(validation, report)
             n_bytes += other.n_bytes
-            if shared := int(np.isin(found.ranks, other.ranks).sum()):
+            if shared := int(np.isin(surveyed.ranks, other.ranks).sum()):
                 report({"event": "shared", "documents": shared})
             division = divide_between(documents, validation)
         if not isinstance(tokenizer, Tokenizer):
@@ -156,8 +156,8 @@ def append(
         raise GptlabError(f"{out} holds {kinds[0]}, these are {kinds[1]}; give --per-line for both or for neither")
     index = read_index(out)
     with _workplace(out, "what was there before is unchanged") as folder:
-        found = survey(documents, report, exact=old.rule.exact)
-        division = divide_alike(documents, found, old.rule)
+        surveyed = survey(documents, report, exact=old.rule.exact)
+        division = divide_alike(documents, surveyed, old.rule)
         writers = [
             SplitWriter(
                 folder,
@@ -169,7 +169,7 @@ def append(
             )
             for name, split in zip(SPLITS, (old.training, old.validation), strict=True)
         ]
-        splits = _write_splits(old.tokenizer, division, writers, old.training.dtype, found.n_bytes, report)
+        splits = _write_splits(old.tokenizer, division, writers, old.training.dtype, surveyed.n_bytes, report)
         _write_file(folder / INDEX, _json({**index, "splits": splits}))
         if read_index(out) != index:
             raise GptlabError(f"{out} was changed meanwhile; run the same command again")

@@ -130,7 +130,7 @@ def survey(
     return Survey(np.frombuffer(ranks, dtype=np.float64), np.frombuffer(sizes, dtype=np.int64))
 
 
-def divide(documents: Documents, found: Survey, held_out: float) -> Division:
+def divide(documents: Documents, surveyed: Survey, held_out: float) -> Division:
     """Divide a corpus so that ``held_out`` of its bytes are held out, within `TOLERANCE`.
 
     A document is held out when its rank is below ``held_out``: equal documents stay together, and added ones move none
@@ -142,20 +142,20 @@ def divide(documents: Documents, found: Survey, held_out: float) -> Division:
     Raises:
         GptlabError: too little text for two parts.
     """
-    plan = _plan(found, held_out)
+    plan = _plan(surveyed, held_out)
     if plan is None:
         raise GptlabError(f"the corpus {documents.name} is too short to hold a part of it out; add text")
     moved, cut = plan
     rule = Rule(held_out, moved)
     if cut is not None:
-        rule = rule._replace(cut=Cut(cut.rank, _place(documents, found.ranks == cut.rank, cut)))
-    return divide_alike(documents, found, rule)
+        rule = rule._replace(cut=Cut(cut.rank, _place(documents, surveyed.ranks == cut.rank, cut)))
+    return divide_alike(documents, surveyed, rule)
 
 
-def divide_alike(documents: Documents, found: Survey, rule: Rule) -> Division:
+def divide_alike(documents: Documents, surveyed: Survey, rule: Rule) -> Division:
     """Divide documents by the rule of others that they join."""
-    in_validation = (found.ranks < rule.held_out) ^ np.isin(found.ranks, rule.moved)
-    in_both = np.zeros(len(found.ranks), bool) if rule.cut is None else found.ranks == rule.cut.rank
+    in_validation = (surveyed.ranks < rule.held_out) ^ np.isin(surveyed.ranks, rule.moved)
+    in_both = np.zeros(len(surveyed.ranks), bool) if rule.cut is None else surveyed.ranks == rule.cut.rank
     n_bytes = 0 if rule.cut is None else rule.cut.n_bytes
     return Division(lambda: _by_document(documents, in_validation, in_both, n_bytes), rule)
 
@@ -180,18 +180,18 @@ class _WantedCut(NamedTuple):
     slack: int  # bytes by which the cut may be elsewhere
 
 
-def _plan(found: Survey, held_out: float) -> tuple[tuple[float, ...], _WantedCut | None] | None:
+def _plan(surveyed: Survey, held_out: float) -> tuple[tuple[float, ...], _WantedCut | None] | None:
     """Return the ranks to move and what to cut so that the share is met; None: there is too little to divide."""
-    total = found.n_bytes
+    total = surveyed.n_bytes
     target, slack = held_out * total, TOLERANCE * min(held_out, 1 - held_out) * total
-    held = int(found.sizes[found.ranks < held_out].sum())
+    held = int(surveyed.sizes[surveyed.ranks < held_out].sum())
     gap = abs(held - target)
     if gap <= slack:
         return (), None
-    ranks, inverse, copies = np.unique(found.ranks, return_inverse=True, return_counts=True)
-    sizes = np.bincount(inverse, found.sizes)  # of all copies
+    ranks, inverse, copies = np.unique(surveyed.ranks, return_inverse=True, return_counts=True)
+    sizes = np.bincount(inverse, surveyed.sizes)  # of all copies
     single = np.full(len(ranks), np.iinfo(np.int64).max)
-    np.minimum.at(single, inverse, found.sizes)
+    np.minimum.at(single, inverse, surveyed.sizes)
     too_much = held > target
     rest = np.flatnonzero((ranks < held_out) == too_much)  # those from which the difference can be taken
     moved: list[float] = []

@@ -125,8 +125,8 @@ def distilled_loss(module: nn.Module, batch: Batch, dtype: torch.dtype, teacher:
         def head(hidden: Tensor, lm_head: Linear) -> tuple[Tensor, Tensor]:
             return divergence(hidden, lm_head.weight, batch.targets, wanted, teacher)
 
-        found: tuple[Tensor, Tensor] = module(batch.ids, documents=batch.documents, head=head)
-    return found
+        losses: tuple[Tensor, Tensor] = module(batch.ids, documents=batch.documents, head=head)
+    return losses
 
 
 def divergence(

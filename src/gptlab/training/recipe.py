@@ -228,8 +228,8 @@ def _is_section(name: str) -> bool:
 def _fields(section: str) -> dict[str, Any]:
     """The settings of a section of the recipe, which may be off by default; empty where it is none."""
     kind: Any = Recipe.model_fields[section].annotation
-    found = [getattr(one, "model_fields", None) for one in (kind, *get_args(kind))]
-    return next((fields for fields in found if fields), {})
+    candidates = [getattr(one, "model_fields", None) for one in (kind, *get_args(kind))]
+    return next((fields for fields in candidates if fields), {})
 
 
 def _explain(error: ValidationError) -> str:

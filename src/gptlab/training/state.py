@@ -197,12 +197,12 @@ def read_latest(
     Raises:
         GptlabError: there are checkpoints, and all are damaged.
     """
-    found = run_checkpoints(run)
-    for checkpoint in reversed(found):
+    checkpoints = run_checkpoints(run)
+    for checkpoint in reversed(checkpoints):
         try:
             return read_checkpoint(checkpoint.path)
         except GptlabError as error:
             say(f"skipping the checkpoint of step {checkpoint.step:,}: {error}")
-    if found:
+    if checkpoints:
         raise GptlabError(f"every checkpoint of the run {run} is damaged; start it again with another --out")
     return None

@@ -324,17 +324,17 @@ def _tensors(checkpoint: Checkpoint, home: Home) -> dict[str, Tensor]:
     if "wpe.weight" in state:
         state["wpe.weight"] = state["wpe.weight"][: config.context_length]
     width, kv = config.n_embd, config.kv_heads * config.head_dim
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if not name.startswith("h."):
             stem, _, leaf = name.rpartition(".")
-            found[NAMES.get(name) or f"{NAMES[stem]}.{leaf}"] = tensor
+            renamed[NAMES.get(name) or f"{NAMES[stem]}.{leaf}"] = tensor
             continue
         _, layer, rest = name.split(".", 2)
         stem, _, leaf = rest.rpartition(".")
         if stem == "attn.c_attn" and home.family == "starcoder2":
             for letter, part in zip("qkv", tensor.split([width, kv, kv]), strict=True):
-                found[f"blk.{layer}.attn_{letter}.{leaf}"] = part
+                renamed[f"blk.{layer}.attn_{letter}.{leaf}"] = part
         else:
-            found[f"blk.{layer}.{NAMES[stem]}.{leaf}"] = tensor
-    return found
+            renamed[f"blk.{layer}.{NAMES[stem]}.{leaf}"] = tensor
+    return renamed

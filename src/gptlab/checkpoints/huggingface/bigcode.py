@@ -31,17 +31,17 @@ FIELDS = {
 
 def read_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
     """Translate the contents of a `config.json`."""
-    found = read_fields(path, values, FIELDS, "GPTBigCode's configuration")
-    multi_query, kv = found.pop("multi_query"), found.pop("kv")
+    settings = read_fields(path, values, FIELDS, "GPTBigCode's configuration")
+    multi_query, kv = settings.pop("multi_query"), settings.pop("kv")
     if not isinstance(multi_query, bool):
         raise GptlabError(f"{path}: multi_query must be true or false, got {multi_query!r}")
-    heads = 1 if multi_query else found["n_head"]
+    heads = 1 if multi_query else settings["n_head"]
     if kv not in (None, heads):
         raise GptlabError(
             f"{path} has num_key_value_heads={kv!r} beside multi_query={multi_query}; delete the wrong one"
         )
-    chosen = activation(path, "activation_function", found["activation"])
-    return ModelConfig.from_dict({**found, "n_kv_head": heads, "activation": chosen})
+    chosen = activation(path, "activation_function", settings["activation"])
+    return ModelConfig.from_dict({**settings, "n_kv_head": heads, "activation": chosen})
 
 
 def read_tensors(readers: Lazy, config: ModelConfig) -> Lazy:

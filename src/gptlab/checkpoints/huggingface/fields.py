@@ -125,13 +125,13 @@ def read_fields(path: Path, values: Mapping[str, Any], fields: Fields, family: s
     Raises:
         GptlabError: two names of one field disagree, or a name that may mean something is not known.
     """
-    found = {}
+    settings = {}
     for ours, field in fields.items():
         stated = field.stated(values)
         if len(stated) > 1 and len({repr(value) for value in stated.values()}) > 1:
             both = " and ".join(f"{name}={value!r}" for name, value in stated.items())
             raise GptlabError(f"{path} has {both}, which are two names of one field; delete the wrong one")
-        found[ours] = next(iter(stated.values()), field.default)
+        settings[ours] = next(iter(stated.values()), field.default)
     for name, neutral in NEUTRAL.items():
         value = values.get(name)
         usual = name == "layer_types" and isinstance(value, list) and set(map(str, value)) == {"full_attention"}
@@ -144,7 +144,7 @@ def read_fields(path: Path, values: Mapping[str, Any], fields: Fields, family: s
     for name, value in values.items():
         if name not in known and name not in NEUTRAL and not _HARMLESS.fullmatch(name):
             _refuse_look_alike(path, name, value, values, fields, family)
-    return found
+    return settings
 
 
 def _refuse_look_alike(

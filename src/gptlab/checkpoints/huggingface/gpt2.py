@@ -47,8 +47,10 @@ def read_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
     fields = {**FIELDS}
     if not fields["context_length"].stated(values):
         fields["context_length"] = Field(("n_ctx",), 1024)
-    found = read_fields(path, values, fields, "GPT-2's configuration")
-    return ModelConfig.from_dict({**found, "activation": activation(path, "activation_function", found["activation"])})
+    settings = read_fields(path, values, fields, "GPT-2's configuration")
+    return ModelConfig.from_dict(
+        {**settings, "activation": activation(path, "activation_function", settings["activation"])}
+    )
 
 
 def read_tensors(readers: Lazy, config: ModelConfig) -> Lazy:

@@ -57,14 +57,14 @@ _LEGACY = re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 def read_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
     """Translate the contents of a `config.json` of transformers 4 (`rope_theta`) or 5 (`rope_parameters`)."""
     stated = {key: value for key, value in values.items() if key not in ("rope_parameters", "rope_scaling")}
-    found = read_fields(path, stated, FIELDS, "StarCoder2's configuration")
-    head_dim, share, trained = found.pop("head_dim"), found.pop("share"), found.pop("trained")
-    found.pop("turns")
-    if not isinstance(found.pop("use_bias"), bool):
+    settings = read_fields(path, stated, FIELDS, "StarCoder2's configuration")
+    head_dim, share, trained = settings.pop("head_dim"), settings.pop("share"), settings.pop("trained")
+    settings.pop("turns")
+    if not isinstance(settings.pop("use_bias"), bool):
         raise GptlabError(f"{path}: use_bias must be true or false, got {values['use_bias']!r}")
     turns = {**_object(path, "rope_scaling", values), **_object(path, "rope_parameters", values)}
-    theta = turns.pop("rope_theta", None) or found["theta"]
-    del found["theta"]
+    theta = turns.pop("rope_theta", None) or settings["theta"]
+    del settings["theta"]
     share, kind = turns.pop("partial_rotary_factor", share), turns.pop("rope_type", turns.get("type", "default"))
     trained = turns.pop("original_max_position_embeddings", trained)
     factor = turns.pop("factor", None)
@@ -78,19 +78,19 @@ def read_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
     if kind != "default":
         rope |= {"scaling": kind, "factor": factor}
     if kind == "yarn" and trained is not None:
-        longest = found["context_length"]
+        longest = settings["context_length"]
         if factor is None and _is_number(longest) and _is_number(trained):
             rope["factor"] = factor = longest / trained
         if _is_number(factor) and _is_number(trained) and longest == int(trained * factor):
-            found["context_length"] = trained  # as `write_config` writes it
+            settings["context_length"] = trained  # as `write_config` writes it
         else:
             rope["trained_length"] = trained
     config = ModelConfig.from_dict(
         {
-            **found,
+            **settings,
             "position": "rope",
             "rope": None if rope == {"theta": 10000.0} else rope,  # without settings of its own
-            "activation": activation(path, "hidden_act", found["activation"]),
+            "activation": activation(path, "hidden_act", settings["activation"]),
         }
     )
     if head_dim not in (None, config.head_dim):
@@ -111,7 +111,7 @@ def _object(path: Path, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_tensors(readers: Lazy, config: ModelConfig) -> Lazy:
     """Return the tensors by gptlab's names and in its layout; projections without a bias get one of 0."""
-    found: Lazy = {}
+    tensors: Lazy = {}
     parts: dict[str, dict[str, Callable[[], Tensor]]] = {}
     for name, get in readers.items():
         layer = _LAYER.fullmatch(name)
@@ -120,18 +120,18 @@ def read_tensors(readers: Lazy, config: ModelConfig) -> Lazy:
         if layer and layer[2] in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
             parts.setdefault(f"h.{layer[1]}.attn.c_attn.{layer[3]}", {})[layer[2]] = get
         elif layer and layer[2] in NAMES:
-            found[f"h.{layer[1]}.{NAMES[layer[2]]}.{layer[3]}"] = get
+            tensors[f"h.{layer[1]}.{NAMES[layer[2]]}.{layer[3]}"] = get
         else:
             module, _, kind = name.rpartition(".")
-            found[f"{NAMES[module]}.{kind}" if module in NAMES else name] = get
-    found |= {name: _stacked(by_part) for name, by_part in parts.items() if len(by_part) == 3}
-    if not any(re.fullmatch(r"h\.\d+\.(attn|mlp)\.\w+\.bias", name) for name in found):  # use_bias=false
+            tensors[f"{NAMES[module]}.{kind}" if module in NAMES else name] = get
+    tensors |= {name: _stacked(by_part) for name, by_part in parts.items() if len(by_part) == 3}
+    if not any(re.fullmatch(r"h\.\d+\.(attn|mlp)\.\w+\.bias", name) for name in tensors):  # use_bias=false
         for i in range(config.n_layer):
             rows = (config.n_head + 2 * config.kv_heads) * config.head_dim
             sizes = {"attn.c_attn": rows, "attn.c_proj": config.n_embd, "mlp.c_fc": config.inner}
             for module, size in {**sizes, "mlp.c_proj": config.n_embd}.items():
-                found[f"h.{i}.{module}.bias"] = lambda size=size: torch.zeros(size)  # type: ignore[misc]
-    return found
+                tensors[f"h.{i}.{module}.bias"] = lambda size=size: torch.zeros(size)  # type: ignore[misc]
+    return tensors
 
 
 def _stacked(parts: Mapping[str, Callable[[], Tensor]]) -> Callable[[], Tensor]:

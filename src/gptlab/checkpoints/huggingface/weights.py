@@ -74,8 +74,8 @@ def _open_files(directory: Path) -> Lazy:
         return open_pickle(directory / "pytorch_model.bin")
     if (directory / "pytorch_model.bin.index.json").exists():
         return _merge(directory, "pytorch_model.bin.index.json", open_pickle)
-    if found := diagnose(directory):
-        raise GptlabError(found)
+    if problem := diagnose(directory):
+        raise GptlabError(problem)
     there = [f"{name} ({whose} own format)" for name, whose in _OTHERS.items() if (directory / name).exists()]
     there += [path.name for path in sorted(directory.glob("*.safetensors"))]
     raise GptlabError(

@@ -130,8 +130,8 @@ def size_of(text: str) -> int:
     Raises:
         GptlabError: it is not a size.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)\s*", text, re.IGNORECASE)
-    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)\s*", text, re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if size < 1:
         raise GptlabError(f"{text!r} is not a size of a file; write it as 500MB or 5GB")
     return size
@@ -170,8 +170,8 @@ def _saver(shard: Mapping[str, Tensor]) -> Callable[[Path], None]:
 def _earlier(directory: Path) -> list[str]:
     """Names of an earlier save that must not be taken for a part of this one."""
     patterns = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", *custom.FILES)
-    found = {path.name for pattern in patterns for path in directory.glob(pattern)}
-    return sorted(found | {name for name in TOKENIZER_FILES if (directory / name).exists()})
+    names = {path.name for pattern in patterns for path in directory.glob(pattern)}
+    return sorted(names | {name for name in TOKENIZER_FILES if (directory / name).exists()})
 
 
 def _tokens(tokenizer: Tokenizer | None, rows: int) -> dict[str, Any]:

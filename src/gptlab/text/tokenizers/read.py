@@ -86,9 +86,9 @@ def _values(directory: Path) -> dict[str, Any] | None:
         values = json.loads(byte_level({}, [], special=()).to_str())
         values["model"].update(vocab=table, merges=pairs)
         return dict(values)
-    if found := next((name for name in _OTHERS if (directory / name).exists()), None):
+    if other := next((name for name in _OTHERS if (directory / name).exists()), None):
         raise UnsupportedTokenizer(
-            f"the tokenizer of {directory} is {_OTHERS[found]}, which gptlab does not read; it reads byte-level BPE as"
+            f"the tokenizer of {directory} is {_OTHERS[other]}, which gptlab does not read; it reads byte-level BPE as"
             " GPT-2's (tokenizer.json, or vocab.json and merges.txt)"
         )
     return None
