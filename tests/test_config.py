@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptlab import GptlabError, ModelConfig
-from gptlab.config import PRESETS, divisors
+from gptlab.config import PRESETS, divisors, with_changes
 
 # Layers, heads and width of the four released models: Radford et al. 2019, table 2; heads from the released hparams.
 RELEASED = {
@@ -34,6 +34,7 @@ def test_the_defaults_are_gpt2_small() -> None:
     assert config == ModelConfig.preset("gpt2")
     assert (config.n_kv_head, config.n_inner) == (12, 3072)
     assert (config.activation, config.position, config.norm_eps) == ("gelu_tanh", "learned", 1e-5)
+    assert (config.norm, config.mlp) == ("layer", "gelu")
     assert config.bias
     assert config.tie_embeddings
     assert config.dropout == 0.0
@@ -69,6 +70,43 @@ def test_any_possible_configuration_goes_through_json(
     assert hash(again) == hash(config)
     assert config.head_dim == head_dim
     assert config.inner == (n_inner if n_inner is not None else 4 * heads * head_dim)
+
+
+@pytest.mark.parametrize(("n_embd", "inner"), [(768, 2048), (192, 512), (32, 88), (1024, 2736), (3, 8)])
+def test_a_gated_network_is_as_large_as_a_plain_one(n_embd: int, inner: int) -> None:
+    config = ModelConfig(n_embd=n_embd, n_head=1, mlp="swiglu")
+    assert config.inner == inner
+    assert 0 <= 3 * n_embd * inner - 2 * n_embd * 4 * n_embd < 3 * n_embd * 8
+    assert ModelConfig.preset("gpt2", mlp="swiglu", n_inner=100).inner == 100
+
+
+def test_what_came_later_is_left_out_of_a_gpt2_and_read_as_gpt2_where_it_is_missing() -> None:
+    saved = ModelConfig(norm_eps=1e-6).to_dict()
+    assert not saved.keys() & {"norm", "mlp"}
+    assert ModelConfig.from_dict(saved) == ModelConfig(norm_eps=1e-6)
+    llama = ModelConfig(norm="rms", mlp="swiglu", bias=False)
+    assert "activation" not in llama.to_dict()
+    assert ModelConfig.from_dict(json.loads(json.dumps(llama.to_dict()))) == llama
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"norm": "rmsnorm"}, "norm must be one of layer, rms, got 'rmsnorm'"),
+        ({"mlp": "swigl"}, "mlp must be one of gelu, swiglu, got 'swigl' (did you mean 'swiglu'?)"),
+        ({"norm": 1}, "norm must be one of layer, rms, got 1"),
+        ({"mlp": "swiglu", "activation": "relu"}, "activation='relu' has no effect with mlp='swiglu'"),
+    ],
+)
+def test_norms_and_networks_that_there_are_not_are_refused(values: dict[str, Any], said: str) -> None:
+    assert said in refusal(**values)
+
+
+def test_changes_of_the_network_take_what_belonged_to_the_old_one_with_them() -> None:
+    values = ModelConfig.preset("gpt2", activation="relu", n_layer=3).to_dict()
+    assert ModelConfig.from_dict(with_changes(values, {"mlp": "swiglu"})) == ModelConfig(n_layer=3, mlp="swiglu")
+    assert with_changes(values, {"mlp": "gelu", "n_layer": 2}) == {**values, "mlp": "gelu", "n_layer": 2}
+    assert with_changes(values, {"mlp": "swiglu", "n_inner": 7})["n_inner"] == 7
 
 
 def test_preset_takes_overrides() -> None:

@@ -119,7 +119,7 @@ def test_nothing_is_unpickled(path: Path) -> None:
 
 def test_the_model_can_be_read_in_one_sitting() -> None:
     files = [SOURCE / "model" / name for name in READ_IN_ONE_SITTING]
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= 620
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= 660
 
 
 MODEL_FILES = sorted((SOURCE / "model").rglob("*.py"))

@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args
 
 from gptlab.errors import GptlabError, nearest
 
+Norm = Literal["layer", "rms"]
+FeedForward = Literal["gelu", "swiglu"]
 Activation = Literal["gelu_tanh", "gelu", "relu", "silu"]
 Position = Literal["learned", "rope", "none", "blend"]
 Scaling = Literal["linear", "ntk", "yarn"]
@@ -26,7 +28,7 @@ LARGEST = {
 }
 """Far above any model, and low enough that a damaged configuration is refused before memory is."""
 LARGEST_FLOAT32 = 3.4028234663852886e38
-LATER = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+LATER = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "norm": "layer", "mlp": "gelu"}
 """Fields that came later: `to_dict` leaves them out at these defaults, so that what was saved before still compares."""
 
 
@@ -83,8 +85,11 @@ class ModelConfig:
         n_head: query heads, H; must divide ``n_embd``.
         n_kv_head: key/value heads, a divisor of ``n_head``; None means ``n_head`` (multi-head attention).
         n_embd: width of the residual stream, C.
-        n_inner: width of the feed-forward layer; None means ``4 * n_embd``.
-        activation: ``gelu_tanh`` (GPT-2's own), ``gelu`` (the erf form), ``relu`` or ``silu``.
+        n_inner: width of the feed-forward layer; None means ``4 * n_embd``, and two thirds of it with ``swiglu`` (up to
+            the next multiple of 8), whose three matrices then weigh what the two of ``gelu`` do.
+        norm: ``layer``, or ``rms`` (Zhang & Sennrich 2019), which neither centres nor shifts.
+        mlp: ``gelu``, GPT-2's two matrices with the `activation` between, or ``swiglu`` (Shazeer 2020), gated by silu.
+        activation: ``gelu_tanh`` (GPT-2's own), ``gelu`` (the erf form), ``relu`` or ``silu``; not of ``swiglu``.
         position: how a model knows where a token stands; ``blend`` is learned and rotary positions, each with a factor,
             for the way from one to the other.
         rope: settings of rotary positions; only with ``position="rope"`` or ``"blend"``.
@@ -92,8 +97,8 @@ class ModelConfig:
         sinks: first tokens that stay visible outside the window.
         dilation: distance between the keys of a window; one number, or one per layer.
         dropout: probability, applied to embeddings, attention weights and residual branches in training.
-        bias: whether projections and norms have a bias.
-        norm_eps: epsilon of the layer norms.
+        bias: whether projections and layer norms have a bias.
+        norm_eps: epsilon of the norms.
         tie_embeddings: whether the output head is the token embedding.
         scale_attn_weights: whether scores are divided by the square root of ``head_dim``.
         scale_attn_by_inverse_layer_idx: whether the scores of the n-th layer are also divided by n, counted from 1
@@ -110,6 +115,8 @@ class ModelConfig:
     n_kv_head: int | None = None
     n_embd: int = 768
     n_inner: int | None = None
+    norm: Norm = "layer"
+    mlp: FeedForward = "gelu"
     activation: Activation = "gelu_tanh"
     position: Position = "learned"
     rope: RopeConfig | None = None
@@ -130,7 +137,9 @@ class ModelConfig:
         if self.n_kv_head is None:
             object.__setattr__(self, "n_kv_head", self.n_head)
         if self.n_inner is None and _is_whole(self.n_embd):
-            object.__setattr__(self, "n_inner", 4 * self.n_embd)
+            # Up to a multiple of 8, as matrices of odd widths are slow.
+            swiglu = self.mlp == "swiglu"
+            object.__setattr__(self, "n_inner", -(-self.n_embd // 3) * 8 if swiglu else 4 * self.n_embd)
         self._check_numbers()
         self._check_heads()
         self._check_choices()
@@ -160,7 +169,7 @@ class ModelConfig:
             for one in value if isinstance(value, tuple) else (value,):
                 if not (_is_whole(one) and one >= 1) and not (optional and one is None):
                     raise GptlabError(f"{name} must be a whole number of at least 1, or one per layer, got {value!r}")
-        for name in ("bias", "tie_embeddings", *LATER):
+        for name in ("bias", "tie_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
             if not isinstance(getattr(self, name), bool):
                 raise GptlabError(f"{name} must be true or false, got {getattr(self, name)!r}")
 
@@ -177,11 +186,15 @@ class ModelConfig:
             )
 
     def _check_choices(self) -> None:
-        for name, choices in (("activation", get_args(Activation)), ("position", get_args(Position))):
-            value = getattr(self, name)
+        for name, kind in (("norm", Norm), ("mlp", FeedForward), ("activation", Activation), ("position", Position)):
+            value, choices = getattr(self, name), get_args(kind)
             if value not in choices:
                 hint = nearest(str(value), choices)
                 raise GptlabError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+        if self.mlp == "swiglu" and self.activation != "gelu_tanh":
+            raise GptlabError(
+                f"activation={self.activation!r} has no effect with mlp='swiglu', which is gated by silu; leave it out"
+            )
 
     def _check_positions(self) -> None:
         if self.rope is not None and not self.has_rotation:
@@ -316,9 +329,17 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON can hold; `from_dict` is the inverse."""
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in LATER or v != LATER[k]}
+        if self.mlp == "swiglu":
+            del values["activation"]
         if self.rope is not None:
             values["rope"] = self.rope.to_dict()
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def with_changes(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields of `ModelConfig` with others on top; with another mlp, the old one's width and activation go."""
+    gone = ("n_inner", "activation") if changes.get("mlp", before := values.get("mlp", "gelu")) != before else ()
+    return {**{name: value for name, value in values.items() if name not in gone}, **changes}
 
 
 PRESETS: dict[str, dict[str, int]] = {

@@ -179,8 +179,9 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"n_kv_head": 2},
     {"window": 9},
     {"position": "rope", "n_kv_head": 2, "window": [9, 5], "sinks": 2, "dilation": [1, 2]},
+    {"position": "rope", "n_kv_head": 2, "norm": "rms", "mlp": "swiglu", "bias": False},
 )
-"""Plain GPT-2, each change alone, and everything at once."""
+"""Plain GPT-2, each change alone, everything at once, and Llama."""
 
 
 def _ids(model: GPT, batch: int, length: int) -> Tensor:

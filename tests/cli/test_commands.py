@@ -224,6 +224,15 @@ def test_inspect_shows_changes_beside_the_plain_model(run: Run) -> None:
     assert "learned positions end at 1,024" in out
 
 
+def test_inspect_goes_from_gpt2_to_llama(run: Run) -> None:
+    flags = ["--norm", "rms", "--mlp", "swiglu", "--no-bias"]
+    values = json.loads(run("inspect", "gpt2", *flags, "--json")[1])["changed"]
+    changed = gptlab.ModelConfig.preset("gpt2", norm="rms", mlp="swiglu", bias=False)
+    assert gptlab.ModelConfig.from_dict(values["config"]) == changed
+    assert values["parameters"]["total"] == count(changed)
+    assert "swiglu feed-forward 2048, rms norms, no biases" in run("inspect", "gpt2", *flags)[1]
+
+
 def test_windows_may_differ_from_layer_to_layer(run: Run) -> None:
     flags = ["--position", "rope", "--window", "8,none", "--sinks", 2, "--dilation", "2,1"]
     values = json.loads(run("inspect", "tiny", *flags, "--json")[1])["changed"]["config"]
@@ -237,6 +246,8 @@ def test_windows_may_differ_from_layer_to_layer(run: Run) -> None:
         (["--window", "12,x"], "--window takes a number"),
         (["--window", "8,8"], "window lists 2 layers"),
         (["--sinks", 4], "without a window"),
+        (["--norm", "rmsnorm"], "norm must be one of layer, rms, got 'rmsnorm' (did you mean 'rms'?)"),
+        (["--mlp", "swigl"], "(did you mean 'swiglu'?)"),
         (["--context", 0], "--context must be at least 1"),
     ],
 )

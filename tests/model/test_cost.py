@@ -23,7 +23,7 @@ PARTS = {
     "position embedding": r"wpe\.weight",
     "attention: queries, keys, values": r"h\.\d+\.attn\.c_attn\.(weight|bias)",
     "attention: output": r"h\.\d+\.attn\.c_proj\.(weight|bias)",
-    "feed-forward": r"h\.\d+\.mlp\.c_(fc|proj)\.(weight|bias)",
+    "feed-forward": r"h\.\d+\.mlp\.c_(gate|fc|proj)\.(weight|bias)",
     "layer norms": r"(h\.\d+\.ln_[12]|ln_f)\.(weight|bias)",
     "output head": r"lm_head\.weight",
 }
@@ -53,10 +53,12 @@ def test_parameters_of_every_preset_are_those_of_the_modules(name: str) -> None:
     head_dim=st.integers(1, 16),
     inner=st.none() | st.integers(1, 500),
     bias=st.booleans(),
+    norm=st.sampled_from(["layer", "rms"]),
+    mlp=st.sampled_from(["gelu", "swiglu"]),
     tie=st.booleans(),
 )
 def test_parameters_of_any_configuration_are_those_of_the_modules(
-    vocab: int, context: int, n_layer: int, n_head: int, head_dim: int, inner: int | None, bias: bool, tie: bool
+    vocab: int, context: int, n_layer: int, n_head: int, head_dim: int, inner: int | None, tie: bool, **switches: Any
 ) -> None:
     config = ModelConfig(
         vocab_size=vocab,
@@ -65,8 +67,8 @@ def test_parameters_of_any_configuration_are_those_of_the_modules(
         n_head=n_head,
         n_embd=n_head * head_dim,
         n_inner=inner,
-        bias=bias,
         tie_embeddings=tie,
+        **switches,
     )
     assert cost.parameters(config) == counted(config)
 
@@ -103,6 +105,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sinks": {"window": 5, "sinks": 3, "position": "rope", "n_kv_head": 2},
     "dilation": {"window": 4, "dilation": 3, "position": "rope"},
     "per layer": {"window": (4, None), "dilation": (2, 1), "sinks": 2, "position": "rope", "n_kv_head": 1},
+    "rms": {"norm": "rms"},
+    "swiglu": {"mlp": "swiglu", "n_inner": 72},
+    "llama": {"norm": "rms", "mlp": "swiglu", "bias": False, "position": "rope", "n_kv_head": 2},
     "per layer, all": {"window": (3, 9), "dilation": (5, 2), "sinks": 6, "position": "none"},
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -195,7 +200,7 @@ def test_banded_computes_what_the_cost_model_says(values: dict[str, Any], monkey
         assert counted_flops(GPT(config).eval(), ids) == cost.forward_flops(config, 50).total
 
 
-@pytest.mark.parametrize("variant", ["plain", "rope", "none", "multi-query", "grouped", "window"])
+@pytest.mark.parametrize("variant", ["plain", "rope", "none", "multi-query", "grouped", "window", "llama"])
 @pytest.mark.parametrize("position", [0, 6, 30])
 def test_token_flops_are_those_of_a_decoding_step(variant: str, position: int) -> None:
     # A ring of one-token chunks without sinks or dilation holds exactly the visible keys.

@@ -36,7 +36,15 @@ def test_logits_have_one_row_for_each_token(batch: int, length: int) -> None:
 
 @pytest.mark.parametrize(
     "overrides",
-    [{"bias": False}, {"n_inner": 17}, {"tie_embeddings": False}, {"vocab_size": 101}, {"n_head": 1}, {"n_head": 32}],
+    [
+        {"bias": False},
+        {"n_inner": 17},
+        {"tie_embeddings": False},
+        {"vocab_size": 101},
+        {"n_head": 1},
+        {"n_head": 32},
+        {"norm": "rms", "mlp": "swiglu"},
+    ],
     ids=str,
 )
 def test_every_plain_variant_computes_finite_logits(overrides: dict[str, Any]) -> None:
@@ -115,6 +123,7 @@ def test_building_a_model_leaves_the_global_random_state_alone() -> None:
         {"activation": "relu"},
         {"scale_attn_by_inverse_layer_idx": True},
         {"bias": False},
+        {"norm": "rms", "mlp": "swiglu", "n_inner": 128},
     ],
     ids=str,
 )
@@ -314,6 +323,27 @@ def test_the_feed_forward_network_is_the_formula(activation: str) -> None:
     }
     y = formulas[activation].float()
     close(mlp(x), y @ mlp.c_proj.weight.T + mlp.c_proj.bias, 1e-6)
+
+
+def test_each_rms_norm_scales_and_does_not_centre() -> None:
+    norm = noisy(norm="rms", norm_eps=1e-3).ln_f
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.1 + 7
+    expected = norm.weight * x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()  # Zhang and Sennrich 2019, eq. 4
+    close(norm(x.float()), expected.float())
+    assert not [name for name in weights(noisy(norm="rms")) if is_norm(name) and name.endswith("bias")]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_gated_network_is_the_formula(bias: bool) -> None:
+    mlp = noisy(mlp="swiglu", bias=bias).double().blocks[0].mlp
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def affine(x: Tensor, linear: Linear) -> Tensor:
+        return x @ linear.weight.T + (0 if linear.bias is None else linear.bias)
+
+    gate = affine(x, mlp.c_gate)
+    hidden = gate / (1 + torch.exp(-gate)) * affine(x, mlp.c_fc)  # Shazeer 2020, eq. 6, beta 1
+    close(mlp(x), affine(hidden, mlp.c_proj), 1e-12)
 
 
 # Scores

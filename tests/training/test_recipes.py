@@ -141,6 +141,12 @@ def test_flags_come_on_top_of_settings() -> None:
     assert plan.model_for(4096) == gptlab.ModelConfig.preset("pocket", position="rope", n_kv_head=2, window=32)
 
 
+def test_another_network_takes_the_place_of_the_recipes_with_its_activation() -> None:
+    assert read_recipe("shakespeare-chars-cpu").model_for(65).activation == "gelu"
+    config = read_recipe("shakespeare-chars-cpu", model={"mlp": "swiglu", "norm": "rms"}).model_for(65)
+    assert (config.mlp, config.norm, config.bias, config.inner) == ("swiglu", "rms", False, 344)  # 8/3 of 128
+
+
 def test_a_base_takes_the_place_of_the_model() -> None:
     plan = read_recipe("finetune", base="runs/a")
     assert plan.base == "runs/a"

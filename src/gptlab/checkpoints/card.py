@@ -43,6 +43,7 @@ def make_card(
     window = (
         "full causal attention" if set(config.windows) == {None} else f"attention windows of {config.window} tokens"
     )
+    feed_forward = "swiglu" if config.mlp == "swiglu" else config.activation
     extras = [f"{config.sinks} sinks"] if config.sinks else []
     extras += [f"dilation {config.dilation}"] if set(config.dilations) != {1} else []
     sections = [
@@ -50,7 +51,8 @@ def make_card(
         opening,
         "## Architecture\n"
         + _list(
-            f"{config.n_layer} layers, {config.n_embd} channels, feed-forward {config.inner} ({config.activation})",
+            f"{config.n_layer} layers, {config.n_embd} channels, feed-forward {config.inner} ({feed_forward}),"
+            f" {config.norm} norms{'' if config.bias else ', no biases'}",
             heads,
             ", ".join([f"{config.position} positions, context {config.context_length:,}", window, *extras]),
             f"vocabulary {config.vocab_size:,}, output head {'tied' if config.tie_embeddings else 'of its own'}",

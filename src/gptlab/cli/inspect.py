@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptlab.cli.model_options import DilationFlag, KvHeadFlag, PositionFlag, SinksFlag, WindowFlag, overrides
+from gptlab.cli.model_options import (
+    BiasFlag,
+    DilationFlag,
+    KvHeadFlag,
+    MlpFlag,
+    NormFlag,
+    PositionFlag,
+    SinksFlag,
+    WindowFlag,
+    overrides,
+)
 
 if TYPE_CHECKING:
     from gptlab.config import ModelConfig
@@ -24,14 +34,17 @@ def inspect(
     window: WindowFlag = None,
     sinks: SinksFlag = None,
     dilation: DilationFlag = None,
+    norm: NormFlag = None,
+    mlp: MlpFlag = None,
+    bias: BiasFlag = None,
     context: Annotated[int | None, typer.Option(help="Tokens for cache and arithmetic; else the model's own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Show what a model weighs, computes and keeps in its cache; with changes, beside the model without them."""
-    from gptlab.config import PRESETS, ModelConfig
+    from gptlab.config import PRESETS, ModelConfig, with_changes
     from gptlab.errors import GptlabError
 
-    changes = overrides(position, n_kv_head, window, sinks, dilation)
+    changes = overrides(position, n_kv_head, window, sinks, dilation, norm, mlp, bias)
     if model in PRESETS:
         plain = ModelConfig.preset(model)
     else:
@@ -41,7 +54,7 @@ def inspect(
         plain = checkpoints.read_config(hub.locate(model))
     configs = {model: plain}
     if changes:
-        configs[f"{model} changed"] = ModelConfig.from_dict({**plain.to_dict(), **changes})
+        configs[f"{model} changed"] = ModelConfig.from_dict(with_changes(plain.to_dict(), changes))
     tokens = plain.context_length if context is None else context
     if tokens < 1:
         raise GptlabError(f"--context must be at least 1, got {tokens}")
@@ -115,9 +128,12 @@ def _describe(config: ModelConfig) -> str:
     head = "tied to the token embedding" if config.tie_embeddings else "separate"
     window = "" if config.window is None else f", window {config.window}, sinks {config.sinks}"
     dilation = "" if set(config.dilations) == {1} else f", dilation {config.dilation}"
+    feed_forward = "swiglu " if config.mlp == "swiglu" else ""
+    norms = "" if config.norm == "layer" else f"{config.norm} norms, "
+    biases = "" if config.bias else "no biases, "
     heads = f"{config.n_head} heads of {config.head_dim} on {config.kv_heads} key/value heads"
     return (
-        f"{config.n_layer} layers, {heads}, width {config.n_embd}, feed-forward {config.inner},"
-        f" vocabulary {config.vocab_size:,}, context {config.context_length:,}, {config.position} positions"
-        f"{window}{dilation}, output head {head}"
+        f"{config.n_layer} layers, {heads}, width {config.n_embd}, {feed_forward}feed-forward {config.inner},"
+        f" {norms}{biases}vocabulary {config.vocab_size:,}, context {config.context_length:,},"
+        f" {config.position} positions{window}{dilation}, output head {head}"
     )

@@ -1,4 +1,4 @@
-"""The three changes as command-line flags, named as the fields of `ModelConfig` are."""
+"""The changes of a model as command-line flags, named as the fields of `ModelConfig` are."""
 
 from __future__ import annotations
 
@@ -18,9 +18,22 @@ DilationFlag = Annotated[
     str | None, typer.Option("--dilation", help="Distance between the keys of a window: one number, or one a layer.")
 ]
 
+NormFlag = Annotated[str | None, typer.Option("--norm", help="layer or rms.")]
+MlpFlag = Annotated[str | None, typer.Option("--mlp", help="Feed-forward network: gelu (GPT-2's) or swiglu.")]
+BiasFlag = Annotated[
+    bool | None, typer.Option("--bias/--no-bias", help="Whether projections and layer norms have a bias.")
+]
+
 
 def overrides(
-    position: str | None, n_kv_head: int | None, window: str | None, sinks: int | None, dilation: str | None
+    position: str | None,
+    n_kv_head: int | None,
+    window: str | None,
+    sinks: int | None,
+    dilation: str | None,
+    norm: str | None = None,
+    mlp: str | None = None,
+    bias: bool | None = None,
 ) -> dict[str, Any]:
     """Return the fields of `ModelConfig` that were given.
 
@@ -33,6 +46,9 @@ def overrides(
         "window": _per_layer("--window", window),
         "sinks": sinks,
         "dilation": _per_layer("--dilation", dilation),
+        "norm": norm,
+        "mlp": mlp,
+        "bias": bias,
     }
     return {name: value for name, value in given.items() if value is not None}
 

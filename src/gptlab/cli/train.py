@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptlab.cli.model_options import DilationFlag, KvHeadFlag, PositionFlag, SinksFlag, WindowFlag, overrides
+from gptlab.cli.model_options import (
+    BiasFlag,
+    DilationFlag,
+    KvHeadFlag,
+    MlpFlag,
+    NormFlag,
+    PositionFlag,
+    SinksFlag,
+    WindowFlag,
+    overrides,
+)
 from gptlab.errors import GptlabError
 
 if TYPE_CHECKING:
@@ -44,13 +54,16 @@ def train(
     window: WindowFlag = None,
     sinks: SinksFlag = None,
     dilation: DilationFlag = None,
+    norm: NormFlag = None,
+    mlp: MlpFlag = None,
+    bias: BiasFlag = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value; may be given several times.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; by default a GPU where there is one.")] = None,
 ) -> None:
     """Train a model, go on training one (--from), or go on with a run that was stopped (--resume)."""
-    flags = overrides(position, n_kv_head, window, sinks, dilation)
+    flags = overrides(position, n_kv_head, window, sinks, dilation, norm, mlp, bias)
     if resume is not None:
         if any(value is not None for value in (recipe, corpus, base, out, *flags.values())):
             raise GptlabError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gptlab.errors import GptlabError
-from gptlab.model.gpt import GPT, Block
+from gptlab.model.gpt import GPT, Block, LayerNorm
 
 BATCH_TOKENS = 1024
 """Tokens that go through the model at once."""
@@ -52,7 +52,7 @@ def assumed_statistics(block: Block) -> Moments:
     diag(g) (I - 1 1^T / C) diag(g), the mean b.
     """
     scale = block.ln_1.weight.detach().double().cpu()
-    bias = block.ln_1.bias
+    bias = block.ln_1.bias if isinstance(block.ln_1, LayerNorm) else None
     mean = torch.zeros_like(scale) if bias is None else bias.detach().double().cpu()
     return Moments(mean, scale.square().diag(), 0)
 

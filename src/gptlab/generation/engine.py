@@ -83,7 +83,7 @@ def check_batch(model: GPT, n_rows: int, n_tokens: int) -> None:
     weight, config = model.wte.weight, model.config
     held = n_rows * cache_bytes(config, n_tokens + 1, weight.element_size(), chunk=CHUNK)
     # One chunk of the prompt passes through a layer, then the logits through the sampling, which is in float64.
-    layer = n_rows * min(n_tokens, CHUNK) * (config.n_embd + config.inner) * 4
+    layer = n_rows * min(n_tokens, CHUNK) * (config.n_embd + config.inner * (1 + (config.mlp == "swiglu"))) * 4
     logits = n_rows * config.vocab_size * 3 * 8
     texts = "1 text" if n_rows == 1 else f"{n_rows:,} texts"
     said = f"{texts} at once, {n_tokens:,} tokens each to begin with, take{'s' * (n_rows == 1)}"

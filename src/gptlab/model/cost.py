@@ -24,18 +24,24 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     A tied output head adds none: it is the token embedding.
     """
     c, inner, bias = config.n_embd, config.inner, int(config.bias)
+    up = _projections_up(config)
     kv = 2 * config.kv_heads * config.head_dim
     parts = {
         "token embedding": config.vocab_size * c,
         "position embedding": config.context_length * c * config.has_table,
         "attention: queries, keys, values": config.n_layer * (c + bias) * (c + kv),
         "attention: output": config.n_layer * (c + bias) * c,
-        "feed-forward": config.n_layer * ((c + bias) * inner + (inner + bias) * c),
-        "layer norms": (2 * config.n_layer + 1) * (1 + bias) * c,
+        "feed-forward": config.n_layer * (up * (c + bias) * inner + (inner + bias) * c),
+        "layer norms": (2 * config.n_layer + 1) * (1 + bias * (config.norm == "layer")) * c,
     }
     if not config.tie_embeddings:
         parts["output head"] = config.vocab_size * c
     return parts
+
+
+def _projections_up(config: ModelConfig) -> int:
+    """How many projections a feed-forward network has to its inner width."""
+    return 2 if config.mlp == "swiglu" else 1
 
 
 def visible_keys(visibility: Visibility, position: int) -> int:
@@ -66,7 +72,7 @@ class Flops:
 def token_flops(config: ModelConfig, position: int) -> Flops:
     """Return the operations of one token at ``position``, with everything before it in a cache."""
     c, kv = config.n_embd, 2 * config.kv_heads * config.head_dim
-    blocks = 2 * config.n_layer * (c * (c + kv) + c * c + 2 * c * config.inner)
+    blocks = 2 * config.n_layer * (c * (c + kv) + c * c + (_projections_up(config) + 1) * c * config.inner)
     attention = sum(4 * c * visible_keys(visibility, position) for visibility in visibilities(config))
     return Flops(blocks, attention, 2 * c * config.vocab_size)
 

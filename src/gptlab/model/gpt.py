@@ -1,6 +1,6 @@
 """GPT-2 (Radford et al. 2019), top to bottom.
 
-    ids -> token embedding + position embedding -> n_layer blocks -> layer norm -> logits
+    ids -> token embedding + position embedding -> n_layer blocks -> norm -> logits
 
 Each block adds to a float32 residual stream twice: what its attention gathers from earlier tokens, and what
 its feed-forward network computes at each token on its own. Shapes stand at the ends of lines: B sequences
@@ -53,6 +53,18 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), bias, self.eps)
 
 
+class RMSNorm(nn.Module):
+    """Divide each token's channels by their root mean square, in float32, then scale (Zhang & Sennrich 2019)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.n_embd))
+        self.eps = config.norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C) float32
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+
+
 class MLP(nn.Module):
     """The point-wise feed-forward network: C -> n_inner -> C at each token, with an activation between."""
 
@@ -67,15 +79,33 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
 
 
+class SwiGLU(nn.Module):
+    """The gated feed-forward network (Shazeer 2020): what one projection gives is multiplied by a gate, another's."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_gate = Linear(config.n_embd, config.inner, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, config.inner, bias=config.bias)
+        self.c_proj = Linear(config.inner, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        return self.dropout(self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x)))
+
+
+NORMS: dict[str, type[LayerNorm | RMSNorm]] = {"layer": LayerNorm, "rms": RMSNorm}
+MLPS: dict[str, type[MLP | SwiGLU]] = {"gelu": MLP, "swiglu": SwiGLU}
+
+
 class Block(nn.Module):
     """One layer: attention between tokens, then computation at each; norms come first ("pre-norm")."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.ln_1 = LayerNorm(config)
+        self.ln_1 = NORMS[config.norm](config)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = LayerNorm(config)
-        self.mlp = MLP(config)
+        self.ln_2 = NORMS[config.norm](config)
+        self.mlp = MLPS[config.mlp](config)
         self.run: Callable[..., Tensor] | None = None  # training puts `compute` here, compiled or checkpointed
 
     def forward(
@@ -116,7 +146,7 @@ class GPT(nn.Module):
             )
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = LayerNorm(config)
+        self.ln_f = NORMS[config.norm](config)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.position == "blend":
             self.register_buffer("rope_scale", torch.zeros(config.head_dim // 2, dtype=torch.float32))

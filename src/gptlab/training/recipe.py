@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
-from gptlab.config import ModelConfig
+from gptlab.config import ModelConfig, with_changes
 from gptlab.errors import GptlabError, nearest
 from gptlab.training.settings import (
     KINDS,
@@ -143,7 +143,7 @@ def read_recipe(
     for setting in settings or []:
         _apply(values, setting)
     if model:
-        values.setdefault("model", {}).update(model)
+        values["model"] = with_changes(values.get("model", {}), model)
     if base is not None:
         values["base"] = base
     recipe = make_recipe(values)

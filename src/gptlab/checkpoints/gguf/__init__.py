@@ -212,6 +212,8 @@ def plan(config: ModelConfig, *, type: str = "f32", context: int | None = None) 
 def _obstacle(config: ModelConfig) -> str | None:
     if config.position not in ARCHITECTURES.values():
         return f"position={config.position!r} (it has learned and rotary positions)"
+    if config.norm != "layer" or config.mlp != "gelu":
+        return f"norm={config.norm!r} with mlp={config.mlp!r} (its GPT-2 and StarCoder2 have layer norms and no gates)"
     if config.activation != "gelu_tanh":
         return f"activation={config.activation!r} (it computes gelu_tanh)"
     if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:

@@ -42,6 +42,8 @@ def obstacle(config: ModelConfig) -> str | None:
     windowed = windows != {None}
     if config.position == "blend":
         return "position='blend', a stage on the way from learned to rotary positions"
+    if config.norm != "layer" or config.mlp != "gelu":
+        return f"norm={config.norm!r} with mlp={config.mlp!r}"
     if config.has_rotation:
         if windowed and config.sinks:
             return f"sinks={config.sinks}: no class has tokens that stay visible outside the window"
