@@ -70,7 +70,7 @@ CUSTOM: dict[str, tuple[dict[str, Any], str]] = {
     "windows by layer": ({"position": "rope", "window": [8, None, 16]}, "windows that differ from layer to layer"),
     "window of 1": ({"position": "rope", "window": 1}, "window=1"),
     "Llama's norms, learned": ({"norm": "rms", "n_kv_head": 2, "bias": False}, "norm='rms'"),
-    "Llama's gates": ({"mlp": "swiglu", "position": "rope", "tie_embeddings": False}, "mlp='swiglu'"),
+    "Llama's gates": ({"mlp": "swiglu", "position": "rope", "tie_embeddings": False}, "norm='layer' with mlp='swiglu'"),
     "Llama with sinks": (
         {"position": "rope", "norm": "rms", "mlp": "swiglu", "bias": False, "window": 16, "sinks": 3},
         "norm='rms'",
