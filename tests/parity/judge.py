@@ -7,6 +7,8 @@ import torch
 import transformers
 from torch import Tensor
 
+import gptlab
+
 UNCLEAR = 1e-4
 """Two best logits closer than this may change places by rounding alone."""
 
@@ -61,3 +63,44 @@ def greedy_until_unclear(model: transformers.GPT2LMHeadModel, prompt: list[int],
     best = torch.cat(made.logits).topk(2).values
     unclear = ((best[:, 0] - best[:, 1]) < UNCLEAR).nonzero()
     return text, min(len(text), int(unclear[0]) if len(unclear) else len(text))
+
+
+@torch.no_grad()
+def assert_computes_the_same(ours: gptlab.GPT, theirs: Any) -> None:
+    """Whole, cached past any window, and left-padded, on as many tokens as the learned positions and 200 allow."""
+    text = random_ids(2, 200, ours.config.vocab_size, seed=1)
+    mask = torch.ones_like(text)
+    expected = ours(text)
+    assert expected.std() > 0.5  # near zero, anything would agree
+    torch.testing.assert_close(theirs(text, attention_mask=mask).logits, expected, rtol=0.0, atol=1e-5)
+    cache, found = None, []
+    for end in (50, 51, 52, 90, 150, 200):
+        start = sum(part.shape[1] for part in found)
+        out = theirs(text[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        found.append(out.logits)
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0.0, atol=2e-5)
+    padded = torch.nn.functional.pad(text[:1, :60], (40, 0))
+    real = (torch.arange(100) >= 40).long()[None]
+    positions = (real.cumsum(1) - 1).clamp(min=0)
+    logits = theirs(padded, attention_mask=real, position_ids=positions).logits[:, 40:]
+    torch.testing.assert_close(logits, expected[:1, :60], rtol=0.0, atol=2e-5)
+
+
+def assert_generates_the_same(lm: gptlab.LanguageModel, theirs: Any) -> None:
+    """Greedy, with their cache, far past every window."""
+    prompt = random_ids(1, 10, lm.config.vocab_size, seed=1)
+    made = theirs.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=60,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert made.shape[1] == 70
+    with torch.no_grad():
+        best, second = lm.model(made)[0, 9:-1].topk(2).values.unbind(-1)
+        clear = best - second > 1e-4
+        assert clear.sum() > 50
+        assert torch.equal(lm.model(made)[0, 9:-1].argmax(-1)[clear], made[0, 10:][clear])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from judge import assert_computes_the_same, assert_generates_the_same
 from safetensors import safe_open
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from gptlab.checkpoints.files import Checkpoint
 from gptlab.text.tokenizers import byte_tokenizer
 
 VOCAB, CONTEXT, LENGTH = 257, 256, 200
+LLAMA: dict[str, Any] = {"position": "rope", "norm": "rms", "mlp": "swiglu", "bias": False}
 EXACT: dict[str, tuple[dict[str, Any], str]] = {
     "as GPT-2": ({}, "GPT2LMHeadModel"),
     "untied, exact GELU": ({"tie_embeddings": False, "activation": "gelu", "norm_eps": 1e-3}, "GPT2LMHeadModel"),
@@ -40,6 +42,19 @@ EXACT: dict[str, tuple[dict[str, Any], str]] = {
     "RoPE, window a layer, all alike": ({"position": "rope", "window": [9, 9, 9]}, "Starcoder2ForCausalLM"),
     "RoPE, linear": ({"position": "rope", "rope": {"scaling": "linear", "factor": 4.0}}, "Starcoder2ForCausalLM"),
     "RoPE, YaRN": ({"position": "rope", "rope": {"scaling": "yarn", "factor": 4.0}}, "Starcoder2ForCausalLM"),
+    "Llama": (LLAMA, "LlamaForCausalLM"),
+    "Llama, GQA, untied": (
+        {**LLAMA, "n_kv_head": 2, "tie_embeddings": False, "norm_eps": 1e-3, "n_inner": 50, "rope": {"theta": 500.0}},
+        "LlamaForCausalLM",
+    ),
+    "Llama with biases": ({**LLAMA, "bias": True, "n_kv_head": 3}, "LlamaForCausalLM"),
+    "Llama, linear": ({**LLAMA, "rope": {"scaling": "linear", "factor": 4.0}}, "LlamaForCausalLM"),
+    "Llama, YaRN": ({**LLAMA, "rope": {"scaling": "yarn", "factor": 4.0}}, "LlamaForCausalLM"),
+    "Mistral": ({**LLAMA, "n_kv_head": 2, "window": 24}, "MistralForCausalLM"),
+    "Mistral, YaRN, one key head": (
+        {**LLAMA, "n_kv_head": 1, "window": [9, 9, 9], "rope": {"scaling": "yarn", "factor": 4.0}},
+        "MistralForCausalLM",
+    ),
     "RoPE, untied": ({"position": "rope", "tie_embeddings": False, "activation": "gelu"}, "Starcoder2ForCausalLM"),
 }
 REWRITTEN: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -47,6 +62,12 @@ REWRITTEN: dict[str, tuple[dict[str, Any], str, str]] = {
     "RoPE, no biases": ({"position": "rope", "bias": False, "n_kv_head": 2}, "Starcoder2ForCausalLM", "biases"),
     "RoPE, NTK": ({"position": "rope", "rope": {"scaling": "ntk", "factor": 4.0}}, "Starcoder2ForCausalLM", "NTK"),
     "scores by layer": ({"scale_attn_by_inverse_layer_idx": True}, "GPT2LMHeadModel", "multiplied into the weights"),
+    "Llama, NTK": ({**LLAMA, "rope": {"scaling": "ntk", "factor": 4.0}}, "LlamaForCausalLM", "NTK"),
+    "Mistral, scores by layer": (
+        {**LLAMA, "window": 24, "scale_attn_by_inverse_layer_idx": True},
+        "MistralForCausalLM",
+        "multiplied into the weights",
+    ),
     "unscaled": ({"scale_attn_weights": False, "n_kv_head": 1}, "GPTBigCodeForCausalLM", "multiplied into the weights"),
     "RoPE, scores by layer": (
         {"position": "rope", "scale_attn_by_inverse_layer_idx": True},
@@ -71,10 +92,9 @@ CUSTOM: dict[str, tuple[dict[str, Any], str]] = {
     "window of 1": ({"position": "rope", "window": 1}, "window=1"),
     "Llama's norms, learned": ({"norm": "rms", "n_kv_head": 2, "bias": False}, "norm='rms'"),
     "Llama's gates": ({"mlp": "swiglu", "position": "rope", "tie_embeddings": False}, "norm='layer' with mlp='swiglu'"),
-    "Llama with sinks": (
-        {"position": "rope", "norm": "rms", "mlp": "swiglu", "bias": False, "window": 16, "sinks": 3},
-        "norm='rms'",
-    ),
+    "Llama without positions": ({**LLAMA, "position": "none"}, "norm='rms' with mlp='swiglu' and none positions"),
+    "Llama with sinks": ({**LLAMA, "window": 16, "sinks": 3}, "sinks=3"),
+    "Mistral with biases": ({**LLAMA, "window": 16, "bias": True}, "window=16 with biases"),
     "blend": ({"position": "blend", "n_kv_head": 2, "bias": False, "tie_embeddings": False}, "position='blend'"),
     "YaRN, sinks, unscaled": (
         {
@@ -115,47 +135,6 @@ def ids(length: int = LENGTH, batch: int = 1) -> Tensor:
     return torch.randint(VOCAB - 1, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-@torch.no_grad()
-def assert_computes_the_same(ours: gptlab.GPT, theirs: Any) -> None:
-    """Whole, cached past any window, and left-padded, on as many tokens as the learned positions and 200 allow."""
-    text = ids(batch=2)
-    mask = torch.ones_like(text)
-    expected = ours(text)
-    assert expected.std() > 0.5  # near zero, anything would agree
-    torch.testing.assert_close(theirs(text, attention_mask=mask).logits, expected, rtol=0.0, atol=1e-5)
-    cache, found = None, []
-    for end in (50, 51, 52, 90, 150, LENGTH):
-        start = sum(part.shape[1] for part in found)
-        out = theirs(text[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        found.append(out.logits)
-    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0.0, atol=2e-5)
-    padded = torch.nn.functional.pad(text[:1, :60], (40, 0))
-    real = (torch.arange(100) >= 40).long()[None]
-    positions = (real.cumsum(1) - 1).clamp(min=0)
-    logits = theirs(padded, attention_mask=real, position_ids=positions).logits[:, 40:]
-    torch.testing.assert_close(logits, expected[:1, :60], rtol=0.0, atol=2e-5)
-
-
-def assert_generates_the_same(lm: gptlab.LanguageModel, theirs: Any) -> None:
-    """Greedy, with their cache, far past every window."""
-    prompt = ids(10)
-    made = theirs.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        max_new_tokens=60,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    assert made.shape[1] == 70
-    with torch.no_grad():
-        best, second = lm.model(made)[0, 9:-1].topk(2).values.unbind(-1)
-        clear = best - second > 1e-4
-        assert clear.sum() > 50
-        assert torch.equal(lm.model(made)[0, 9:-1].argmax(-1)[clear], made[0, 10:][clear])
-
-
 def same_state(found: Checkpoint, expected: Checkpoint) -> None:
     assert found.state.keys() == expected.state.keys()
     for name, tensor in expected.state.items():
@@ -174,7 +153,9 @@ def test_what_has_an_exact_home_goes_there_and_comes_back_bit_by_bit(name: str, 
     assert_generates_the_same(lm, theirs)
     again = checkpoints.read(tmp_path)
     same_state(again, checkpoint(lm))
-    assert (again.config.activation, again.config.norm_eps) == (lm.config.activation, lm.config.norm_eps)
+    for field in ("activation", "norm", "norm_eps", "mlp", "n_inner", "bias", "n_kv_head", "rope", "windows"):
+        if (field, name) != ("windows", "an idle window"):
+            assert getattr(again.config, field) == getattr(lm.config, field), field
     # And what transformers itself writes of it.
     theirs.save_pretrained(tmp_path / "theirs")
     same_state(checkpoints.read(tmp_path / "theirs"), checkpoint(lm))

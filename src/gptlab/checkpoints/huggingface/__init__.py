@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from gptlab.checkpoints.files import Checkpoint, Lazy, complete_state, read_json
-from gptlab.checkpoints.huggingface import bigcode, custom, gpt2, starcoder2
+from gptlab.checkpoints.huggingface import bigcode, custom, gpt2, llama, mistral, starcoder2
 from gptlab.checkpoints.huggingface.weights import open_weights
 from gptlab.checkpoints.huggingface.write import plan, write
 from gptlab.config import ModelConfig
@@ -37,7 +37,14 @@ class Family(Protocol):
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {"gpt2": gpt2, "gpt_bigcode": bigcode, "starcoder2": starcoder2, "gptlab": custom}
+    {
+        "gpt2": gpt2,
+        "gpt_bigcode": bigcode,
+        "starcoder2": starcoder2,
+        "llama": llama,
+        "mistral": mistral,
+        "gptlab": custom,
+    }
 )
 """The families by transformers' ``model_type``."""
 

@@ -70,7 +70,13 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     """Return what `config.json` says of a model with one key/value head."""
     values = gpt2.write_config(config)
     del values["scale_attn_by_inverse_layer_idx"], values["reorder_and_upcast_attn"]
-    return {**values, "multi_query": True, "attention_softmax_in_fp32": True, "scale_attention_softmax_in_fp32": True}
+    return {
+        **values,
+        "activation_function": ACTIVATIONS.get(config.activation, config.activation),
+        "multi_query": True,
+        "attention_softmax_in_fp32": True,
+        "scale_attention_softmax_in_fp32": True,
+    }
 
 
 def write_tensors(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

@@ -76,6 +76,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "n_layer": config.n_layer,
         "n_head": config.n_head,
         "n_inner": config.inner,
+        "activation_function": ACTIVATIONS.get(config.activation, config.activation),
         "layer_norm_epsilon": config.norm_eps,
         "scale_attn_weights": config.scale_attn_weights,
         "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,

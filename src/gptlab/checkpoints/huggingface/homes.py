@@ -6,6 +6,8 @@
 | learned, none | 1 | none | GPTBigCode |
 | learned, none | between | none | GPT-2, each key/value head repeated |
 | rotary | any | none, or one of 2 or more for all layers | StarCoder2 |
+| the same with RMSNorm and SwiGLU | any | none | Llama |
+| the same with RMSNorm and SwiGLU, without biases | any | one of 2 or more for all layers | Mistral |
 | anything else | | | code of its own (`custom`) |
 """
 
@@ -42,8 +44,9 @@ def obstacle(config: ModelConfig) -> str | None:
     windowed = windows != {None}
     if config.position == "blend":
         return "position='blend', a stage on the way from learned to rotary positions"
-    if config.norm != "layer" or config.mlp != "gelu":
-        return f"norm={config.norm!r} with mlp={config.mlp!r}"
+    gated = config.norm == "rms" and config.mlp == "swiglu" and config.has_rotation
+    if (config.norm != "layer" or config.mlp != "gelu") and not gated:
+        return f"norm={config.norm!r} with mlp={config.mlp!r} and {config.position} positions"
     if config.has_rotation:
         if windowed and config.sinks:
             return f"sinks={config.sinks}: no class has tokens that stay visible outside the window"
@@ -53,6 +56,8 @@ def obstacle(config: ModelConfig) -> str | None:
             return f"windows that differ from layer to layer ({config.window})"
         if windows == {1}:
             return "window=1, which transformers computes wrongly with a cache"
+        if gated and windowed and config.bias:
+            return f"window={config.window} with biases: Mistral has none"
         return None
     return f"window={config.window} with {config.position} positions: no class has both" if windowed else None
 
@@ -63,8 +68,13 @@ def home_of(config: ModelConfig) -> Home:
     config_ = without_idle_windows(config)
     if config_ != config:
         rewritten.append("windows as wide as the context, which hide nothing, are left out")
-    family = "starcoder2" if config.has_rotation else "gpt_bigcode" if config.kv_heads == 1 < config.n_head else "gpt2"
-    if not config.bias:
+    if config.norm == "rms":
+        family = "llama" if set(config.windows) == {None} else "mistral"
+    elif config.has_rotation:
+        family = "starcoder2"
+    else:
+        family = "gpt_bigcode" if config.kv_heads == 1 < config.n_head else "gpt2"
+    if not config.bias and config.norm == "layer":
         rewritten.append("biases, which the model does not have, are written as 0")
     if config.rope is not None and config.rope.scaling == "ntk":
         rewritten.append("NTK scaling is written as the base that it amounts to")
@@ -101,7 +111,7 @@ def move_in(checkpoint: Checkpoint, family: str) -> Checkpoint:
         family: transformers' ``model_type``.
     """
     config, state = without_idle_windows(checkpoint.config), dict(checkpoint.state)
-    if not config.bias:
+    if not config.bias and config.norm == "layer":
         config, state = _with_biases(config, state)
     if config.position == "none":
         config = dataclasses.replace(config, position="learned")
@@ -111,7 +121,7 @@ def move_in(checkpoint: Checkpoint, family: str) -> Checkpoint:
         config = dataclasses.replace(config, rope=RopeConfig(theta=grown))
     if set(config.score_factors) != {1.0}:
         for layer, factor in enumerate(config.score_factors):
-            for kind in ("weight", "bias"):
+            for kind in ("weight", "bias") if config.bias else ("weight",):
                 rows = state[f"h.{layer}.attn.c_attn.{kind}"].clone()
                 rows[: config.n_embd] *= factor
                 state[f"h.{layer}.attn.c_attn.{kind}"] = rows

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptlab.checkpoints.card import make_card
 from gptlab.checkpoints.files import Checkpoint, write_files
-from gptlab.checkpoints.huggingface import bigcode, custom, gpt2, starcoder2
+from gptlab.checkpoints.huggingface import bigcode, custom, gpt2, llama, mistral, starcoder2
 from gptlab.checkpoints.huggingface.homes import Home, home_of, move_in, obstacle
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
@@ -21,6 +21,7 @@ from gptlab.text.tokenizers import TOKENIZER_FILES, Tokenizer
 
 SHARD = "50GB"
 """Weights beyond this are split, as transformers 5 does by default."""
+_FAMILIES = {"gpt2": gpt2, "gpt_bigcode": bigcode, "starcoder2": starcoder2, "llama": llama, "mistral": mistral}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -75,7 +76,7 @@ def write(
     """
     limit = size_of(max_shard_size)
     home = plan(checkpoint.config, custom_code)
-    family = {"gpt2": gpt2, "gpt_bigcode": bigcode, "starcoder2": starcoder2}.get(home.family)
+    family = _FAMILIES.get(home.family)
     files: dict[str, bytes | Callable[[Path], None]] = {}
     if family is None:
         moved, values = checkpoint, custom.write_config(checkpoint.config)
@@ -83,9 +84,7 @@ def write(
         files.update(custom.code())
     else:
         moved = move_in(checkpoint, home.family)
-        act = family.ACTIVATIONS.get(moved.config.activation, moved.config.activation)
-        name = "hidden_act" if family is starcoder2 else "activation_function"
-        values = {**family.write_config(moved.config), name: act}
+        values = family.write_config(moved.config)
         tensors, architecture = family.write_tensors(moved.state, moved.config), family.ARCHITECTURE
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     dtype = str(checkpoint.state["wte.weight"].dtype).removeprefix("torch.")
@@ -120,7 +119,8 @@ def _card(config: ModelConfig, home: Home, architecture: str, facts: Mapping[str
         f'model = AutoModelForCausalLM.from_pretrained("."{loading})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("."{loading})\n```'
     )
-    header = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- gptlab\n- gpt2\n---\n\n"
+    tags = f"- gptlab\n- {home.family if home.family in ('llama', 'mistral') else 'gpt2'}\n"
+    header = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n{tags}---\n\n"
     return header + make_card(config, facts, opening=opening, rewritten=home.rewritten, lost=home.lost)
 
 
