@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import gptlab
+from gptlab.text.datasets import open_dataset
 from gptlab.text.tokenizers import byte_tokenizer
 from gptlab.training import loop
 
@@ -179,6 +180,27 @@ def test_going_on_from_a_run(run: Run, recipe: Path, text: Path, tmp_path: Path)
     torch.testing.assert_close(after.model.wte.weight, before.model.wte.weight, rtol=0, atol=1e-6)
 
 
+def test_records_and_a_validation_text_are_prepared_as_by_prepare(run: Run, recipe: Path, tmp_path: Path) -> None:
+    for name, n in (("a", 400), ("held", 40)):
+        (tmp_path / f"{name}.csv").write_text("body,n\n" + "".join(f"the cat sees {i % 9},{i}\n" for i in range(n)))
+    options = ("--validation", tmp_path / "held.csv", "--text-field", "body")
+    code, said, _ = run("train", recipe, "--corpus", tmp_path / "a.csv", *options, "--out", tmp_path / "run")
+    assert code == 0
+    assert "the validation text given\n" in said
+    assert "note: 400 of the documents to train on are in the validation text too\n" in said
+    run("prepare", tmp_path / "a.csv", *options, "--tokenizer", "bytes", "--out", tmp_path / "data")
+    assert open_dataset(tmp_path / "run" / "data").sha256 == open_dataset(tmp_path / "data").sha256
+
+
+def test_without_a_window(run: Run, recipe: Path, text: Path, tmp_path: Path) -> None:
+    recipe.write_text(RECIPE.replace("context_length", "window = 8\ncontext_length"))
+    for name, flags in (("a", []), ("b", ["--window", "none"])):
+        out = tmp_path / name
+        assert run("train", recipe, "--corpus", text, "--out", out, "--set", "budget.steps=1", *flags)[0] == 0
+        assert gptlab.load(out).config.window == (None if flags else 8)
+        assert run("train", "--resume", out)[0] == 0
+
+
 # --- data and corpora -----------------------------------------------------------------------------------------
 
 
@@ -312,11 +334,27 @@ def test_recipes_and_settings(
     assert not (tmp_path / "out").exists()  # nothing was prepared in vain
 
 
-@pytest.mark.parametrize("setting", ["tokenizer.kind=bytes", "data.corpus=['stdlib']", "data.held_out=0.2"])
-def test_settings_that_prepared_data_have_answered(refused: Refused, tmp_path: Path, setting: str) -> None:
-    name = setting.partition("=")[0]
-    said = refused("--data", tmp_path, "--out", tmp_path / "out", "--set", setting)
-    assert said == f"{name} has no effect on data that are prepared already; leave it out, or give --corpus"
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--set", "tokenizer.kind=bytes"],
+        ["--set", "data.corpus=['stdlib']"],
+        ["--set", "data.held_out=0.2"],
+        ["--validation", "a.txt"],
+        ["--text-field", "body"],
+    ],
+)
+def test_what_prepared_data_have_answered(refused: Refused, tmp_path: Path, flags: list[str]) -> None:
+    name = flags[1].partition("=")[0] if flags[0] == "--set" else flags[0]
+    assert refused("--data", tmp_path, "--out", tmp_path / "out", *flags) == (
+        f"{name} has no effect on data that are prepared already; leave it out, or give --corpus in place of --data"
+    )
+
+
+def test_a_share_and_a_text_to_hold_out(refused: Refused, text: Path, tmp_path: Path) -> None:
+    flags = ("--validation", text, "--set", "data.held_out=0.2")
+    said = refused("--corpus", text, "--out", tmp_path / "out", *flags)
+    assert said == "data.held_out has no effect with --validation; leave one of them out"
 
 
 def test_a_base_with_another_tokenizer(refused: Refused, run: Run, text: Path, tmp_path: Path) -> None:
@@ -353,6 +391,9 @@ def test_a_directory_that_holds_a_run(run: Run, refused: Refused, recipe: Path, 
         ["--out", "o"],
         ["--window", "8"],
         ["--sinks", "1"],
+        ["--window", "none"],
+        ["--validation", "v"],
+        ["--text-field", "t"],
     ],
 )
 def test_resume_takes_no_other_options(refused: Refused, tmp_path: Path, arguments: list[str]) -> None:

@@ -76,6 +76,18 @@ def test_windows_by_layer() -> None:
 
 
 @torch.no_grad()
+def test_full_attention_again() -> None:
+    """A window and what belongs to it go together; the weights are those of the model that never had one."""
+    full, ids = noisy(), random_ids()
+    windowed = convert(full, Changes(window=9, sinks=2, dilation=2)).model
+    back = convert(windowed, Changes(window=[None])).model
+    assert back.config == full.config
+    assert torch.equal(back(ids), full(ids))
+    with pytest.raises(GptlabError, match="no effect without a window"):
+        convert(windowed, Changes(window=[None], sinks=2))
+
+
+@torch.no_grad()
 def test_a_longer_table_is_copies_side_by_side() -> None:
     model, ids = noisy(), random_ids(length=64)
     new = convert(model, Changes(context_length=150)).model
@@ -125,6 +137,11 @@ def test_yarn_is_worked_out_from_the_length_trained_on_whenever_the_context_grow
         assert found.config.context_length > 64, way
         assert ModelConfig.from_dict(found.config.to_dict()) == found.config
         torch.testing.assert_close(found(ids), expected, rtol=0.0, atol=0.0)
+    learned = noisy()
+    both = Changes(position="rope", context_length=1000)
+    for changes in (both, dataclasses.replace(both, rope_scaling="yarn", rope_factor=4.0)):
+        found = convert(learned, changes).model
+        assert (found.config.trained_length, target(learned.config, changes)) == (64, found.config)
     by_context = GPT(dataclasses.replace(further.config, rope=RopeConfig(scaling="yarn", factor=4.0)))
     by_context.load_state_dict(model.state_dict())
     assert (by_context.eval()(ids) - expected).abs().max() > 1e-3  # the length does something

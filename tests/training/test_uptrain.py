@@ -12,10 +12,11 @@ import pytest
 import torch
 from test_distributed import assert_same_curve, two
 from test_resume import Crash, crash_at
-from trainings import RECIPE, Commands, assert_same_run, checkpoints, small
+from trainings import RECIPE, Commands, assert_same_run, checkpoints, make_dataset, small
 
 import gptlab
 from gptlab.checkpoints.runs import best, model_of, run_checkpoints
+from gptlab.conversion.convert import Changes, convert
 from gptlab.conversion.rotary import to_blend
 from gptlab.text.shards import Dataset
 from gptlab.training.budget import tokens_trained, with_count
@@ -47,6 +48,41 @@ def save(data: Dataset, path: Path, **changes: Any) -> gptlab.LanguageModel:
 def rows(run: Path, event: str) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row for row in found if row["event"] == event]
+
+
+# --- a longer context -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "items", "length"),
+    [
+        ({"rope_scaling": "yarn", "rope_factor": 4.0}, False, 8),  # which is worked out from what it was made for
+        ({}, False, 32),  # from here on it is trained on texts as long as its context
+        ({}, True, 8),  # and here it is not
+    ],
+    ids=["yarn", "plain", "items"],
+)
+def test_the_length_that_a_base_was_trained_on(
+    data: Dataset, tmp_path: Path, changes: dict[str, Any], items: bool, length: int
+) -> None:
+    short = gptlab.GPT(gptlab.ModelConfig.preset("tiny", vocab_size=257, context_length=8, position="rope"), seed=7)
+    base = convert(short, Changes(context_length=32, **changes)).model
+    assert base.config.trained_length == 8
+    gptlab.save(gptlab.LanguageModel(base, data.tokenizer), tmp_path / "base")
+    if items:
+        data = make_dataset(tmp_path / "items", ["abc", "de"] * 20, items=True)
+    recipe = uptrain(tmp_path / "base", "budget.steps=2", "optimizer.learning_rate=1e-9", f"data.items={items}".lower())
+    lm = train(recipe, data, tmp_path / "run", base=gptlab.load(tmp_path / "base")).language_model
+    for found in (lm, gptlab.load(tmp_path / "run"), gptlab.load(f"{tmp_path / 'run'}@last")):
+        assert found.config.trained_length == length
+        assert (found.config.rope.scaling, found.config.rope.factor) == (
+            base.config.rope.scaling,
+            base.config.rope.factor,
+        )
+    ids = torch.arange(30)[None]
+    torch.testing.assert_close(lm.model.eval()(ids), base.eval()(ids), rtol=0, atol=1e-4)  # the same angles
+    further = convert(lm.model, Changes(context_length=64)).model
+    assert further.config.trained_length == length
 
 
 # --- a share of the pre-training ------------------------------------------------------------------------------

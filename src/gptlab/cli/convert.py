@@ -79,8 +79,11 @@ def convert(
         raise GptlabError(f"--calibration-tokens must be at least 1, got {calibration_tokens}")
     if out.exists():
         raise GptlabError(f"{out} is there already; choose another --out, or remove it")
+    fields = overrides(position, n_kv_head, window, sinks, dilation)
+    if "window" in fields and fields["window"] is None:
+        fields["window"] = [None]  # to a conversion None alone says that nothing is asked
     asked = {
-        **overrides(position, n_kv_head, window, sinks, dilation),
+        **fields,
         "method": method,
         "grouping": grouping,
         "rotary": rotary,
@@ -119,6 +122,9 @@ def convert(
     if as_json:
         print(json.dumps({**facts, "out": str(out)}, indent=2))
     else:
+        for planned, step in zip(steps, facts["steps"], strict=True):
+            if step["change"] != planned.change:
+                print(f"instead of what was planned, {step['name']}: {step['change']}")
         _show(facts, source, out, new.config.position == "blend")
 
 

@@ -11,7 +11,8 @@ from gptlab.errors import GptlabError
 PositionFlag = Annotated[str | None, typer.Option("--position", help="learned, rope or none.")]
 KvHeadFlag = Annotated[int | None, typer.Option("--n-kv-head", help="Key/value heads; a divisor of n_head.")]
 WindowFlag = Annotated[
-    str | None, typer.Option("--window", help="Keys that a query sees: one number, or one a layer as 128,128,none.")
+    str | None,
+    typer.Option("--window", help="Keys that a query sees: one number, none, or one a layer as 128,128,none."),
 ]
 SinksFlag = Annotated[int | None, typer.Option("--sinks", help="First tokens that stay visible outside the window.")]
 DilationFlag = Annotated[
@@ -35,27 +36,20 @@ def overrides(
     mlp: str | None = None,
     bias: bool | None = None,
 ) -> dict[str, Any]:
-    """Return the fields of `ModelConfig` that were given.
+    """Return the fields of `ModelConfig` that were given; a window of None is full attention.
 
     Raises:
         GptlabError: a list that is not a list of numbers.
     """
-    given = {
-        "position": position,
-        "n_kv_head": n_kv_head,
-        "window": _per_layer("--window", window),
-        "sinks": sinks,
-        "dilation": _per_layer("--dilation", dilation),
-        "norm": norm,
-        "mlp": mlp,
-        "bias": bias,
+    given = {"position": position, "n_kv_head": n_kv_head, "sinks": sinks, "norm": norm, "mlp": mlp, "bias": bias}
+    layers = {"window": window, "dilation": dilation}
+    return {
+        **{name: value for name, value in given.items() if value is not None},
+        **{name: _per_layer(f"--{name}", text) for name, text in layers.items() if text is not None},
     }
-    return {name: value for name, value in given.items() if value is not None}
 
 
-def _per_layer(flag: str, text: str | None) -> int | list[int | None] | None:
-    if text is None:
-        return None
+def _per_layer(flag: str, text: str) -> int | list[int | None] | None:
     try:
         values = [None if part.strip() == "none" else int(part) for part in text.split(",")]
     except ValueError:

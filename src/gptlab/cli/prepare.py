@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 
 Report = Callable[[dict[str, Any]], None]
 
+ValidationOption = Annotated[
+    list[str] | None,
+    typer.Option("--validation", help="A text of one's own to hold out; may be given several times."),
+]
+TextFieldOption = Annotated[
+    str | None, typer.Option("--text-field", help="Field or column of a record that holds its text (default: text).")
+]
+
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal to draw on
 
 
@@ -37,19 +45,18 @@ def prepare(
     ] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Ids of a bpe tokenizer (default 4096).")] = None,
     held_out: Annotated[float | None, typer.Option(help="Share of the text to hold out (default 0.01).")] = None,
-    validation: Annotated[
-        list[str] | None, typer.Option(help="A text of one's own to hold out; may be given several times.")
-    ] = None,
+    validation: ValidationOption = None,
     per_line: Annotated[
         bool, typer.Option("--per-line", help="Every line is a document, as in a list of names.")
     ] = False,
-    text_field: Annotated[str, typer.Option(help="Field or column of a record that holds its text.")] = "text",
+    text_field: TextFieldOption = None,
     append: Annotated[bool, typer.Option("--append", help="Add to the data that are there.")] = False,
 ) -> None:
     """Turn texts into token shards for training."""
     from gptlab.errors import GptlabError
     from gptlab.text import shards
     from gptlab.text.documents import open_documents
+    from gptlab.text.records import TEXT_FIELD
 
     if vocab_size is not None and tokenizer != "bpe":
         raise GptlabError("--vocab-size has an effect with --tokenizer bpe only; leave it out")
@@ -60,7 +67,8 @@ def prepare(
         if held_out is not None or isinstance(same, shards.NewTokenizer):
             raise GptlabError("--append takes the tokenizer and the share to hold out from the data; leave them out")
         with _progress() as report:
-            documents = open_documents(sources, per_line=per_line, text_field=text_field, report=report)
+            field = text_field or TEXT_FIELD
+            documents = open_documents(sources, per_line=per_line, text_field=field, report=report)
             dataset = shards.append(documents, out, tokenizer=same, report=report)
         _summarise(dataset, documents.left_out)
         _note_marks(documents)
@@ -80,12 +88,14 @@ def prepare_with_progress(
     held_out: float,
     per_line: bool = False,
     validation: Sequence[str] = (),
-    text_field: str = "text",
+    text_field: str | None = None,
 ) -> Dataset:
     """Do what `gptlab.text.shards.prepare` does, show how far it is, and print what came out."""
     from gptlab.text import shards
     from gptlab.text.documents import open_documents
+    from gptlab.text.records import TEXT_FIELD
 
+    field = text_field or TEXT_FIELD
     shared = 0
 
     def take(row: dict[str, Any]) -> None:
@@ -96,7 +106,7 @@ def prepare_with_progress(
             report(row)
 
     with _progress() as report:
-        texts = functools.partial(open_documents, per_line=per_line, text_field=text_field, report=report)
+        texts = functools.partial(open_documents, per_line=per_line, text_field=field, report=report)
         documents = texts(sources)
         other = texts(validation) if validation else None
         dataset = shards.prepare(documents, tokenizer, out, held_out=held_out, validation=other, report=take)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,9 +22,11 @@ from gptlab.cli.model_options import (
     WindowFlag,
     overrides,
 )
+from gptlab.cli.prepare import TextFieldOption, ValidationOption, prepare_with_progress
 from gptlab.errors import GptlabError
 
 if TYPE_CHECKING:
+    from gptlab.text.shards import Dataset
     from gptlab.training.loop import Result
     from gptlab.training.recipe import Recipe
 
@@ -46,6 +50,8 @@ def train(
             help="Texts to prepare first: files, directories, or a name such as stdlib (default: the recipe's)."
         ),
     ] = None,
+    validation: ValidationOption = None,
+    text_field: TextFieldOption = None,
     base: Annotated[str | None, typer.Option("--from", help="A trained model to go on from.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the run (default runs/RECIPE).")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
@@ -65,7 +71,7 @@ def train(
     """Train a model, go on training one (--from), or go on with a run that was stopped (--resume)."""
     flags = overrides(position, n_kv_head, window, sinks, dilation, norm, mlp, bias)
     if resume is not None:
-        if any(value is not None for value in (recipe, corpus, base, out, *flags.values())):
+        if flags or any(value is not None for value in (recipe, corpus, validation, text_field, base, out)):
             raise GptlabError(
                 "--resume takes the recipe from the run; of the other options only --data, for data that have moved,"
                 " --set and --device go with it"
@@ -78,27 +84,40 @@ def train(
     plan = read_recipe(recipe, settings, flags, base)  # refuse a wrong setting before torch is loaded
     if data is not None and corpus is not None:
         raise GptlabError("--data and --corpus both say what to train on; give one of them")
-    _refuse_idle(settings or [], data, plan.base)
+    of_texts = {"--validation": validation, "--text-field": text_field}
+    if data is not None and (idle := [name for name, value in of_texts.items() if value is not None]):
+        raise GptlabError(
+            f"{idle[0]} has no effect on data that are prepared already; leave it out, or give --corpus in place of"
+            " --data"
+        )
+    _refuse_idle(settings or [], data, validation, plan.base)
     run = out or Path("runs") / Path(recipe).stem
-    _finish(_start(plan, data, corpus or plan.data.corpus, run, device), run)
+    prepare = functools.partial(
+        prepare_with_progress, corpus or plan.data.corpus, validation=validation or (), text_field=text_field
+    )
+    _finish(_start(plan, data, prepare, run, device), run)
 
 
-def _refuse_idle(settings: list[str], data: Path | None, base: str | None) -> None:
+def _refuse_idle(settings: list[str], data: Path | None, validation: list[str] | None, base: str | None) -> None:
     """Refuse settings without effect: those of the tokenizer and the split, where data or a model bring them."""
     for setting in settings:
         name = setting.partition("=")[0].strip()
         of_tokenizer = name.startswith("tokenizer.")
         if data is not None and (of_tokenizer or name in ("data.corpus", "data.held_out")):
-            raise GptlabError(f"{name} has no effect on data that are prepared already; leave it out, or give --corpus")
+            raise GptlabError(
+                f"{name} has no effect on data that are prepared already; leave it out, or give --corpus in place of"
+                " --data"
+            )
+        if validation and name == "data.held_out":
+            raise GptlabError("data.held_out has no effect with --validation; leave one of them out")
         if base is not None and of_tokenizer:
             raise GptlabError(f"the tokenizer comes from {base}, so {name} has no effect; leave it out")
 
 
-def _start(plan: Recipe, data: Path | None, corpus: list[str], run: Path, device: str | None) -> Result:
+def _start(plan: Recipe, data: Path | None, prepare: Callable[..., Dataset], run: Path, device: str | None) -> Result:
     import gptlab
     from gptlab.checkpoints.hub import locate
     from gptlab.checkpoints.runs import is_run
-    from gptlab.cli.prepare import prepare_with_progress
     from gptlab.cli.progress import Progress
     from gptlab.devices import find_device
     from gptlab.text.shards import open_dataset
@@ -127,7 +146,7 @@ def _start(plan: Recipe, data: Path | None, corpus: list[str], run: Path, device
                         f"{data} is left from a run that did not begin; train on it with --data {data}, or remove it"
                     )
                 tokenizer = plan.tokenizer if lm is None else lm.needs_tokenizer()
-                prepare_with_progress(corpus, tokenizer, data, plan.data.held_out, plan.data.items)
+                prepare(tokenizer, data, plan.data.held_out, plan.data.items)
         else:
             _wait_for(data / "index.json")
     with Progress() as progress:

@@ -107,6 +107,8 @@ def target(config: ModelConfig, changes: Changes) -> ModelConfig:
     _check_positions(config, changes)
     windows = {name: getattr(changes, name) for name in ("window", "sinks", "dilation")}
     settings = {name: _uniform(value, config.n_layer) for name, value in windows.items() if value is not None}
+    if "window" in settings and settings["window"] is None:  # full attention has neither
+        settings = {"sinks": 0, "dilation": 1, **settings}
     if changes.n_kv_head is not None:
         settings["n_kv_head"] = changes.n_kv_head
     if changes.position is not None:
@@ -115,8 +117,9 @@ def target(config: ModelConfig, changes: Changes) -> ModelConfig:
         check_length(config, changes.context_length)
         settings["context_length"] = changes.context_length
     new = dataclasses.replace(config, **settings)
-    if new.context_length != config.context_length and config.position == "rope":
-        new = dataclasses.replace(new, rope=with_trained_length(config))
+    if new.context_length != config.context_length and new.position == "rope":
+        before = dataclasses.replace(new, context_length=config.context_length)
+        new = dataclasses.replace(new, rope=with_trained_length(before))
     if changes.rope_scaling is not None or changes.rope_factor is not None:
         new = dataclasses.replace(new, rope=_scaled(new, changes))
     if changes.extension is not None:
@@ -167,7 +170,7 @@ def _scaled(config: ModelConfig, changes: Changes) -> RopeConfig:
 def _uniform(value: Any, n_layer: int) -> Any:
     """One value for all layers where a list says the same of each."""
     if isinstance(value, (list, tuple)):
-        return value[0] if len(value) == n_layer and len(set(value)) == 1 else tuple(value)
+        return value[0] if len(value) in (1, n_layer) and len(set(value)) == 1 else tuple(value)
     return value
 
 

@@ -23,7 +23,7 @@ from gptlab.conversion.changes import Changes, target
 from gptlab.conversion.context import extend_context, rescale
 from gptlab.conversion.heads import best_grouping, best_method, regroup, repeat_heads
 from gptlab.conversion.refit import refit_outputs
-from gptlab.conversion.rotary import RotaryMethod, best_rotary, finish_blend, to_blend, to_rope
+from gptlab.conversion.rotary import RotaryMethod, best_rotary, blended, finish_blend, rotated
 from gptlab.conversion.statistics import collect_statistics
 from gptlab.conversion.windows import narrow
 from gptlab.errors import GptlabError
@@ -105,15 +105,18 @@ def convert(model: GPT, changes: Changes, rows: Sequence[Tensor] | None = None) 
     with warnings.catch_warnings():
         # On the way a window may be as long as the context; what counts is whether it is in the end.
         warnings.simplefilter("ignore", UserWarning)
-        for _, act in steps:
-            new = act(model, new)
+        taken = []
+        for step, act in steps:
+            made = act(model, new)
+            new, step = made if isinstance(made, tuple) else (made, step)
+            taken.append(step)
     if new is model:
         new = repeat_heads(model, model.config.kv_heads)
-    return Converted(new, tuple(step for step, _ in steps))
+    return Converted(new, tuple(taken))
 
 
-Act = Callable[[GPT, GPT], GPT]
-"""Takes the source and what the steps before made of it."""
+Act = Callable[[GPT, GPT], GPT | tuple[GPT, Step]]
+"""Takes the source and what the steps before made of it; gives the step too where another one was taken."""
 
 
 def _steps(
@@ -184,12 +187,20 @@ def _positions(
     if method == "fit" and changes.position == "blend":
         raise GptlabError("rotary 'fit' changes what a model computes, which a blend must not; choose 'gauge'")
     if changes.position == "blend":
-        step = Step(
-            "positions", f"learned -> blend, {method}: becomes rope during uptraining", "all outputs", fitted=calibrated
-        )
-        return step, lambda _, model: to_blend(model, method=method, rope=changes.rope, rows=rows, seed=changes.seed)
-    step = Step("positions", f"learned -> rope, {method}", "", "scores of heads; the table is deleted", calibrated)
-    return step, lambda _, model: to_rope(model, method=method, rope=changes.rope, rows=rows, seed=changes.seed)
+        begin, way, rest = "learned -> blend", blended, ": becomes rope during uptraining"
+        step = Step("positions", f"{begin}, {method}{rest}", "all outputs", fitted=calibrated)
+    else:
+        begin, way, rest = "learned -> rope", rotated, ""
+        step = Step("positions", f"{begin}, {method}", "", "scores of heads; the table is deleted", calibrated)
+
+    def act(_: GPT, model: GPT) -> tuple[GPT, Step]:
+        made, by = way(model, method=method, rope=changes.rope, rows=rows, seed=changes.seed)
+        if by == method:
+            return made, step
+        why = f"{begin}, {by}: {method} would have more nats per token on the calibration text{rest.replace(':', ';')}"
+        return made, dataclasses.replace(step, change=why)
+
+    return step, act
 
 
 def _windows(config: ModelConfig, new: ModelConfig) -> tuple[Step, Act]:

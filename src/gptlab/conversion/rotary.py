@@ -74,12 +74,25 @@ def to_rope(
     Raises:
         GptlabError: a source without learned positions, heads of odd width, an unknown method, no text to fit on.
     """
+    return rotated(model, method=method, rope=rope, rows=rows, seed=seed)[0]
+
+
+@torch.no_grad()
+def rotated(
+    model: GPT,
+    *,
+    method: RotaryMethod,
+    rope: RopeConfig | None = None,
+    rows: Tensor | Sequence[Tensor] | None = None,
+    seed: int = 0,
+) -> tuple[GPT, RotaryMethod]:
+    """Return what `to_rope` returns, and the method that it came by: ``abrupt`` where the one asked for did worse."""
     _check(model, method, rows)
     abrupt = _without_table(_folded(model), rope)
-    if method == "abrupt":
-        return abrupt
-    fitted = _fitted(model, rope, rows, method == "fit", seed)
-    return abrupt if fitted is None else rebuild(abrupt, lambda layer, _: read_heads(fitted[1].blocks[layer].attn))
+    fitted = None if method == "abrupt" else _fitted(model, rope, rows, method == "fit", seed)
+    if fitted is None:
+        return abrupt, "abrupt"
+    return rebuild(abrupt, lambda layer, _: read_heads(fitted[1].blocks[layer].attn)), method
 
 
 @torch.no_grad()
@@ -99,6 +112,19 @@ def to_blend(
 
     Arguments and errors as `to_rope`, without ``fit``.
     """
+    return blended(model, method=method, rope=rope, rows=rows, seed=seed)[0]
+
+
+@torch.no_grad()
+def blended(
+    model: GPT,
+    *,
+    method: RotaryMethod,
+    rope: RopeConfig | None = None,
+    rows: Tensor | Sequence[Tensor] | None = None,
+    seed: int = 0,
+) -> tuple[GPT, RotaryMethod]:
+    """Return what `to_blend` returns, and the method that it came by: ``abrupt`` where the one asked for did worse."""
     if method == "fit":
         raise GptlabError("'fit' changes what a model computes, which a blend at its start must not; choose 'gauge'")
     _check(model, method, rows)
@@ -107,7 +133,9 @@ def to_blend(
     scales = {name: scale.to(model.wte.weight.device, torch.float32) for name, scale in scales.items()}
     blend = assemble(config, {**_folded(model).tensors(), **scales}, training=model.training)
     fitted = None if method == "abrupt" else _fitted(model, rope, rows, False, seed)
-    return blend if fitted is None else rebuild(blend, lambda layer, heads: fitted[0][layer].apply(heads))
+    if fitted is None:
+        return blend, "abrupt"
+    return rebuild(blend, lambda layer, heads: fitted[0][layer].apply(heads)), method
 
 
 @torch.no_grad()

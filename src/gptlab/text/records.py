@@ -14,7 +14,7 @@ from gptlab.text.tokenizers import refuse_surrogates
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXT_FIELD = "text"
 
-_WHERE = "(of gptlab prepare and gptlab evaluate)"
+_WHERE = "(of gptlab prepare, train and evaluate)"
 _BATCH = 64  # rows of a parquet file at a time
 
 
