@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -239,6 +242,32 @@ def test_where_nothing_compiles_training_goes_on_in_words(data: Dataset, monkeyp
     assert said == ["torch.compile does not work here (no C++ compiler); going on without, which is slower"]
     assert_alike(run(data, model, steps=1), expected, 0)
     with pytest.raises(gptlab.GptlabError, match=r"\(no C\+\+ compiler\); set train\.compile=false"):
+        compile_step(model, batch, torch.float32, must=True, say=pytest.fail)
+
+
+def test_a_compiler_that_computes_wrongly_is_found_out(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = [False]
+
+    @contextlib.contextmanager
+    def stance(name: str) -> Iterator[None]:
+        eager[0] = True
+        yield
+        eager[0] = False
+
+    def compile(function: Any) -> Any:
+        return lambda *args: function(*args) if eager[0] or function is softmax_gradient else function(*args) * 1.5
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch.compiler, "set_stance", stance)
+    model, said = make(), list[str]()
+    batch = Batches(Windows(data.training, 32), 6, seed=0)[0]
+    with torch._inductor.config.patch({"cpp.simdlen": None}):  # put back afterwards
+        assert compile_step(model, batch, torch.float32, must=False, say=said.append) is None
+    assert len(said) == 1
+    assert re.search(r"\(compiled, a loss of [\d.]+ comes out as [\d.]+\); going on without", said[0])
+    assert all(block.run is None for block in model.blocks)
+    message = r"train\.compile=false, or install another C"
+    with torch._inductor.config.patch({"cpp.simdlen": None}), pytest.raises(gptlab.GptlabError, match=message):
         compile_step(model, batch, torch.float32, must=True, say=pytest.fail)
 
 
