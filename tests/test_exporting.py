@@ -182,3 +182,18 @@ def test_the_card_of_a_trained_model(tmp_path: Path) -> None:
     for card in cards.values():
         for part in ("- corpus: enwiki", "- 8,192,000 tokens", "- 4.3800 nats per token", '"name": "muon"'):
             assert part in card
+
+
+def test_the_card_inside_a_gguf_file_is_kept(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from gptlab.cli.import_model import import_model
+
+    export("pocket", tmp_path / "m.gguf", format="gguf", verify=False)
+    export(tmp_path / "m.gguf", tmp_path / "direct", verify=False)
+    import_model(str(tmp_path / "m.gguf"), tmp_path / "imported")
+    export(tmp_path / "imported", tmp_path / "by-import", verify=False)
+    for name in ("direct", "by-import"):
+        card = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+        assert "(format: gguf)" in card
+        assert "> # pocket\n>\n> A causal language model exported by gptlab for llama.cpp" in card
+        assert "\n> - 4.3800 nats per token\n" in card

@@ -103,6 +103,8 @@ def export(
     source = checkpoints.read(path)
     stored = {name: tensor if name in SCALES else tensor.to(dtype) for name, tensor in source.state.items()}
     facts = {"name": readable(str(model)), **(read_facts(path) if path.is_dir() else {})}
+    if checkpoints.format_of(path) is gguf:  # its card is inside
+        facts["import"] = {"source": path.name, "format": "gguf", "card": gguf.read_card(path)}
     report = WRITERS[format](out, source._replace(state=stored), facts=facts, **planning, **options)
     difference = spread = None
     rows: list[Tensor] = []

@@ -20,6 +20,7 @@ import gptlab
 from gptlab import checkpoints
 from gptlab.checkpoints import Checkpoint
 from gptlab.checkpoints import gguf as ours
+from gptlab.checkpoints.gguf.container import open_gguf
 from gptlab.text.tokenizers import GPT2Tokenizer, Tokenizer, byte_tokenizer, char_tokenizer, train_bpe
 
 gguf = pytest.importorskip("gguf")
@@ -239,11 +240,11 @@ def test_every_type_that_the_package_dequantises(tmp_path: Path, kind: Any) -> N
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        found = ours.open_gguf(path)[1]["x"]()
+        found = open_gguf(path)[1]["x"]()
         np.testing.assert_array_equal(found.numpy(), quants.dequantize(part, kind))
         return
     expected = {t.name: quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
-    for name, get in ours.open_gguf(path)[1].items():
+    for name, get in open_gguf(path)[1].items():
         np.testing.assert_array_equal(get().float().numpy(), expected[name])
     assert checkpoints.read(path).config == source.config
 

@@ -32,6 +32,13 @@ def test_one_json_object(run: Run, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "m").iterdir()} >= {"modeling_gptlab.py", "configuration_gptlab.py"}
 
 
+def test_code_that_is_not_needed_is_not_sent_along(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("pocket-gqa", "--out", tmp_path / "m", "--custom-code", "--no-verify")
+    assert code == 0
+    assert "   --custom-code was not needed: gpt2 computes exactly this, so no code is sent along\n" in out
+    assert not list((tmp_path / "m").glob("*.py"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

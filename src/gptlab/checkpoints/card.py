@@ -34,7 +34,8 @@ def make_card(
 
     Args:
         config: of the model that was exported.
-        facts: as `read_facts` gives them; ``name`` is the title.
+        facts: as `read_facts` gives them; ``name`` is the title. The card of a file that the model was imported from,
+            ``card`` in ``import``, is quoted at the end.
         opening: what the model is in the other program, and how to load it there.
         rewritten: what is written otherwise than it was, with the same function.
         lost: what the other program does not have.
@@ -61,7 +62,9 @@ def make_card(
     if rewritten or lost:
         sections.append("## As it is written here\n" + _list(*rewritten, *(f"what is lost: {what}" for what in lost)))
     sections += [
-        section for section in (_data(facts), _training(facts), _evaluation(facts), _history(facts)) if section
+        section
+        for section in (_data(facts), _training(facts), _evaluation(facts), _history(facts), _earlier_card(facts))
+        if section
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -104,7 +107,7 @@ def _evaluation(facts: Mapping[str, Any]) -> str:
 def _history(facts: Mapping[str, Any]) -> str:
     """Every conversion on the way to this model, the last one first."""
     items = []
-    conversion, imported = facts.get("conversion"), _of(facts, "import")
+    conversion, imported = facts.get("conversion"), _imported(facts)
     while isinstance(conversion, dict):
         source = _of(conversion, "source")
         steps = [step for step in conversion.get("steps") or [] if isinstance(step, dict)]
@@ -114,10 +117,26 @@ def _history(facts: Mapping[str, Any]) -> str:
         if isinstance(outputs, dict) and _number(outputs, "before") and _number(outputs, "after"):
             moved = f" ({outputs['before']:.4f} to {outputs['after']:.4f} nats per token on a text not fitted on)"
         items.append(f"converted from {source.get('name', 'another model')}: {changes}{moved}")
-        conversion, imported = source.get("conversion"), _of(source, "import")
+        conversion = source.get("conversion")
     if imported.get("source"):
         items.append(f"imported from {imported['source']} (format: {imported.get('format')})")
     return "## Conversion history\n" + _list(*items) if items else ""
+
+
+def _imported(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of the import at the beginning of all conversions."""
+    while isinstance(facts.get("conversion"), dict):
+        facts = _of(facts, "conversion", "source")
+    return _of(facts, "import")
+
+
+def _earlier_card(facts: Mapping[str, Any]) -> str:
+    imported = _imported(facts)
+    card = imported.get("card")
+    if not isinstance(card, str) or not card.strip():
+        return ""
+    quoted = "\n".join(f"> {line}".rstrip() for line in card.strip().splitlines())
+    return f"## The model card of {imported.get('source', 'the imported file')}\n{quoted}"
 
 
 def _of(facts: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -66,6 +66,8 @@ def export(
         print(json.dumps({"model": model, "out": str(out), "format": format, **dataclasses.asdict(result)}, indent=2))
         return
     print(f"{model} as {result.family}: {out}")
+    if custom_code and result.family != "gptlab":
+        print(f"   --custom-code was not needed: {result.family} computes exactly this, so no code is sent along")
     for words in result.rewritten:
         print(f"   the same function: {words}")
     for words in result.lost:

@@ -28,7 +28,7 @@ def import_model(
         raise GptlabError(f"{out} is there already; choose another --out, or remove it")
     import gptlab
     from gptlab import checkpoints
-    from gptlab.checkpoints import hub
+    from gptlab.checkpoints import gguf, hub
     from gptlab.config import ModelConfig
     from gptlab.text.tokenizers import char_tokenizer
 
@@ -45,7 +45,12 @@ def import_model(
         )
     if activation is not None:
         lm.config = lm.model.config = ModelConfig.from_dict({**lm.config.to_dict(), "activation": activation})
-    gptlab.save(lm, out, files={"import.json": _about(source, format_name)})
+    about = {
+        "source": source,
+        "format": format_name,
+        **({"card": gguf.read_card(place)} if format_name == "gguf" else {}),
+    }
+    gptlab.save(lm, out, files={"import.json": json.dumps(about, indent=2).encode() + b"\n"})
     facts = {
         "source": source,
         "format": format_name,
@@ -65,10 +70,6 @@ def import_model(
             "it came without a tokenizer; put its tokenizer.json, or vocab.json and merges.txt, beside the source"
             + (characters_too if format_name == "nanogpt" else "")
         )
-
-
-def _about(source: str, format_name: str) -> bytes:
-    return json.dumps({"source": source, "format": format_name}, indent=2).encode() + b"\n"
 
 
 def _text(path: Path) -> str:
