@@ -7,6 +7,8 @@ import torch
 
 from gptlab import GPT, ModelConfig
 
+LLAMA: dict[str, Any] = {"position": "rope", "norm": "rms", "mlp": "swiglu", "bias": False}
+
 
 def noisy(seed: int = 0, **overrides: Any) -> GPT:
     """A tiny model in eval mode, of 4 heads of 8, whose scores, biases and norms are large enough to matter."""

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from sources import noisy
+from sources import LLAMA, noisy
 from torch import Tensor
 
 import gptlab
 from gptlab import GPT, GptlabError, ModelConfig
 from gptlab.conversion.circuits import circuit_errors
 from gptlab.conversion.heads import group_heads, permute_heads, regroup, repeat_heads
-from gptlab.conversion.layers import read_heads
+from gptlab.conversion.layers import Heads, read_heads, rebuild
 from gptlab.conversion.statistics import assumed_statistics, collect_statistics
 
 BOTH_POSITIONS = pytest.mark.parametrize("position", ["learned", "rope"])
@@ -71,7 +71,9 @@ def disguised(model: GPT, seed: int = 1) -> GPT:
 
     for block in new.blocks:
         rows = block.attn.c_attn.weight.double().unflatten(0, (3, n_head, width))
-        biases = block.attn.c_attn.bias.double().unflatten(0, (3, n_head, width))
+        bias = block.attn.c_attn.bias
+        biases = (torch.zeros(len(block.attn.c_attn.weight)) if bias is None else bias).double()
+        biases = biases.unflatten(0, (3, n_head, width))
         out = block.attn.c_proj.weight.double().unflatten(1, (n_head, width))
         for h in range(n_head):
             a, b = gauge(), gauge()
@@ -86,7 +88,8 @@ def disguised(model: GPT, seed: int = 1) -> GPT:
             # What the softmax does not see.
             biases[1] += torch.randn(n_head, width, dtype=torch.float64, generator=generator)
         block.attn.c_attn.weight.copy_(rows.flatten(0, 2))
-        block.attn.c_attn.bias.copy_(biases.flatten())
+        if bias is not None:
+            bias.copy_(biases.flatten())
         block.attn.c_proj.weight.copy_(out.flatten(1))
     orders = [torch.randperm(n_head, generator=generator).tolist() for _ in new.blocks]
     return permute_heads(new, orders)
@@ -129,7 +132,7 @@ def test_there_is_an_order_for_every_layer() -> None:
         permute_heads(noisy(), [[0, 1, 2, 3]])
 
 
-@pytest.mark.parametrize("changes", [{}, {"position": "rope", "window": 9, "sinks": 1}, {"bias": False}])
+@pytest.mark.parametrize("changes", [{}, {"position": "rope", "window": 9, "sinks": 1}, {"bias": False}, LLAMA])
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
 def test_repeated_heads_compute_the_same(n_kv_head: int, changes: dict[str, Any]) -> None:
     model = noisy(n_kv_head=n_kv_head, **changes)
@@ -162,13 +165,15 @@ def test_the_same_number_of_heads_in_another_gauge(method: Any, changes: dict[st
                 assert not torch.equal(new.blocks[layer].attn.c_proj.bias, model.blocks[layer].attn.c_proj.bias)
 
 
-def test_the_same_number_of_turned_heads_in_another_gauge() -> None:
-    model = noisy(position="rope")
+@pytest.mark.parametrize("changes", [{"position": "rope"}, LLAMA], ids=["rope", "llama"])
+def test_the_same_number_of_turned_heads_in_another_gauge(changes: dict[str, Any]) -> None:
+    model = noisy(**changes)
     ids = random_ids(model)
     for statistics in (None, collect_statistics(model, ids)):
         new = regroup(model, 4, statistics=statistics)
         assert apart(model, new, ids) < 1e-5
         assert qkv(new, 0)[1][..., -1].abs().max() > 0.01
+        assert new.config == model.config
 
 
 def test_the_built_in_model_in_another_gauge() -> None:
@@ -179,10 +184,10 @@ def test_the_built_in_model_in_another_gauge() -> None:
         assert apart(model, new, ids) < 1e-5
 
 
-@BOTH_POSITIONS
+@pytest.mark.parametrize("changes", [{}, {"position": "rope"}, LLAMA], ids=["learned", "rope", "llama"])
 @pytest.mark.parametrize("n_kv_head", [1, 2])
-def test_heads_that_could_share_are_found_and_shared_without_loss(n_kv_head: int, position: Any) -> None:
-    source = noisy(n_kv_head=n_kv_head, position=position)
+def test_heads_that_could_share_are_found_and_shared_without_loss(n_kv_head: int, changes: dict[str, Any]) -> None:
+    source = noisy(n_kv_head=n_kv_head, **changes)
     ids = random_ids(source)
     model = disguised(source)
     assert apart(source, model, ids) < 1e-5
@@ -192,6 +197,30 @@ def test_heads_that_could_share_are_found_and_shared_without_loss(n_kv_head: int
         assert apart(source, new, ids) < 1e-4
     # The plain mean is far from it.
     assert apart(source, regroup(model, n_kv_head, method="mean"), ids) > 0.05
+
+
+@pytest.mark.parametrize("changes", [{"position": "rope"}, LLAMA], ids=["rope", "llama"])
+def test_three_keys_of_nine_heads_become_one(changes: dict[str, Any]) -> None:
+    source = noisy(n_embd=36, n_head=9, n_kv_head=1, **changes)
+    generator = torch.Generator().manual_seed(1)
+
+    def in_three_gauges(_: int, heads: Heads) -> Heads:
+        angles = torch.rand(3, 2, dtype=torch.float64, generator=generator) * 6
+        keys = torch.stack([by_pairs(torch.polar(0.5 + angle, angle)) for angle in angles])  # (3, D, D)
+        values = torch.randn(3, 4, 4, dtype=torch.float64, generator=generator) / 5 + torch.eye(4)
+        return heads._replace(
+            q=keys.inverse().mT.repeat_interleave(3, 0) @ heads.q,
+            k=keys @ heads.k,
+            v=values @ heads.v,
+            o=heads.o @ values.inverse().repeat_interleave(3, 0),
+        )
+
+    grouped, ids = rebuild(source, in_three_gauges, n_kv_head=3), random_ids(source)
+    assert apart(source, grouped, ids) < 1e-5
+    new = regroup(grouped, 1)
+    assert new.config == source.config
+    assert apart(source, new, ids) < 1e-4
+    assert apart(source, regroup(grouped, 1, method="mean"), ids) > 0.05
 
 
 def test_the_bias_of_values_moves_into_the_output_even_if_values_are_lost() -> None:

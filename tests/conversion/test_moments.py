@@ -9,9 +9,10 @@ from gptlab import GPT, GptlabError, ModelConfig
 from gptlab.conversion.statistics import assumed_statistics, batches, collect_statistics
 
 
-@pytest.fixture(scope="module")
-def model() -> GPT:
-    model = GPT(ModelConfig.preset("tiny", dropout=0.5)).eval()
+@pytest.fixture(scope="module", params=["layer", "rms"])
+def model(request: pytest.FixtureRequest) -> GPT:
+    norm = request.param
+    model = GPT(ModelConfig.preset("tiny", dropout=0.5, norm=norm, bias=norm == "layer")).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from sources import noisy
+from sources import LLAMA, noisy
 from torch import Tensor
 
 from gptlab import GPT, GptlabError
@@ -39,9 +39,10 @@ def matrix(model: GPT, layer: int) -> Tensor:
     return torch.cat(parts, 1).detach().double()
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_it_is_the_ridge_regression_of_a_direct_solution(bias: bool) -> None:
-    model = noisy(bias=bias)
+@pytest.mark.parametrize("changes", [{}, {"bias": False}, LLAMA], ids=["biases", "none", "llama"])
+def test_it_is_the_ridge_regression_of_a_direct_solution(changes: dict[str, Any]) -> None:
+    model = noisy(**changes)
+    bias = model.config.bias
     converted, ids = regroup(model, 1, method="mean"), random_ids(16)
     new = refit_outputs(model, converted, ids)
     for layer in (0, 1):

@@ -28,6 +28,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"window": 9, "sinks": 2},
     {"tie_embeddings": False},
     {"bias": False, "n_kv_head": 1},
+    {"bias": False, "norm": "rms", "mlp": "swiglu"},
 ]
 variants = pytest.mark.parametrize("values", VARIANTS, ids=str)
 
