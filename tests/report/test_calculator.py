@@ -41,6 +41,7 @@ def test_the_page_computes_the_same_numbers() -> None:
     asked, expected = [], []
     sizes = {name: ModelConfig.preset(name) for name in ("gpt2", "gpt2-xl", "pocket", "tiny")}
     sizes |= {"own": SMALL, "rope": ModelConfig.preset("pocket", position="rope", tie_embeddings=False, bias=False)}
+    sizes |= {"llama": ModelConfig.preset("pocket", norm="rms", mlp="swiglu", position="rope")}
     points = itertools.product(sizes.values(), (None, 1), (None, 1, 100), (1, 100, 99_999), (1, 7, 512), (1, 2, 4))
     for config, heads, window, context, batch, size in points:
         model = make_config({**config.to_dict(), "n_kv_head": heads, "window": window})

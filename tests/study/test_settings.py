@@ -146,6 +146,17 @@ def test_settings_without_effect() -> None:
         read_variants(small(CORPUS, recipe="finetune", set=["base=gpt2"], variant=[BASE]))
 
 
+def test_a_grid_goes_from_gpt2_to_llama() -> None:
+    grid: dict[str, Any] = {"rms": {"model": {"norm": "rms"}}, "swiglu": {"model": {"mlp": "swiglu"}}}
+    found = read_variants(small(CORPUS, grid={**grid, "bare": {"model": {"bias": False}}}))
+    assert len(found) == 8
+    by_name = {variant.name: variant for variant in found if isinstance(variant, Trained)}
+    base, llama = (by_name[name].recipe.model_for(257) for name in ("base", "bare-rms-swiglu"))
+    assert (llama.norm, llama.mlp, llama.bias, llama.inner) == ("rms", "swiglu", False, 88)
+    assert changes_of(llama, base) == {"norm": "rms", "mlp": "swiglu", "bias": False, "n_inner": 88}
+    assert kinds_of(changes_of(llama, base)) == ["other"]
+
+
 def test_a_grid_whose_changes_collide() -> None:
     grid = {"gqa": {"model": {"n_kv_head": 2}}, "mqa": {"model": {"n_kv_head": 1}}}
     with pytest.raises(GptlabError, match="two changes of the grid set n_kv_head"):

@@ -29,7 +29,10 @@ from gptlab.report.texts import known
 from gptlab.report.view import Study, make_config, sequences, tokens
 from gptlab.study import costs, roofline
 
-FIELDS = ("vocab_size", "context_length", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "position", "bias")
+FIELDS = (
+    *("vocab_size", "context_length", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner"),
+    *("position", "norm", "mlp", "bias"),
+)
 """What of a configuration the calculator needs, beside whether the embeddings are tied."""
 CHECKS: tuple[dict[str, int], ...] = (
     {"context": 1024, "batch": 1},
