@@ -28,34 +28,34 @@ def saved(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_result_is_compared_with_what_was_asked_for(saved: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    found = export(saved, tmp_path / "out", dtype=dtype)
+    exported = export(saved, tmp_path / "out", dtype=dtype)
     # The same numbers in the same order of operations: repeated heads change nothing but rounding.
-    assert found.difference is not None
-    assert found.difference < 1e-5
-    assert found.tokens == 512 // 4  # two rows of the context
-    assert found.family == "gpt2"
-    assert "the saving of 2 key/value heads" in found.lost[0]
+    assert exported.difference is not None
+    assert exported.difference < 1e-5
+    assert exported.tokens == 512 // 4  # two rows of the context
+    assert exported.family == "gpt2"
+    assert "the saving of 2 key/value heads" in exported.lost[0]
 
 
 def test_a_model_without_a_tokenizer_is_compared_on_random_tokens(tmp_path: Path) -> None:
     gptlab.save(gptlab.LanguageModel(gptlab.GPT(gptlab.ModelConfig.preset("tiny"))), tmp_path / "model")
-    found = export(tmp_path / "model", tmp_path / "out")
-    assert (found.difference, found.tokens) == (0.0, 128)
+    exported = export(tmp_path / "model", tmp_path / "out")
+    assert (exported.difference, exported.tokens) == (0.0, 128)
 
 
 def test_characters_that_cannot_write_the_text_are_compared_on_random_tokens(tmp_path: Path) -> None:
     config = gptlab.ModelConfig.preset("tiny", vocab_size=3)
     lm = gptlab.LanguageModel(gptlab.GPT(config, seed=1), char_tokenizer(["abc"], end_of_text=False))
     gptlab.save(lm, tmp_path / "model")
-    found = export(tmp_path / "model", tmp_path / "out")
-    assert (found.difference, found.tokens) == (0.0, 128)
+    exported = export(tmp_path / "model", tmp_path / "out")
+    assert (exported.difference, exported.tokens) == (0.0, 128)
     assert gptlab.load(tmp_path / "out").needs_tokenizer().encode("cab") == [2, 0, 1]
 
 
 def test_without_a_comparison(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "compare", lambda *_: pytest.fail("compared"))
-    found = export(saved, tmp_path / "out", verify=False)
-    assert (found.difference, found.tokens) == (None, 0)
+    exported = export(saved, tmp_path / "out", verify=False)
+    assert (exported.difference, exported.tokens) == (None, 0)
 
 
 def spoil_a_weight(checkpoint: checkpoints.Checkpoint) -> None:
@@ -77,10 +77,10 @@ def test_a_result_that_computes_something_else_is_refused(
     read = checkpoints.read
 
     def spoiled(path: Path) -> checkpoints.Checkpoint:
-        found = read(path)
+        checkpoint = read(path)
         if path.name == "out":
-            mistake(found)
-        return found
+            mistake(checkpoint)
+        return checkpoint
 
     monkeypatch.setattr(checkpoints, "read", spoiled)
     with pytest.raises(gptlab.GptlabError, match=r"does not compute what .* does: logits differ by up to"):

@@ -162,5 +162,5 @@ def run(root: Path, n: int, seed: int) -> list[str]:
 
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))  # what asks for more is told no, and the machine lives on
-    found = run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
-    print("\n".join(found))
+    lines = run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    print("\n".join(lines))

@@ -24,9 +24,9 @@ def make(seed: int, **overrides: Any) -> gptlab.LanguageModel:
 
 
 def assert_holds(directory: Path, expected: gptlab.LanguageModel) -> None:
-    found = gptlab.load(directory)
-    assert found.config == expected.config
-    assert torch.equal(found.model.wte.weight, expected.model.wte.weight)
+    loaded = gptlab.load(directory)
+    assert loaded.config == expected.config
+    assert torch.equal(loaded.model.wte.weight, expected.model.wte.weight)
     assert not list(directory.glob(".*")), "temporary files were left behind"
 
 
@@ -189,9 +189,9 @@ def test_a_killed_process_never_leaves_a_mixture(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", KILLER, str(tmp_path / "model")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert set(found["random"]) <= {"A", "B", "refused"}
-    assert set(found["random"]) & {"A", "B"}, "no kill left a model: nothing was tested"
+    outcomes = json.loads(done.stdout)
+    assert set(outcomes["random"]) <= {"A", "B", "refused"}
+    assert set(outcomes["random"]) & {"A", "B"}, "no kill left a model: nothing was tested"
     # Before the first move the old model, after the last the new one, between them a sentence.
-    assert found["between"] == ["A", "refused", "refused", "B"]
-    assert found["after"] == "A"
+    assert outcomes["between"] == ["A", "refused", "refused", "B"]
+    assert outcomes["after"] == "A"

@@ -301,8 +301,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if path == f"{api}tree/{COMMIT}":
             rows = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in files.items()]
             return self.answer(200, json.dumps(rows).encode(), Content_Type="application/json")
-        if found := re.fullmatch(f"/owner/name/resolve/({'|'.join(REVISIONS)})/(.+)", path):
-            name = found[2]
+        if match := re.fullmatch(f"/owner/name/resolve/({'|'.join(REVISIONS)})/(.+)", path):
+            name = match[2]
             if name not in files:
                 return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
             if self.command == "GET":

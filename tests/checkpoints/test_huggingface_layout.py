@@ -65,8 +65,8 @@ def write(directory: Path, tensors: dict[str, Tensor] | None = None, **config: A
     return directory
 
 
-def assert_same(found: gptlab.GPT, wanted: gptlab.GPT) -> None:
-    pairs = list(zip(found.state_dict().items(), wanted.state_dict().items(), strict=True))
+def assert_same(actual: gptlab.GPT, wanted: gptlab.GPT) -> None:
+    pairs = list(zip(actual.state_dict().items(), wanted.state_dict().items(), strict=True))
     assert [a for (a, _), _ in pairs] == [b for _, (b, _) in pairs]
     assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
 
@@ -165,9 +165,9 @@ def test_a_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_floating_types_are_read(tmp_path: Path, stored: torch.dtype) -> None:
     tensors = {name: tensor.to(stored) for name, tensor in tensors_of(original()).items()}
-    found = gptlab.load(write(tmp_path, tensors)).model
-    assert found.wte.weight.dtype == torch.float32
-    assert torch.equal(found.wte.weight, original().wte.weight.to(stored).float())
+    model = gptlab.load(write(tmp_path, tensors)).model
+    assert model.wte.weight.dtype == torch.float32
+    assert torch.equal(model.wte.weight, original().wte.weight.to(stored).float())
 
 
 # Each with one field of config.json changed, and what the refusal must say (None: it is honoured or harmless).

@@ -120,13 +120,13 @@ def test_a_changed_byte_anywhere_is_refused_in_words_or_changes_nothing(saved: P
         bad[place] ^= draw.randrange(1, 256)
         path.write_bytes(bad)
         try:
-            found = gptlab.load(saved)
+            loaded = gptlab.load(saved)
         except gptlab.GptlabError as error:
             refusals.append(str(error))
         else:
-            assert same(weights(found), weights(expected)), f"byte {place} of {name}"
-            assert found.config == expected.config
-            assert found.needs_tokenizer().files() == expected.needs_tokenizer().files()
+            assert same(weights(loaded), weights(expected)), f"byte {place} of {name}"
+            assert loaded.config == expected.config
+            assert loaded.needs_tokenizer().files() == expected.needs_tokenizer().files()
     assert len(refusals) > FLIPS * 0.9
     assert not any("\n" in sentence for sentence in refusals)
 

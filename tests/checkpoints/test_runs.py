@@ -120,7 +120,7 @@ def test_models_are_loaded_from_runs(tmp_path: Path) -> None:
         config = gptlab.ModelConfig.preset("tiny", n_layer=step // 5)
         make(run, {step: loss})
         gptlab.save(gptlab.LanguageModel(gptlab.GPT(config)), run / "checkpoints" / f"step-{step:06d}")
-    found = {
+    layers = {
         name: gptlab.load(where).config.n_layer
         for name, where in {
             "path": run,
@@ -130,7 +130,7 @@ def test_models_are_loaded_from_runs(tmp_path: Path) -> None:
             "step": f"{run}/checkpoints/step-000010",
         }.items()
     }
-    assert found == {"path": 1, "name": 1, "best": 1, "last": 2, "step": 2}
+    assert layers == {"path": 1, "name": 1, "best": 1, "last": 2, "step": 2}
     shutil.rmtree(run / "checkpoints" / "step-000005")
     assert gptlab.load(run).config.n_layer == 2
 

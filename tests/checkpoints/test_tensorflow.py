@@ -73,10 +73,10 @@ def test_what_tensorflow_wrote_computes_the_logits_of_transformers(folder: str, 
 
 def test_every_number_is_the_one_that_was_written() -> None:
     for folder in FOLDERS:
-        found = open_bundle(OPENAI / folder / "model.ckpt")
+        tensors = open_bundle(OPENAI / folder / "model.ckpt")
         for name, shape in writer.shapes(writer.SMALL).items():
-            assert torch.equal(found[name](), torch.from_numpy(writer.values(name, shape)))
-    assert {*found} - {*writer.shapes(writer.SMALL)} == {"model/ln_f/g/Adam", "beta1_power"}
+            assert torch.equal(tensors[name](), torch.from_numpy(writer.values(name, shape)))
+    assert {*tensors} - {*writer.shapes(writer.SMALL)} == {"model/ln_f/g/Adam", "beta1_power"}
 
 
 def test_bfloat16_and_the_configuration_alone() -> None:
@@ -148,11 +148,11 @@ def test_a_changed_byte_anywhere_is_noticed(copy: Path) -> None:
             bad[place] ^= 0x41
             (copy / name).write_bytes(bad)
             try:
-                found = gptlab.load(copy)
+                loaded = gptlab.load(copy)
             except gptlab.GptlabError:
                 continue
             assert len(good) - 48 <= place < len(good) - 8, place
-            assert torch.equal(found.model.wte.weight, gptlab.load(OPENAI / "plain").model.wte.weight)
+            assert torch.equal(loaded.model.wte.weight, gptlab.load(OPENAI / "plain").model.wte.weight)
         (copy / name).write_bytes(good)
 
 

@@ -21,7 +21,7 @@ FULL = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer":
 def shapes(hparams: dict[str, int]) -> dict[str, tuple[int, ...]]:
     """Every variable of OpenAI's model.py, in its names and shapes."""
     width = hparams["n_embd"]
-    found: dict[str, tuple[int, ...]] = {
+    sizes: dict[str, tuple[int, ...]] = {
         "model/wpe": (hparams["n_ctx"], width),
         "model/wte": (hparams["n_vocab"], width),
     }
@@ -33,10 +33,10 @@ def shapes(hparams: dict[str, int]) -> dict[str, tuple[int, ...]]:
             ("mlp/c_fc", width, 4 * width),
             ("mlp/c_proj", 4 * width, width),
         ):
-            found |= {f"{block}/{name}/w": (1, n_in, n_out), f"{block}/{name}/b": (n_out,)}
+            sizes |= {f"{block}/{name}/w": (1, n_in, n_out), f"{block}/{name}/b": (n_out,)}
         for name in ("ln_1", "ln_2"):
-            found |= {f"{block}/{name}/g": (width,), f"{block}/{name}/b": (width,)}
-    return found | {"model/ln_f/g": (width,), "model/ln_f/b": (width,)}
+            sizes |= {f"{block}/{name}/g": (width,), f"{block}/{name}/b": (width,)}
+    return sizes | {"model/ln_f/g": (width,), "model/ln_f/b": (width,)}
 
 
 def values(name: str, shape: tuple[int, ...]) -> np.ndarray:

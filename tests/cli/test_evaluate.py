@@ -151,9 +151,9 @@ def test_by_position(run: Run, tiny: Path, rope: Path, tmp_path: Path) -> None:
     assert f"{tiny}: 16 pieces of 64 tokens." in out
     assert f"{rope}: 1 pieces of 1,024 tokens." in out
     _, printed, _ = run(tiny, rope, "--task", f"text:{path}", "--by-position", "--json")
-    found = json.loads(printed)["positions"]
-    assert [(row["model"], row["positions"][-1]["last"]) for row in found] == [(str(tiny), 64), (str(rope), 1024)]
-    assert found[1]["positions"][0]["error"] is None  # of one piece there is none
+    rows = json.loads(printed)["positions"]
+    assert [(row["model"], row["positions"][-1]["last"]) for row in rows] == [(str(tiny), 64), (str(rope), 1024)]
+    assert rows[1]["positions"][0]["error"] is None  # of one piece there is none
 
 
 def test_the_papers_table(run: Run, tiny: Path, lambada: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_records_whose_text_has_another_name(run: Run, rope: Path, tmp_path: Pat
     for name in ("text", "content"):
         lines = (json.dumps({name: text}) + "\n" for text in texts)
         (tmp_path / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8-sig")
-    found = []
+    measured = []
     for name, advice in (("text", []), ("content", ["--text-field", "content"])):
         arguments = [rope, "--task", f"text:{tmp_path / name}.jsonl", "--by-position", "--json"]
         if advice:
@@ -272,8 +272,8 @@ def test_records_whose_text_has_another_name(run: Run, rope: Path, tmp_path: Pat
         code, out, err = run(*arguments, *advice)
         assert code == 0, err
         values = json.loads(out)
-        found.append((values["results"][0]["metrics"], values["results"][0]["data"]["sha256"]))
-    assert found[0] == found[1]
+        measured.append((values["results"][0]["metrics"], values["results"][0]["data"]["sha256"]))
+    assert measured[0] == measured[1]
     code, _, err = run(rope, "--task", "lambada:last-word", "--text-field", "content")
     assert code == 2
     assert "--text-field is about the records of a text" in err

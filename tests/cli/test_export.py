@@ -27,8 +27,8 @@ def test_what_is_printed(run: Run, tmp_path: Path) -> None:
 def test_one_json_object(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("pocket-swa", "--out", tmp_path / "m", "--custom-code", "--no-verify", "--json")
     assert code == 0
-    found = json.loads(out)
-    assert (found["family"], found["difference"], found["format"]) == ("gptlab", None, "hf")
+    facts = json.loads(out)
+    assert (facts["family"], facts["difference"], facts["format"]) == ("gptlab", None, "hf")
     assert {path.name for path in (tmp_path / "m").iterdir()} >= {"modeling_gptlab.py", "configuration_gptlab.py"}
 
 

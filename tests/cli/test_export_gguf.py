@@ -41,8 +41,8 @@ def test_there_and_back(model: Path, tmp_path: Path, run: Run) -> None:
     assert facts["family"] == "gpt2"
     assert facts["lost"] == ["texts of more than 32 tokens"]
     assert 0 <= facts["difference"] < 1e-5
-    source, found = gptlab.load(model), gptlab.load(out)
-    assert torch.equal(source.model.h[1].attn.c_attn.weight, found.model.h[1].attn.c_attn.weight)
+    source, actual = gptlab.load(model), gptlab.load(out)
+    assert torch.equal(source.model.h[1].attn.c_attn.weight, actual.model.h[1].attn.c_attn.weight)
     code, stdout, _ = run(model, "--format", "gguf", "--context", 32, "--type", "q8_0", "--out", tmp_path / "q.gguf")
     assert code == 0
     assert "read back and compared on 64 tokens: logits differ by at most" in stdout

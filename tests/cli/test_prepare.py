@@ -78,8 +78,8 @@ def test_a_validation_text_of_ones_own(run: Run, tmp_path: Path) -> None:
     assert "held out    8 bytes, 50.000% of the text: the validation text given\n" in out
     assert "note: 1 of the documents to train on are in the validation text too\n" in out
     dataset = open_dataset(tmp_path / "data")
-    found = [[dataset.tokenizer.decode(i) for i in part.documents()] for part in (dataset.training, dataset.validation)]
-    assert found == [["one\n", "two\n"], ["two", "three"]]
+    texts = [[dataset.tokenizer.decode(i) for i in part.documents()] for part in (dataset.training, dataset.validation)]
+    assert texts == [["one\n", "two\n"], ["two", "three"]]
     more = ("--out", tmp_path / "data", "--append")
     assert run(tmp_path / "a.txt", *more)[0] == 0
     assert open_dataset(tmp_path / "data").validation.n_documents == 2

@@ -113,8 +113,8 @@ def test_a_study_ends_with_a_table_and_the_path_of_its_report(gptlab: Gptlab, fi
         assert f"{variant.quality.nats_per_token:.4f}" in line
         point = next(row for row in timings.variants[name].decode if (row.context, row.batch) == (64, 2))
         assert f" {point.milliseconds:.2f} " in line
-    found = results.variants["rope"].difference
-    assert difference(found) in said
+    interval = results.variants["rope"].difference
+    assert difference(interval) in said
     assert "Trained on 768 tokens, one seed." in said
     assert "Intervals: paired bootstrap over documents" in said
     assert said.endswith(f"report: {out / 'report.html'}\n")
@@ -264,8 +264,8 @@ def test_interrupted(gptlab: Gptlab, file: Path, tmp_path: Path, monkeypatch: py
             raise error
 
         monkeypatch.setattr(running, "run_study", stop)
-        found, said, told = gptlab("study", file, "--out", tmp_path / "out")
-        assert (found, said) == (code, "")
+        status, said, told = gptlab("study", file, "--out", tmp_path / "out")
+        assert (status, said) == (code, "")
         assert told == f"stopped and saved; go on with: gptlab study --resume --out {tmp_path / 'out'}\n"
 
 

@@ -438,8 +438,8 @@ def test_data_that_moved(run: Run, refused: Refused, recipe: Path, text: Path, t
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     assert run("train", "--resume", out, "--data", moved)[0] == 0
     for name in ("model.safetensors", "training.safetensors"):
-        found, expected = (load_file(r / "checkpoints" / "step-000020" / name) for r in (out, tmp_path / "whole"))
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        actual, expected = (load_file(r / "checkpoints" / "step-000020" / name) for r in (out, tmp_path / "whole"))
+        assert all(torch.equal(actual[key], expected[key]) for key in expected)
     shutil.rmtree(out / "checkpoints" / "step-000020")
     assert run("train", "--resume", out)[0] == 0  # and from then on it is known
 
@@ -544,8 +544,8 @@ def test_a_full_disk_during_a_checkpoint(
     (small_disk / "filler").unlink()
     assert run("train", "--resume", out)[0] == 0
     for name in ("model.safetensors", "training.safetensors"):
-        found, expected = (load_file(folder / "step-000020" / name) for folder in (out / "checkpoints", whole))
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        actual, expected = (load_file(folder / "step-000020" / name) for folder in (out / "checkpoints", whole))
+        assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 def test_no_room_for_a_row_of_metrics(

@@ -258,10 +258,10 @@ def test_random_is_the_initialisation_of_a_new_model() -> None:
     new = regroup(model, 2, method="random", seed=7)
     fresh = GPT(ModelConfig.preset("tiny", n_kv_head=2), seed=7)
     for layer in (0, 1):
-        found, expected = new.blocks[layer].attn.c_attn, fresh.blocks[layer].attn.c_attn
-        assert torch.equal(found.weight[32:], expected.weight[32:])
-        assert torch.equal(found.bias[32:], torch.zeros(32))
-        assert torch.equal(found.weight[:32], model.blocks[layer].attn.c_attn.weight[:32])
+        actual, expected = new.blocks[layer].attn.c_attn, fresh.blocks[layer].attn.c_attn
+        assert torch.equal(actual.weight[32:], expected.weight[32:])
+        assert torch.equal(actual.bias[32:], torch.zeros(32))
+        assert torch.equal(actual.weight[:32], model.blocks[layer].attn.c_attn.weight[:32])
     assert not same_state(new, regroup(model, 2, method="random", seed=8))
 
 
@@ -314,9 +314,9 @@ def test_svd_loses_exactly_what_no_shared_key_can_keep(measured: bool, n_kv_head
     all_moments = collect_statistics(model, ids) if measured else [assumed_statistics(b) for b in model.blocks]
     new = regroup(model, n_kv_head, grouping="contiguous", statistics=all_moments if measured else None)
     for layer, moments in enumerate(all_moments):
-        found = circuit_errors(read_heads(model.blocks[layer].attn), read_heads(new.blocks[layer].attn), moments)
+        lost = circuit_errors(read_heads(model.blocks[layer].attn), read_heads(new.blocks[layer].attn), moments)
         before, after = stacked(model, layer, n_kv_head, moments), stacked(repeat_heads(new), layer, n_kv_head, moments)
-        for error, old, changed in zip(found, before, after, strict=True):
+        for error, old, changed in zip(lost, before, after, strict=True):
             size = sum(matrix.square().sum() for matrix in old)
             least = sum(torch.linalg.svdvals(matrix)[8:].square().sum() for matrix in old) / size
             direct = sum((a - b).square().sum() for a, b in zip(old, changed, strict=True)) / size
@@ -515,10 +515,10 @@ def errors(model: GPT, n_kv_head: int, **how: Any) -> list[tuple[float, float]]:
 def test_the_real_heads_lose_what_was_measured_before(shared: Path, n_kv_head: int) -> None:
     model = real_attention(shared, 5)
     for method, expected in REFERENCE[5][n_kv_head].items():
-        found = errors(model, n_kv_head, method=method, grouping="contiguous")
-        assert found[0] == pytest.approx(expected, abs=0.002), method
+        lost = errors(model, n_kv_head, method=method, grouping="contiguous")
+        assert lost[0] == pytest.approx(expected, abs=0.002), method
     if n_kv_head > 1:
-        (qk, ov), (fitted_qk, fitted_ov) = found[0], errors(model, n_kv_head, method="svd", grouping="fitted")[0]
+        (qk, ov), (fitted_qk, fitted_ov) = lost[0], errors(model, n_kv_head, method="svd", grouping="fitted")[0]
         assert fitted_qk < 0.95 * qk
         assert fitted_ov < 0.95 * ov
 
@@ -527,21 +527,21 @@ def test_the_real_heads_lose_what_was_measured_before(shared: Path, n_kv_head: i
 @pytest.mark.parametrize("n_kv_head", [6, 4, 3, 2, 1])
 def test_svd_is_best_on_every_real_layer(shared: Path, n_kv_head: int) -> None:
     model = real_attention(shared, *range(12))
-    found = {
+    by_method = {
         method: errors(model, n_kv_head, method=method, grouping="contiguous")
         for method in ("svd", "procrustes", "mean", "first", "random")
     }
     fitted = errors(model, n_kv_head, method="svd", grouping="fitted")
     for layer in range(12):
         for circuit in (0, 1):
-            svd, procrustes, mean, first, random = (found[method][layer][circuit] for method in found)
+            svd, procrustes, mean, first, random = (by_method[method][layer][circuit] for method in by_method)
             assert svd < 0.9 * procrustes < procrustes < mean < random
             # In one place the first head beats the mean: values of the last layer, 0.585 against 0.652.
             assert mean < first or (procrustes < first and (n_kv_head, layer, circuit) == (3, 11, 1))
-        assert sum(fitted[layer]) <= sum(found["svd"][layer]) + 1e-9
-    everywhere = {method: sum(map(sum, layers)) for method, layers in found.items()}
+        assert sum(fitted[layer]) <= sum(by_method["svd"][layer]) + 1e-9
+    everywhere = {method: sum(map(sum, layers)) for method, layers in by_method.items()}
     assert everywhere["mean"] < min(everywhere["first"], everywhere["random"])
     if n_kv_head == 4:
-        assert found["svd"][11][1] <= 0.121 + 5e-4
-        assert found["procrustes"][11][1] == pytest.approx(0.474, abs=0.0015)
-        assert found["mean"][11][1] == pytest.approx(0.550, abs=0.0015)
+        assert by_method["svd"][11][1] <= 0.121 + 5e-4
+        assert by_method["procrustes"][11][1] == pytest.approx(0.474, abs=0.0015)
+        assert by_method["mean"][11][1] == pytest.approx(0.550, abs=0.0015)

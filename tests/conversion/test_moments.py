@@ -27,35 +27,35 @@ def ids() -> Tensor:
 
 def inputs_of(model: GPT, rows: Tensor) -> list[Tensor]:
     """(tokens, C) float64 for each layer."""
-    found: list[Tensor] = []
+    inputs: list[Tensor] = []
     handles = [
-        block.attn.c_attn.register_forward_pre_hook(lambda _, args: found.append(args[0].flatten(0, 1).double()))
+        block.attn.c_attn.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1).double()))
         for block in model.blocks
     ]
     with torch.no_grad():
         model(rows)
     for handle in handles:
         handle.remove()
-    return found
+    return inputs
 
 
 def test_moments_of_a_text(model: GPT, ids: Tensor) -> None:
     n = ids.numel()
-    for block, found, z in zip(model.blocks, collect_statistics(model, ids), inputs_of(model, ids), strict=True):
+    for block, moments, z in zip(model.blocks, collect_statistics(model, ids), inputs_of(model, ids), strict=True):
         # The assumption counts as C tokens of its mean and covariance.
         assumed = assumed_statistics(block)
         weight = 32 / (n + 32)
         mean = (1 - weight) * z.mean(0) + weight * assumed.mean
         second = (1 - weight) * z.T @ z / n + weight * (assumed.covariance + torch.outer(assumed.mean, assumed.mean))
-        assert found.tokens == n
-        torch.testing.assert_close(found.mean, mean, rtol=0.0, atol=1e-6)
-        torch.testing.assert_close(found.covariance, second - torch.outer(mean, mean), rtol=0.0, atol=1e-5)
-        assert torch.equal(found.centred[:-1, :-1], found.covariance)
-        assert not found.centred[-1].any()
-        assert not found.centred[:, -1].any()
-        torch.testing.assert_close(found.uncentred[:-1, :-1], second, rtol=0.0, atol=1e-5)
-        assert torch.equal(found.uncentred[-1, :-1], found.mean)
-        assert found.uncentred[-1, -1] == 1
+        assert moments.tokens == n
+        torch.testing.assert_close(moments.mean, mean, rtol=0.0, atol=1e-6)
+        torch.testing.assert_close(moments.covariance, second - torch.outer(mean, mean), rtol=0.0, atol=1e-5)
+        assert torch.equal(moments.centred[:-1, :-1], moments.covariance)
+        assert not moments.centred[-1].any()
+        assert not moments.centred[:, -1].any()
+        torch.testing.assert_close(moments.uncentred[:-1, :-1], second, rtol=0.0, atol=1e-5)
+        assert torch.equal(moments.uncentred[-1, :-1], moments.mean)
+        assert moments.uncentred[-1, -1] == 1
 
 
 def test_rows_of_any_lengths_on_their_own_or_in_batches(model: GPT, ids: Tensor) -> None:
@@ -63,22 +63,22 @@ def test_rows_of_any_lengths_on_their_own_or_in_batches(model: GPT, ids: Tensor)
     assert [tuple(batch.shape) for batch in batches(rows)] == [(2, 64), (2, 10), (1, 1)]
     assert [tuple(batch.shape) for batch in batches(ids)] == [(16, 64)] * 4 + [(6, 64)]
     assert torch.equal(torch.cat(list(batches(ids))), ids)
-    for layer, found in enumerate(collect_statistics(model, rows)):
+    for layer, moments in enumerate(collect_statistics(model, rows)):
         z = torch.cat([inputs_of(model, row[None])[layer] for row in rows if len(row)])
-        assert found.tokens == len(z) == 149
+        assert moments.tokens == len(z) == 149
         mean = (z.sum(0) + 32 * assumed_statistics(model.blocks[layer]).mean) / (149 + 32)
-        torch.testing.assert_close(found.mean, mean, rtol=0.0, atol=1e-6)
+        torch.testing.assert_close(moments.mean, mean, rtol=0.0, atol=1e-6)
 
 
 def test_what_the_layer_norm_alone_tells(model: GPT) -> None:
     norm = model.blocks[1].ln_1
-    found = assumed_statistics(model.blocks[1])
+    moments = assumed_statistics(model.blocks[1])
     normal = torch.randn(200_000, 32, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         z = norm(normal).double()
-    torch.testing.assert_close(found.mean, z.mean(0), rtol=0.0, atol=0.02)
-    torch.testing.assert_close(found.covariance, torch.cov(z.T), rtol=0.0, atol=0.1)
-    assert found.tokens == 0
+    torch.testing.assert_close(moments.mean, z.mean(0), rtol=0.0, atol=0.02)
+    torch.testing.assert_close(moments.covariance, torch.cov(z.T), rtol=0.0, atol=0.1)
+    assert moments.tokens == 0
 
 
 def test_without_biases_the_mean_is_0() -> None:

@@ -22,15 +22,15 @@ def random_ids(batch: int, length: int = 40, seed: int = 0) -> Tensor:
 @torch.no_grad()
 def seen(model: GPT, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
     """What the output projection of a layer reads and writes: (tokens, H D) and (tokens, C)."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
 
     def keep(_module: Any, inputs: Any, out: Tensor) -> None:
-        found.extend([inputs[0].flatten(0, 1), out.flatten(0, 1)])
+        tensors.extend([inputs[0].flatten(0, 1), out.flatten(0, 1)])
 
     handle = model.blocks[layer].attn.c_proj.register_forward_hook(keep)
     model(ids)
     handle.remove()
-    return found[0], found[1]
+    return tensors[0], tensors[1]
 
 
 def matrix(model: GPT, layer: int) -> Tensor:

@@ -159,11 +159,11 @@ def test_the_gauge_brings_attention_closer_to_the_source() -> None:
 
     @torch.no_grad()
     def far(converted: GPT) -> list[float]:
-        found = []
+        divergences = []
         for layer in range(model.config.n_layer):
             a, b = (m.attention_maps(fresh, layer) for m in (model, converted))
-            found.append((a * (a.clamp(min=1e-20).log() - b.clamp(min=1e-20).log())).sum(-1).mean().item())
-        return found
+            divergences.append((a * (a.clamp(min=1e-20).log() - b.clamp(min=1e-20).log())).sum(-1).mean().item())
+        return divergences
 
     before = far(rotated)
     spend_gauge(model, rotated, rows)

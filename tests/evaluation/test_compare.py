@@ -47,31 +47,31 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     draw = np.random.default_rng(0)
     covered = []
     for i in range(400):
-        found = paired_difference(*simulated(draw, 60), seed=i, resamples=1000)
-        assert found.low < found.mean < found.high
-        covered.append(found.low <= TRUE <= found.high)
+        difference = paired_difference(*simulated(draw, 60), seed=i, resamples=1000)
+        assert difference.low < difference.mean < difference.high
+        covered.append(difference.low <= TRUE <= difference.high)
     # 95% but for the percentile interval's known shortfall at 60 documents, and 3 standard errors of 400 trials.
     assert 0.905 <= np.mean(covered) <= 0.98
 
 
 def test_documents_are_paired() -> None:
     a, b = simulated(np.random.default_rng(1), 200)
-    found = paired_difference(a, b)
+    difference = paired_difference(a, b)
     tokens = np.array([score.tokens for score in a.scores])
     gap = np.array([x.nats - y.nats for x, y in zip(a.scores, b.scores, strict=True)])
-    assert found.mean == pytest.approx(gap.sum() / tokens.sum(), rel=1e-12)
-    assert found.n_documents == 200
+    assert difference.mean == pytest.approx(gap.sum() / tokens.sum(), rel=1e-12)
+    assert difference.n_documents == 200
     # The delta method for a ratio of sums; the difficulty of documents, ten times as large, cancels.
-    error = np.sqrt(np.sum((gap - found.mean * tokens) ** 2)) / tokens.sum()
-    assert found.low == pytest.approx(found.mean - 1.96 * error, abs=0.1 * error)
-    assert found.high == pytest.approx(found.mean + 1.96 * error, abs=0.1 * error)
+    error = np.sqrt(np.sum((gap - difference.mean * tokens) ** 2)) / tokens.sum()
+    assert difference.low == pytest.approx(difference.mean - 1.96 * error, abs=0.1 * error)
+    assert difference.high == pytest.approx(difference.mean + 1.96 * error, abs=0.1 * error)
 
 
 @pytest.mark.slow  # their import alone
 def test_the_interval_is_that_of_scipy() -> None:
     stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
     a, b = simulated(np.random.default_rng(2), 50)
-    found = paired_difference(a, b)
+    difference = paired_difference(a, b)
     gap = np.array([x.nats - y.nats for x, y in zip(a.scores, b.scores, strict=True)])
     tokens = np.array([score.tokens for score in a.scores])
     theirs = stats.bootstrap(
@@ -83,23 +83,23 @@ def test_the_interval_is_that_of_scipy() -> None:
         rng=np.random.default_rng(0),
     ).confidence_interval
     width = theirs.high - theirs.low
-    assert found.low == pytest.approx(theirs.low, abs=0.03 * width)
-    assert found.high == pytest.approx(theirs.high, abs=0.03 * width)
+    assert difference.low == pytest.approx(theirs.low, abs=0.03 * width)
+    assert difference.high == pytest.approx(theirs.high, abs=0.03 * width)
 
 
 def test_identical_models_differ_by_exactly_nothing() -> None:
     a, _ = simulated(np.random.default_rng(3), 30)
-    found = paired_difference(a, dataclasses.replace(a, model={"name": "again"}))
-    assert (found.mean, found.low, found.high) == (0.0, 0.0, 0.0)
+    difference = paired_difference(a, dataclasses.replace(a, model={"name": "again"}))
+    assert (difference.mean, difference.low, difference.high) == (0.0, 0.0, 0.0)
 
 
 def test_exchanging_the_models_turns_the_sign_and_the_seed_settles_the_rest() -> None:
     a, b = simulated(np.random.default_rng(4), 30)
-    found, other = paired_difference(a, b), paired_difference(b, a)
-    assert other.mean == -found.mean
-    assert (other.low, other.high) == pytest.approx((-found.high, -found.low), abs=1e-12)
-    assert paired_difference(a, b) == found
-    assert paired_difference(a, b, seed=1).low != found.low
+    difference, other = paired_difference(a, b), paired_difference(b, a)
+    assert other.mean == -difference.mean
+    assert (other.low, other.high) == pytest.approx((-difference.high, -difference.low), abs=1e-12)
+    assert paired_difference(a, b) == difference
+    assert paired_difference(a, b, seed=1).low != difference.low
 
 
 def test_many_documents_are_resampled_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,19 +114,19 @@ def test_many_documents_are_resampled_in_pieces(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_one_document_has_a_difference_but_no_interval() -> None:
-    found = paired_difference(result([30.0], [10]), result([20.0], [10], "b"))
-    assert found.mean == 1.0
-    assert found.n_documents == 1
-    assert math.isnan(found.low)
-    assert math.isnan(found.high)
-    assert str(found) == (
+    difference = paired_difference(result([30.0], [10]), result([20.0], [10], "b"))
+    assert difference.mean == 1.0
+    assert difference.n_documents == 1
+    assert math.isnan(difference.low)
+    assert math.isnan(difference.high)
+    assert str(difference) == (
         "+1.0000 nats per token (no interval: a single document cannot be resampled; use a text of several)"
     )
 
 
 def test_documents_without_tokens_do_not_count() -> None:
-    found = paired_difference(result([30.0, 0.0], [10, 0]), result([20.0, 0.0], [10, 0], "b"))
-    assert (found.mean, found.n_documents) == (1.0, 1)
+    difference = paired_difference(result([30.0, 0.0], [10, 0]), result([20.0, 0.0], [10, 0], "b"))
+    assert (difference.mean, difference.n_documents) == (1.0, 1)
     with pytest.raises(GptlabError, match="no token was scored"):
         paired_difference(result([0.0], [0]), result([0.0], [0], "b"))
 
@@ -135,13 +135,13 @@ def test_accuracy_is_compared_where_there_are_answers() -> None:
     draw = np.random.default_rng(5)
     right = draw.random((2, 400)) < [[0.5], [0.4]]
     a, b = (result(np.ones(400), np.full(400, 3), name, one) for name, one in zip("ab", right, strict=True))
-    found = paired_difference(a, b, measure="accuracy")
+    difference = paired_difference(a, b, measure="accuracy")
     gap = right[0].astype(float) - right[1]
     error = gap.std() / 20
-    assert found.mean == pytest.approx(gap.mean())
-    assert found.low == pytest.approx(gap.mean() - 1.96 * error, abs=0.1 * error)
-    assert str(found).startswith(f"{gap.mean():+.4f} accuracy (95% interval ")
-    assert str(found).endswith(", 400 documents or parts)")
+    assert difference.mean == pytest.approx(gap.mean())
+    assert difference.low == pytest.approx(gap.mean() - 1.96 * error, abs=0.1 * error)
+    assert str(difference).startswith(f"{gap.mean():+.4f} accuracy (95% interval ")
+    assert str(difference).endswith(", 400 documents or parts)")
     with pytest.raises(GptlabError, match="asks for no answers"):
         paired_difference(result([1.0], [1]), result([1.0], [1]), measure="accuracy")
 

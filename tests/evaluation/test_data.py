@@ -105,9 +105,9 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, source: Source, monkeypa
 def test_by_path_other_files_are_taken_and_known(cache: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_bytes(CONTENT)
-    found = read("lambada", {"lambada": path})
-    assert not found.official
-    assert found.identity() == {
+    source = read("lambada", {"lambada": path})
+    assert not source.official
+    assert source.identity() == {
         "name": "lambada",
         "file": "mine.jsonl",
         "sha256": hashlib.sha256(CONTENT).hexdigest(),

@@ -13,8 +13,8 @@ from gptlab import GPT, ModelConfig
 from gptlab.evaluation import heads
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
-    torch.testing.assert_close(found, expected, rtol=0.0, atol=tolerance)
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance)
 
 
 def noisy(**overrides: object) -> GPT:
@@ -47,22 +47,22 @@ def random_maps(n_head: int = 4, n: int = 9, batch: int = 2) -> Tensor:
 
 
 def test_entropy_of_uniform_and_of_one_hot_attention(maps: Tensor) -> None:
-    found = heads.entropy(maps)
-    close(found[0, 0], torch.arange(1.0, 8).log())
-    close(found[0, 1:], torch.zeros(2, 7))
+    entropy = heads.entropy(maps)
+    close(entropy[0, 0], torch.arange(1.0, 8).log())
+    close(entropy[0, 1:], torch.zeros(2, 7))
 
 
 def test_distance_of_uniform_and_of_one_hot_attention(maps: Tensor) -> None:
-    found = heads.distance(maps)
+    distance = heads.distance(maps)
     places = torch.arange(7.0)
-    close(found[0], torch.stack([places / 2, torch.zeros(7), places.clamp(max=1)]))
+    close(distance[0], torch.stack([places / 2, torch.zeros(7), places.clamp(max=1)]))
 
 
 def test_divergence_is_zero_for_equal_maps_and_log_2_for_disjoint_ones(maps: Tensor) -> None:
     apart = maps[:, :, 1:]  # the first token can only look at itself
-    found = heads.divergence(apart)
-    close(found.diagonal(), torch.zeros(3))
-    assert found[1, 2].item() == pytest.approx(math.log(2), abs=1e-6)
+    divergence = heads.divergence(apart)
+    close(divergence.diagonal(), torch.zeros(3))
+    assert divergence[1, 2].item() == pytest.approx(math.log(2), abs=1e-6)
     close(heads.divergence(apart[:, [1, 1]]), torch.zeros(2, 2))
 
 
@@ -90,22 +90,22 @@ def test_cosines_of_subspaces_that_are_equal_orthogonal_and_at_a_known_angle() -
     angle = 0.3
     tilted = torch.stack([axes[0], math.cos(angle) * axes[1] + math.sin(angle) * axes[2]])
     keys = torch.stack([axes[:2], turned(axes[:2]), axes[4:], tilted])
-    found = heads.key_cosines(keys)
-    assert found.shape == (4, 4, 2)
-    close(found[0, 1], torch.ones(2, dtype=torch.float64), 1e-12)
-    close(found[0, 2], torch.zeros(2, dtype=torch.float64), 1e-12)
-    close(found[1, 3], torch.tensor([1.0, math.cos(angle)], dtype=torch.float64), 1e-12)
-    close(found, found.transpose(0, 1), 1e-12)
+    cosines = heads.key_cosines(keys)
+    assert cosines.shape == (4, 4, 2)
+    close(cosines[0, 1], torch.ones(2, dtype=torch.float64), 1e-12)
+    close(cosines[0, 2], torch.zeros(2, dtype=torch.float64), 1e-12)
+    close(cosines[1, 3], torch.tensor([1.0, math.cos(angle)], dtype=torch.float64), 1e-12)
+    close(cosines, cosines.transpose(0, 1), 1e-12)
 
 
 def test_cosines_are_those_of_scipy() -> None:
     linalg = pytest.importorskip("scipy.linalg", reason="scipy is not installed")
     keys = torch.randn(3, 4, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    found = heads.key_cosines(keys)
+    cosines = heads.key_cosines(keys)
     for h in range(3):
         for g in range(3):
             angles = torch.from_numpy(linalg.subspace_angles(keys[h].T.numpy(), keys[g].T.numpy()))
-            close(found[h, g], angles.cos().sort(descending=True).values, 1e-12)
+            close(cosines[h, g], angles.cos().sort(descending=True).values, 1e-12)
 
 
 def test_similarity_is_the_linear_cka_of_the_keys_themselves() -> None:
@@ -126,10 +126,10 @@ def test_similarity_is_the_linear_cka_of_the_keys_themselves() -> None:
 
 def test_similarity_does_not_see_what_the_queries_can_undo() -> None:
     keys = torch.randn(2, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    found = heads.key_similarity(torch.stack([keys[0], turned(keys[0]), keys[1]]))
-    close(found[0], found[1], 1e-12)
-    assert found[0, 1].item() == pytest.approx(1.0)
-    assert found[0, 2] < 0.9
+    similarity = heads.key_similarity(torch.stack([keys[0], turned(keys[0]), keys[1]]))
+    close(similarity[0], similarity[1], 1e-12)
+    assert similarity[0, 1].item() == pytest.approx(1.0)
+    assert similarity[0, 2] < 0.9
 
 
 def test_key_weights_are_what_the_model_multiplies() -> None:
@@ -139,18 +139,18 @@ def test_key_weights_are_what_the_model_multiplies() -> None:
     with torch.no_grad():
         _, keys, _, _ = block.attn.project(block.ln_1(x), None)  # (1, 2, 5, 8)
         normal = torch.nn.functional.layer_norm(x, (32,))
-        found = normal[0] @ heads.key_weights(model, 1).mT  # (2, 5, 8)
+        products = normal[0] @ heads.key_weights(model, 1).mT  # (2, 5, 8)
     # All but the same addition to every key.
-    close(found - found[:, :1], keys[0] - keys[0][:, :1], 1e-4)
+    close(products - products[:, :1], keys[0] - keys[0][:, :1], 1e-4)
 
 
 def test_diagnosis_of_a_model_is_the_formulas_on_its_maps() -> None:
     model = noisy(n_kv_head=2, window=5, position="rope")
     ids = torch.randint(256, (3, 12), generator=torch.Generator().manual_seed(6))
-    found = heads.diagnose(model, ids)
-    assert len(found) == 2
+    layers = heads.diagnose(model, ids)
+    assert len(layers) == 2
     places = torch.arange(12.0)
-    for layer, one in enumerate(found):
+    for layer, one in enumerate(layers):
         maps = model.attention_maps(ids, layer)
         surprise = torch.where(maps > 0, -maps.log(), 0.0)
         close(one.entropy, (maps * surprise).sum(-1).mean((0, 2)), 1e-5)

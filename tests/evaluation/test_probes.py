@@ -60,19 +60,19 @@ def copying(window: int | None = None) -> Rule:
 
 
 def test_a_model_that_copies_scores_one() -> None:
-    for found in copy_at_distance(Stub(copying()), [8, 20, 100], n=4, length=8):
-        assert found.accuracy == 1.0
-        assert found.logprob == pytest.approx(0.0, abs=1e-6)
-        assert found.accuracy_without < 0.1
-        assert found.logprob_without == pytest.approx(-math.log(V), abs=1e-5)
-        assert found.tokens == 4 * 7
+    for score in copy_at_distance(Stub(copying()), [8, 20, 100], n=4, length=8):
+        assert score.accuracy == 1.0
+        assert score.logprob == pytest.approx(0.0, abs=1e-6)
+        assert score.accuracy_without < 0.1
+        assert score.logprob_without == pytest.approx(-math.log(V), abs=1e-5)
+        assert score.tokens == 4 * 7
 
 
 def test_a_uniform_model_scores_chance() -> None:
-    (found,) = copy_at_distance(Stub(uniform), [30], n=64, length=16)
-    assert found.logprob == found.logprob_without == pytest.approx(-math.log(V), abs=1e-5)
+    (score,) = copy_at_distance(Stub(uniform), [30], n=64, length=16)
+    assert score.logprob == score.logprob_without == pytest.approx(-math.log(V), abs=1e-5)
     # The likeliest of equals is token 0, which a string holds once in 16 and which is not always its first.
-    assert found.accuracy == pytest.approx(1 / V, abs=3 * (1 / V / found.tokens) ** 0.5)
+    assert score.accuracy == pytest.approx(1 / V, abs=3 * (1 / V / score.tokens) ** 0.5)
 
 
 def test_a_window_ends_the_copying() -> None:
@@ -156,17 +156,17 @@ def test_induction_of_a_model_that_copies() -> None:
     # The token's own occurrence, and one too far: off by one on either side.
     same, late = attending(lambda t: t - period, 24), attending(lambda t: t - period + 2, 24)
     maps = torch.stack([torch.stack([everywhere, inducing, before]), torch.stack([same, late, inducing])])
-    found = induction(Stub(copying(), maps), period=period, n=3)
-    assert found.first == pytest.approx(math.log(V), abs=1e-5)
-    assert found.second == pytest.approx(0.0, abs=1e-6)
+    score = induction(Stub(copying(), maps), period=period, n=3)
+    assert score.first == pytest.approx(math.log(V), abs=1e-5)
+    assert score.second == pytest.approx(0.0, abs=1e-6)
     mean = sum(1 / (t + 1) for t in range(12, 24)) / 12
-    torch.testing.assert_close(found.prefix_matching, torch.tensor([[mean, 1.0, 0.0], [0.0, 0.0, 1.0]]))
+    torch.testing.assert_close(score.prefix_matching, torch.tensor([[mean, 1.0, 0.0], [0.0, 0.0, 1.0]]))
 
 
 def test_induction_of_a_uniform_model() -> None:
-    found = induction(Stub(uniform, torch.zeros(2, 1, 8, 8)), period=4, n=2)
-    assert found.first == found.second == pytest.approx(math.log(V), abs=1e-5)
-    assert torch.equal(found.prefix_matching, torch.zeros(2, 1))
+    score = induction(Stub(uniform, torch.zeros(2, 1, 8, 8)), period=4, n=2)
+    assert score.first == score.second == pytest.approx(math.log(V), abs=1e-5)
+    assert torch.equal(score.prefix_matching, torch.zeros(2, 1))
 
 
 def test_prefix_matching_of_a_real_model_is_the_mean_over_its_maps() -> None:
@@ -176,20 +176,20 @@ def test_prefix_matching_of_a_real_model_is_the_mean_over_its_maps() -> None:
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
     once = torch.stack([torch.randperm(V, generator=torch.Generator().manual_seed(i))[:8] for i in range(3)])
     ids = once.repeat(1, 2)
-    found = prefix_matching(model, ids, 8)
+    scores = prefix_matching(model, ids, 8)
     maps = model.attention_maps(ids, 0)
     expected = torch.stack([maps[:, :, q, q - 8 + 1] for q in range(8, 16)]).mean((0, 1))
-    torch.testing.assert_close(found[0], expected)
+    torch.testing.assert_close(scores[0], expected)
     assert expected.max() > 1.5 * expected.min()
     # A window of 7 does not reach back to the token after the first occurrence.
-    assert torch.equal(found[1], torch.zeros(4))
+    assert torch.equal(scores[1], torch.zeros(4))
 
 
 def test_induction_measures_both_passes_of_the_same_sequences() -> None:
     model = GPT(ModelConfig.preset("tiny")).eval()
-    found = induction(model, period=32, n=2, vocabulary=range(100))  # fills the 64 positions
-    assert found.prefix_matching.shape == (2, 4)
-    assert found.first == pytest.approx(math.log(V), abs=0.3)
+    score = induction(model, period=32, n=2, vocabulary=range(100))  # fills the 64 positions
+    assert score.prefix_matching.shape == (2, 4)
+    assert score.first == pytest.approx(math.log(V), abs=0.3)
     with pytest.raises(GptlabError, match="64 learned positions"):
         induction(model, period=33)
     with pytest.raises(GptlabError, match="2 to 100 different tokens, got n=16, period=101"):

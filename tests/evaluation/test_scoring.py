@@ -20,8 +20,8 @@ CONTEXT = 16  # of the small model
 LENGTHS = [1, 2, 9, 16, 17, 18, 45, 3]
 
 
-def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(found, expected, rtol=0.0, atol=tolerance)
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +46,12 @@ def sequences() -> list[list[int]]:
 def test_every_token_against_a_pass_of_its_own(
     model: GPT, judge: transformers.GPT2LMHeadModel, sequences: list[list[int]], stride: int | None
 ) -> None:
-    found = token_logprobs(model, sequences, stride=stride, batch_tokens=50)
-    assert [len(f) for f in found] == [n - 1 for n in LENGTHS]
-    for f, ids in zip(found, sequences, strict=True):
+    logprobs = token_logprobs(model, sequences, stride=stride, batch_tokens=50)
+    assert [len(f) for f in logprobs] == [n - 1 for n in LENGTHS]
+    for f, ids in zip(logprobs, sequences, strict=True):
         if len(ids) > 1:
             close(f, one_by_one(judge, ids, CONTEXT, stride or CONTEXT))
-    assert all(f.dtype == torch.float32 for f in found)
+    assert all(f.dtype == torch.float32 for f in logprobs)
 
 
 def test_a_shorter_window(model: GPT, judge: transformers.GPT2LMHeadModel) -> None:
@@ -62,21 +62,21 @@ def test_a_shorter_window(model: GPT, judge: transformers.GPT2LMHeadModel) -> No
 @pytest.mark.parametrize("n", [10, 17, 18, 25, 32, 33, 34, 50])
 def test_the_last_window_may_be_full(model: GPT, judge: transformers.GPT2LMHeadModel, n: int) -> None:
     ids = random_ids(n)
-    found = token_logprobs(model, [ids], full_last=True)[0]
+    logprobs = token_logprobs(model, [ids], full_last=True)[0]
     # Windows from the start, one after the other; what is left is read with as much context as there is.
     cut = (n - 1) // CONTEXT * CONTEXT
     if n > CONTEXT:
-        close(found[:cut], one_by_one(judge, ids[: cut + 1], CONTEXT, CONTEXT))
+        close(logprobs[:cut], one_by_one(judge, ids[: cut + 1], CONTEXT, CONTEXT))
     begin = max(0, n - 1 - CONTEXT)
     rest = one_by_one(judge, ids[begin:], CONTEXT, CONTEXT)
-    close(found[cut:], rest[cut - begin :])
+    close(logprobs[cut:], rest[cut - begin :])
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 16, 33, 100_000])
 def test_batches_change_nothing(model: GPT, sequences: list[list[int]], batch_tokens: int) -> None:
     alone = [token_logprobs(model, [ids])[0] for ids in sequences]
-    for found, expected in zip(token_logprobs(model, sequences, batch_tokens=batch_tokens), alone, strict=True):
-        close(found, expected)
+    for actual, expected in zip(token_logprobs(model, sequences, batch_tokens=batch_tokens), alone, strict=True):
+        close(actual, expected)
 
 
 def test_a_batch_holds_no_more_tokens_than_asked(model: GPT, sequences: list[list[int]]) -> None:
@@ -100,20 +100,20 @@ def test_no_more_than_a_few_rows_of_logits_at_once(model: GPT, monkeypatch: pyte
 
     monkeypatch.setattr(batches.F, "linear", spy)
     ids = random_ids(CONTEXT + 1)
-    found = token_logprobs(model, [ids])[0]
+    actual = token_logprobs(model, [ids])[0]
     assert seen == [(7,), (7,), (2,)]
-    close(found, torch.log_softmax(model(torch.tensor([ids[:-1]]))[0], -1)[range(CONTEXT), ids[1:]].detach())
+    close(actual, torch.log_softmax(model(torch.tensor([ids[:-1]]))[0], -1)[range(CONTEXT), ids[1:]].detach())
 
 
 @pytest.mark.parametrize("changes", [{}, {"n_kv_head": 2}, {"window": 9}, {"window": [9, 20], "sinks": 2}])
 def test_beyond_the_trained_length(changes: dict[str, object]) -> None:
     model = small(position="rope", **changes)
     ids = random_ids(400)
-    found = token_logprobs(model, [ids, ids[:350]], context=400)
+    actual = token_logprobs(model, [ids, ids[:350]], context=400)
     with torch.no_grad(), kernels.use("reference"):
         expected = torch.log_softmax(model(torch.tensor([ids]))[0, :-1], -1)[range(399), ids[1:]]
-    close(found[0], expected)
-    close(found[1], expected[:349])
+    close(actual[0], expected)
+    close(actual[1], expected[:349])
 
 
 def test_arrays_are_ids_too(model: GPT) -> None:
@@ -174,13 +174,13 @@ def test_completions(model: GPT, judge: transformers.GPT2LMHeadModel) -> None:
     for before, _ in list(pairs):  # and some that greedy decoding does produce
         likeliest = judge(torch.tensor([before[-CONTEXT:]])).logits[0, -1].argmax().item()
         pairs.append((before[-CONTEXT:], [int(likeliest)]))
-    found = completion_logprobs(model, pairs, batch_tokens=30)
-    for (before, after), completion in zip(pairs, found, strict=True):
+    completions = completion_logprobs(model, pairs, batch_tokens=30)
+    for (before, after), completion in zip(pairs, completions, strict=True):
         expected = expected_completion(judge, before, after)
         close(completion.logprobs, expected.logprobs)
         assert torch.equal(completion.best, expected.best)
         assert torch.equal(completion.ids, expected.ids)
-    assert [completion.greedy for completion in found] == [False] * 5 + [True] * 5
+    assert [completion.greedy for completion in completions] == [False] * 5 + [True] * 5
 
 
 def test_tokens_that_are_never_the_best(model: GPT) -> None:
@@ -246,20 +246,20 @@ def test_wikitext_at_124m(full: tuple[GPT, transformers.GPT2LMHeadModel], shared
     text = (shared / "data" / "wikitext2_valid.txt").read_text(encoding="utf-8")
     ids = GPT2Tokenizer().encode(text[:12_000])[:2600]
     assert len(ids) == 2600
-    found, expected = token_logprobs(full[0], [ids], stride=stride)[0], by_windows(full[1], ids, 1024, stride)
-    close(found, expected, 1e-4)
-    assert five_digits(found) == five_digits(expected)
+    actual, expected = token_logprobs(full[0], [ids], stride=stride)[0], by_windows(full[1], ids, 1024, stride)
+    close(actual, expected, 1e-4)
+    assert five_digits(actual) == five_digits(expected)
 
 
 @pytest.mark.slow
 def test_lambada_at_124m(full: tuple[GPT, transformers.GPT2LMHeadModel], shared: Path) -> None:
     lines = (shared / "data" / "lambada_test.jsonl").read_text(encoding="utf-8").splitlines()[:24]
     passages = GPT2Tokenizer().encode_batch([json.loads(line)["text"] for line in lines])
-    found = token_logprobs(full[0], passages)
+    actual = token_logprobs(full[0], passages)
     expected = [by_windows(full[1], ids, 1024, 1024) for ids in passages]
-    for ours, its in zip(found, expected, strict=True):
+    for ours, its in zip(actual, expected, strict=True):
         close(ours, its, 1e-4)
-    assert five_digits(torch.cat(found)) == five_digits(torch.cat(expected))
+    assert five_digits(torch.cat(actual)) == five_digits(torch.cat(expected))
     asked = completion_logprobs(full[0], [(ids[:-2], ids[-2:]) for ids in passages])
     for completion, its in zip(asked, expected, strict=True):
         close(completion.logprobs, its[-2:], 1e-4)

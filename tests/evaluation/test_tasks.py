@@ -191,7 +191,7 @@ def test_wikitext_token_is_hugging_faces_guide(
 ) -> None:
     model, tokenizer, judge = trained
     raw = (shared / "data" / "wikitext2_valid.txt").read_text(encoding="utf-8")[:5000]
-    found = evaluate(model, tokenizer, "wikitext:token", data={"wikitext": write(raw)}, stride=256)
+    result = evaluate(model, tokenizer, "wikitext:token", data={"wikitext": write(raw)}, stride=256)
     ids = torch.tensor([tokenizer.encode(detokenizers.wikitext_lines(raw))])
     # The loop of the guide "Perplexity of fixed-length models".
     total, n, previous = 0.0, 0, 0
@@ -206,8 +206,8 @@ def test_wikitext_token_is_hugging_faces_guide(
         if end == ids.shape[1]:
             break
     # The guide's windows have 511 predictions where ours have 512: the same protocol, not the same bits.
-    assert found.metrics["token_perplexity"] == pytest.approx(math.exp(total / n), rel=5e-3)
-    assert sum(score.tokens for score in found.scores) == ids.shape[1] - 1
+    assert result.metrics["token_perplexity"] == pytest.approx(math.exp(total / n), rel=5e-3)
+    assert sum(score.tokens for score in result.scores) == ids.shape[1] - 1
 
 
 # --- LAMBADA --------------------------------------------------------------------------------------------------

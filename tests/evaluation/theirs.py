@@ -73,11 +73,11 @@ def at_once(judge: transformers.GPT2LMHeadModel, ids: list[int]) -> Tensor:
 @torch.no_grad()
 def by_windows(judge: transformers.GPT2LMHeadModel, ids: list[int], context: int, stride: int) -> Tensor:
     """The same with one forward pass a window, for models where one a token takes too long."""
-    found = torch.full((len(ids),), torch.nan)
+    scored = torch.full((len(ids),), torch.nan)
     for begin in sorted({begin for _, begin in begins(len(ids), context, stride)}):
         window = torch.tensor([ids[begin : begin + context]])
         logprobs = torch.log_softmax(judge(window, use_cache=False).logits[0], -1)
         for target, its_begin in begins(len(ids), context, stride):
             if its_begin == begin:
-                found[target] = logprobs[target - begin - 1, ids[target]]
-    return found[1:]
+                scored[target] = logprobs[target - begin - 1, ids[target]]
+    return scored[1:]

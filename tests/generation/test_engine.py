@@ -266,11 +266,11 @@ def test_in_bfloat16_other_rows_move_a_row_by_rounding_alone():
     assert again[0] == again[1]  # the same call gives the same texts
     logits, hook = [], None
     for prompts in ([PROMPTS[1]], PROMPTS):
-        found = []
-        hook = model.lm_head.register_forward_hook(lambda _, __, out, found=found: found.append(out.float()))
+        outputs = []
+        hook = model.lm_head.register_forward_hook(lambda _, __, out, outputs=outputs: outputs.append(out.float()))
         run(model, prompts, n=1)
         hook.remove()
-        logits.append(found[-1])
+        logits.append(outputs[-1])
     alone, together = logits[0][0], logits[1][1]
     # bfloat16 has 8 bits: a few units in the last place of the largest logit, where another row would be far off.
     assert (alone - together).abs().max() <= 8 * 2**-8 * alone.abs().max()

@@ -145,7 +145,7 @@ def evaluate(
     from gptlab.harness import adapter
 
     adapter.register()
-    found = simple_evaluate(
+    evaluated = simple_evaluate(
         model=model,
         model_args=arguments,
         tasks=names,
@@ -153,13 +153,13 @@ def evaluate(
         device="cpu",
         **{"bootstrap_iters": 0, **more},
     )
-    assert found is not None
-    return found
+    assert evaluated is not None
+    return evaluated
 
 
-def answers(found: dict[str, Any], task: str) -> list[Any]:
+def answers(evaluated: dict[str, Any], task: str) -> list[Any]:
     """What the model answered to every request, in order."""
-    samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
+    samples = sorted(evaluated["samples"][task], key=lambda sample: sample["doc_id"])
     assert [sample["doc_id"] for sample in samples] == list(range(len(LINES[task])))
     return [answer for sample in samples for request in sample["resps"] for answer in request]
 
@@ -174,9 +174,9 @@ def expected(harness: Any, tasks: Path, theirs: Path) -> dict[str, Any]:
 def test_scores_are_those_of_the_backend_for_hugging_face_models(
     expected: dict[str, Any], tasks: Path, batch_size: int | str
 ) -> None:
-    found = evaluate(tasks, "gptlab", {"path": "pocket"}, batch_size=batch_size)
+    actual = evaluate(tasks, "gptlab", {"path": "pocket"}, batch_size=batch_size)
     for task in TASKS:
-        ours, other = answers(found, task), answers(expected, task)
+        ours, other = answers(actual, task), answers(expected, task)
         assert len(ours) == len(other) >= len(LINES[task])
         for one, two in zip(ours, other, strict=True):
             if task == "local_answer":
@@ -186,26 +186,26 @@ def test_scores_are_those_of_the_backend_for_hugging_face_models(
             else:
                 assert one[0] == pytest.approx(two[0], abs=1e-4)
                 assert one[1] == two[1]
-        metrics = found["results"][task], expected["results"][task]
+        metrics = actual["results"][task], expected["results"][task]
         assert metrics[0].keys() == metrics[1].keys()
         for name, value in metrics[1].items():
             exact = isinstance(value, str) or name.startswith(("acc", "exact"))
             assert metrics[0][name] == (value if exact else pytest.approx(value, rel=1e-5)), name
     # The tasks were able to tell.
-    assert 0 < found["results"]["local_choice"]["acc,none"] < 1
-    assert {greedy for _, greedy in answers(found, "local_choice")} == {True, False}
-    assert len(set(answers(found, "local_answer"))) > 4
-    assert found["config"]["model_num_parameters"] == sum(p.numel() for p in gptlab.load("pocket").model.parameters())
+    assert 0 < actual["results"]["local_choice"]["acc,none"] < 1
+    assert {greedy for _, greedy in answers(actual, "local_choice")} == {True, False}
+    assert len(set(answers(actual, "local_answer"))) > 4
+    assert actual["config"]["model_num_parameters"] == sum(p.numel() for p in gptlab.load("pocket").model.parameters())
 
 
 @pytest.mark.slow
 def test_window_and_prefix_can_be_chosen(harness: Any, tasks: Path, theirs: Path) -> None:
     chosen = {"max_length": 100, "prefix_token_id": 11}
     texts = ["local_text", "local_choice"]
-    found = evaluate(tasks, "gptlab", {"path": "pocket", **chosen}, texts, batch_size=2)
+    actual = evaluate(tasks, "gptlab", {"path": "pocket", **chosen}, texts, batch_size=2)
     other = evaluate(tasks, "hf", {"pretrained": str(theirs), "dtype": "float32", **chosen}, texts, batch_size=2)
     for task in texts:
-        ours, expected = (torch.tensor(answers(one, task), dtype=torch.float64) for one in (found, other))
+        ours, expected = (torch.tensor(answers(one, task), dtype=torch.float64) for one in (actual, other))
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-4)
 
 
@@ -302,12 +302,12 @@ def test_samples_of_one_prompt_differ_and_repeat_with_the_seed(adapted: Any) -> 
 def test_requests_with_different_arguments_keep_their_order(adapted: Any) -> None:
     stop, long = {"until": ["e"], "max_gen_toks": 20}, {"until": [], "max_gen_toks": 20}
     contexts = [("A lighthouse is a tower", stop), ("The sea", long), ("The", stop), ("", long), ("Of the ship", stop)]
-    found = adapted.generate_until([request(*one) for one in contexts], disable_tqdm=True)
-    for (context, arguments), text in zip(contexts, found, strict=True):
+    texts = adapted.generate_until([request(*one) for one in contexts], disable_tqdm=True)
+    for (context, arguments), text in zip(contexts, texts, strict=True):
         assert [text] == adapted.generate_until([request(context, arguments)], disable_tqdm=True)
         assert text
         assert arguments is long or "e" not in text
-    assert any("e" in text for (_, arguments), text in zip(contexts, found, strict=True) if arguments is long)
+    assert any("e" in text for (_, arguments), text in zip(contexts, texts, strict=True) if arguments is long)
 
 
 def test_without_the_harness_there_is_one_sentence() -> None:

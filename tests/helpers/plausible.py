@@ -239,19 +239,19 @@ def counterpart(size: str, factors: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def study(found: dict[str, Any], timed: dict[str, Any] | None = None) -> Study:
+def study(results: dict[str, Any], timed: dict[str, Any] | None = None) -> Study:
     """The files as the report reads them."""
     return Study(
-        Results.model_validate_json(json.dumps(found)),
+        Results.model_validate_json(json.dumps(results)),
         Timings.model_validate_json(json.dumps(timed)) if timed else None,
     )
 
 
-def timings(found: dict[str, Any]) -> dict[str, Any]:
+def timings(results: dict[str, Any]) -> dict[str, Any]:
     """`timings.json`: the prediction for each variant, and a millisecond and a half on top."""
     machine = roofline.Machine(BANDWIDTH, FLOPS)
     variants = {}
-    for name, values in found["variants"].items():
+    for name, values in results["variants"].items():
         config = ModelConfig.from_dict(values["config"])
         decode = []
         for context, batch in itertools.product(CONTEXTS, BATCHES):
@@ -290,10 +290,10 @@ def timings(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write(directory: Path, found: dict[str, Any], timed: dict[str, Any] | None = None) -> Path:
+def write(directory: Path, results: dict[str, Any], timed: dict[str, Any] | None = None) -> Path:
     """Lay a study's files into a directory, as a runner would."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "results.json").write_text(json.dumps(found), encoding="utf-8")
+    (directory / "results.json").write_text(json.dumps(results), encoding="utf-8")
     if timed is not None:
         (directory / "timings.json").write_text(json.dumps(timed), encoding="utf-8")
     return directory

@@ -25,7 +25,7 @@ def interval(mean: float, half: float = 0.006) -> dict[str, Any]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": 39, "unit": "nats per token", "method": method}
 
 
-def found(only: tuple[str, ...] = tuple(MADE), uptrained: bool = True) -> dict[str, Any]:
+def conversion_results(only: tuple[str, ...] = tuple(MADE), uptrained: bool = True) -> dict[str, Any]:
     """`results.json` of a study of conversions; as the runner writes it, by name."""
     results = plausible.results([()])
     shares = SHARES if uptrained else SHARES[:1]

@@ -25,6 +25,6 @@ def random_ids(model: GPT, batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(model.config.vocab_size, (batch, length), generator=generator)
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     """The same shape and dtype, and no element further apart than the tolerance."""
-    torch.testing.assert_close(found, expected, rtol=0.0, atol=tolerance)
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance)

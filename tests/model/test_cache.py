@@ -103,13 +103,13 @@ def test_what_stands_in_the_padding_does_not_matter(padding: str) -> None:
     positions = torch.tensor(PADDED[padding])
     ids, more = random_ids(MODEL, 3, 6), random_ids(MODEL, 3, 2, seed=1)
     other = torch.where(positions == PADDING, (ids + 1) % 256, ids)
-    found = []
+    outputs = []
     for variant in (ids, other):
         cache = MODEL.make_cache(3, 8)
         logits = MODEL(variant, positions=positions, cache=cache)
-        found.append(torch.cat([logits[positions != PADDING], MODEL(more, cache=cache).flatten(0, 1)]))
+        outputs.append(torch.cat([logits[positions != PADDING], MODEL(more, cache=cache).flatten(0, 1)]))
     assert not torch.equal(ids, other)
-    assert torch.equal(*found)
+    assert torch.equal(*outputs)
 
 
 @settings(max_examples=30, deadline=None)
@@ -237,10 +237,10 @@ def test_the_cache_has_the_dtype_of_the_weights_unless_asked() -> None:
 def test_a_cache_of_low_precision_rounds_keys_and_values_only() -> None:
     ids = random_ids(MODEL, 2, LENGTH)
     whole = MODEL(ids)
-    found = in_chunks(MODEL, ids, [8] * 3, MODEL.make_cache(2, LENGTH, dtype=torch.bfloat16))
-    assert found.dtype == torch.float32
-    assert not torch.equal(found, whole)
-    assert (found - whole).norm() / whole.norm() < 0.01  # bfloat16 rounds by 2^-9
+    actual = in_chunks(MODEL, ids, [8] * 3, MODEL.make_cache(2, LENGTH, dtype=torch.bfloat16))
+    assert actual.dtype == torch.float32
+    assert not torch.equal(actual, whole)
+    assert (actual - whole).norm() / whole.norm() < 0.01  # bfloat16 rounds by 2^-9
 
 
 def test_nbytes_counts_keys_and_values() -> None:

@@ -35,7 +35,7 @@ def counted(config: ModelConfig) -> dict[str, int]:
         sizes = {name: parameter.numel() for name, parameter in GPT(config).named_parameters()}
     parts = {part: [n for name, n in sizes.items() if re.fullmatch(p, name)] for part, p in PARTS.items()}
     assert sum(map(len, parts.values())) == len(sizes)
-    return {part: sum(found) for part, found in parts.items() if found}
+    return {part: sum(counts) for part, counts in parts.items() if counts}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -181,12 +181,12 @@ def test_forward_flops_are_those_that_torch_counts_in_the_products(variant: str)
     ids = torch.zeros(1, length, dtype=torch.int64)
     square = 4 * config.n_embd * config.n_layer * length**2
     with use("reference"):
-        found = counted_flops(model, ids)
+        operations = counted_flops(model, ids)
     # The reference multiplies every query with every key, the hidden ones too; all else is exactly ours. Sinks that
     # see queries of their own are a second product of scores.
     again = square // 2 if config.sinks and config.position == "rope" else 0
     layers = [1 if w is not None else 0 for w in config.windows]
-    assert found == expected.blocks + expected.head + square + again * sum(layers) // config.n_layer
+    assert operations == expected.blocks + expected.head + square + again * sum(layers) // config.n_layer
     assert expected.attention < square
 
 
@@ -286,11 +286,11 @@ def test_the_receptive_field_is_where_the_gradient_reaches(position: str, values
     distances = {0}
     for window, dilation in zip(config.windows, config.dilations, strict=True):
         distances = {d + i * dilation for d in distances for i in range(window or 0)}
-    found = reached(config, field + 9)
-    assert sorted(found) == sorted(distances)
-    assert field == max(found) + 1
+    actual = reached(config, field + 9)
+    assert sorted(actual) == sorted(distances)
+    assert field == max(actual) + 1
     if set(config.dilations) == {1}:
-        assert sorted(found) == list(range(field))
+        assert sorted(actual) == list(range(field))
 
 
 def test_one_layer_without_a_window_reaches_everything() -> None:

@@ -142,21 +142,21 @@ def test_the_start_does_not_depend_on_the_default_dtype() -> None:
     expected = weights(GPT(ModelConfig.preset("tiny"), seed=5))
     torch.set_default_dtype(torch.bfloat16)
     try:
-        found = weights(GPT(ModelConfig.preset("tiny"), seed=5))
+        actual = weights(GPT(ModelConfig.preset("tiny"), seed=5))
     finally:
         torch.set_default_dtype(torch.float32)
     for name, weight in expected.items():
-        assert torch.equal(found[name], weight.bfloat16()), name
+        assert torch.equal(actual[name], weight.bfloat16()), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_start_does_not_depend_on_the_device() -> None:
     expected = weights(GPT(ModelConfig.preset("tiny"), seed=5))
     with torch.device("cuda"):
-        found = weights(GPT(ModelConfig.preset("tiny"), seed=5))
+        actual = weights(GPT(ModelConfig.preset("tiny"), seed=5))
     for name, weight in expected.items():
-        assert found[name].is_cuda
-        assert torch.equal(found[name].cpu(), weight), name
+        assert actual[name].is_cuda
+        assert torch.equal(actual[name].cpu(), weight), name
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -377,11 +377,11 @@ def test_factors_of_scores_are_factors_of_queries(
             assert (expected - noisy(**switches)(ids)).abs().max() > 1e-3
     if kernel == "cached":
         cache = model.make_cache(2, 30, chunk=7)
-        found = torch.cat([model(part, cache=cache) for part in ids.split([7, 7, 1, 1, 7, 7], dim=1)], 1)
+        actual = torch.cat([model(part, cache=cache) for part in ids.split([7, 7, 1, 1, 7, 7], dim=1)], 1)
     else:
         with use(kernel):
-            found = model(ids)
-    close(found, expected)
+            actual = model(ids)
+    close(actual, expected)
     close(model.attention_maps(ids, 1), plain.attention_maps(ids, 1))
 
 

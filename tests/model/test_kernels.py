@@ -114,8 +114,8 @@ def test_every_kernel_is_the_formula(name: str, n_kv_head: int, kernel: str) -> 
     case = CASES[name]()
     q, k, v = inputs(case, n_kv_head)
     with torch.no_grad():
-        found = KERNELS[kernel](Inputs(q, k, v, Visibility(), *case))
-        close(found, by_hand(q, k, v, *case).float())
+        actual = KERNELS[kernel](Inputs(q, k, v, Visibility(), *case))
+        close(actual, by_hand(q, k, v, *case).float())
 
 
 @pytest.mark.parametrize("kernel", OTHERS)
@@ -129,9 +129,9 @@ def test_every_kernel_agrees_with_the_reference_forward_and_backward(name: str, 
         out = compute(Inputs(*qkv, Visibility(), *case))
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
         results.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), qkv)])
-    for expected, found in zip(*results, strict=True):
+    for expected, actual in zip(*results, strict=True):
         assert torch.isfinite(expected).all()
-        close(found, expected)
+        close(actual, expected)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -169,9 +169,9 @@ def test_padding_makes_no_nan_and_real_tokens_ignore_it(kernel: str) -> None:
 def test_the_result_has_the_dtype_of_the_queries(kernel: str, dtype: torch.dtype) -> None:
     case = known(20)
     q, k, v = (t.detach() for t in inputs(case, 3))
-    found = KERNELS[kernel](Inputs(q.to(dtype), k.to(dtype), v.to(dtype), Visibility(), *case))
-    assert found.dtype == dtype
-    close(found.float(), reference(Inputs(q, k, v, Visibility(), *case)), 0.03)
+    actual = KERNELS[kernel](Inputs(q.to(dtype), k.to(dtype), v.to(dtype), Visibility(), *case))
+    assert actual.dtype == dtype
+    close(actual.float(), reference(Inputs(q, k, v, Visibility(), *case)), 0.03)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -50,8 +50,8 @@ def assert_agrees(rule: Visibility, tensors: list[Tensor], tokens: Tokens) -> No
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device)
         results.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), tensors)])
     close(results[1][0], results[0][0], 1e-5)
-    for found, expected in zip(results[1][1:], results[0][1:], strict=True):
-        close(found, expected, 1e-4)
+    for actual, expected in zip(results[1][1:], results[0][1:], strict=True):
+        close(actual, expected, 1e-4)
 
 
 W = 5
@@ -113,10 +113,10 @@ def test_without_the_fused_operators_bfloat16_stays_within_its_rounding(rule: Vi
         out = compute(Inputs(q, k, v, rule, tokens, tokens, 0.0, *q_sinks))
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device)
         results.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), inputs)])
-    for expected, found in zip(*results, strict=True):
-        assert found.dtype == torch.bfloat16
+    for expected, actual in zip(*results, strict=True):
+        assert actual.dtype == torch.bfloat16
         # A bfloat16 is off by 2^-9; a handful of such roundings follow one another.
-        assert (found.float() - expected).norm() / expected.norm() < 0.01
+        assert (actual.float() - expected).norm() / expected.norm() < 0.01
 
 
 @pytest.mark.slow
@@ -134,12 +134,12 @@ def test_compiled_training_in_bfloat16_takes_it_on_the_cpu(rule: Visibility, n_k
         compiled = torch.compile(attend, fullgraph=True)
         out = compiled(q, k, v, rule, tokens, None, 0.0, *q_sinks)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    found = [out.detach(), *torch.autograd.grad((out * upstream).sum(), rounded)]
+    actual = [out.detach(), *torch.autograd.grad((out * upstream).sum(), rounded)]
     exact = [t.detach().float().requires_grad_() for t in rounded]
     q, k, v, *q_sinks = exact
     out = reference(Inputs(q, k, v, rule, tokens, tokens, 0.0, *q_sinks))
     expected = [out.detach(), *torch.autograd.grad((out * upstream).sum(), exact)]
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         assert (one.float() - other).norm() / other.norm() < 0.01
 
 

@@ -81,8 +81,8 @@ def inputs(queries: Tokens, keys: Tokens, n_kv_head: int, own_queries: bool, wid
 
 def assert_agrees(rule: Visibility, queries: Tokens, keys: Tokens, tensors: list[Tensor]) -> None:
     q, k, v, *q_sinks = tensors
-    found = flex(Inputs(q, k, v, rule, queries, keys, 0.0, *q_sinks))
-    close(found, reference(Inputs(q, k, v, rule, queries, keys, 0.0, *q_sinks)), 1e-5)
+    actual = flex(Inputs(q, k, v, rule, queries, keys, 0.0, *q_sinks))
+    close(actual, reference(Inputs(q, k, v, rule, queries, keys, 0.0, *q_sinks)), 1e-5)
 
 
 # The masks
@@ -100,8 +100,8 @@ def pooled(visible: Tensor, size: int, fill: bool) -> Tensor:
 def test_the_mask_function_is_what_visible_says(rule: Visibility, pair: tuple[Tokens, Tokens]) -> None:
     queries, keys = pair
     b, q, k = (torch.arange(n) for n in (2, queries.positions.shape[1], keys.positions.shape[1]))
-    found = mask_mod(rule, queries, keys)(b[:, None, None], torch.tensor(0), q[:, None], k)
-    assert torch.equal(found.expand(2, len(q), len(k)), rule.visible(queries, keys))
+    actual = mask_mod(rule, queries, keys)(b[:, None, None], torch.tensor(0), q[:, None], k)
+    assert torch.equal(actual.expand(2, len(q), len(k)), rule.visible(queries, keys))
 
 
 @settings(deadline=None)
@@ -221,13 +221,13 @@ def test_compiled_bfloat16_stays_within_its_rounding(rule: Visibility) -> None:
     tokens = in_order(2, 311)
     rounded = [t.bfloat16() for t in inputs(tokens, tokens, 2, rule.sinks > 0)]
     q, k, v, *q_sinks = rounded
-    found = flex(Inputs(q, k, v, rule, tokens, tokens, 0.0, *q_sinks))
-    assert found.dtype == torch.bfloat16
+    actual = flex(Inputs(q, k, v, rule, tokens, tokens, 0.0, *q_sinks))
+    assert actual.dtype == torch.bfloat16
     q, k, v, *q_sinks = (t.float() for t in rounded)
     exact = reference(Inputs(q, k, v, rule, tokens, tokens, 0.0, *q_sinks))
     # A bfloat16 is off by 2^-9; a handful of such roundings follow one another.
-    assert (found.float() - exact).norm() / exact.norm() < 0.01
-    assert (found.float() - exact).abs().max() < 0.02 * max(1.0, exact.abs().max().item())
+    assert (actual.float() - exact).norm() / exact.norm() < 0.01
+    assert (actual.float() - exact).abs().max() < 0.02 * max(1.0, exact.abs().max().item())
 
 
 @pytest.mark.slow
@@ -337,8 +337,8 @@ def test_on_a_gpu_inside_a_compiled_model_it_computes_the_same(documents: bool) 
         model.zero_grad()
         logits.logsumexp(-1).mean().backward()
         results.append([logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-    for expected, found in zip(*results, strict=True):
-        close(found, expected, 1e-3)
+    for expected, actual in zip(*results, strict=True):
+        close(actual, expected, 1e-3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -356,5 +356,5 @@ def test_on_a_gpu_it_is_the_reference_forward_and_backward(rule: Visibility, doc
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).cuda()
         results.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), tensors)])
     close(results[1][0], results[0][0], 1e-4)
-    for found, expected in zip(results[1][1:], results[0][1:], strict=True):
-        close(found, expected, 1e-3)
+    for actual, expected in zip(results[1][1:], results[0][1:], strict=True):
+        close(actual, expected, 1e-3)

@@ -88,8 +88,8 @@ def test_what_is_packed_and_unpacked_is_the_reference(
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
         results.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), (q, k, v))])
     close(results[1][0], results[0][0], 1e-5)
-    for found, expected in zip(results[1][1:], results[0][1:], strict=True):
-        close(found, expected, 1e-4)
+    for actual, expected in zip(results[1][1:], results[0][1:], strict=True):
+        close(actual, expected, 1e-4)
 
 
 def test_the_operator_of_the_installed_torch_takes_what_it_is_given() -> None:
@@ -105,8 +105,8 @@ def test_where_documents_begin() -> None:
     def starts(*rows: list[int]) -> list[int] | None:
         documents = torch.tensor(rows)
         positions = torch.arange(documents.shape[1]).expand(documents.shape)
-        found = varlen_module.starts(Tokens(positions, documents, in_order=True))
-        return None if found is None else found.tolist()
+        begins = varlen_module.starts(Tokens(positions, documents, in_order=True))
+        return None if begins is None else begins.tolist()
 
     assert varlen_module.starts(Tokens(torch.arange(4).expand(3, -1), in_order=True)).tolist() == [0, 4, 8, 12]
     assert starts([5, 5, 5]) == [0, 3]
@@ -197,7 +197,7 @@ def test_an_older_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     right = varlen_module._has_flash_attention
     for capability, enough in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
         right.cache_clear()
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         assert right(torch.device("cuda", 0)) == enough
     right.cache_clear()
     assert obstacle(monkeypatch, flash=False) == "needs a GPU of compute capability 8.0 or later"
@@ -225,6 +225,6 @@ def test_on_a_gpu_it_is_the_reference_forward_and_backward(window: int | None, d
         out = kernel(Inputs(q, k, v, Visibility(window), tokens, tokens))
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
         results.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), (q, k, v))])
-    for expected, found in zip(*results, strict=True):
+    for expected, actual in zip(*results, strict=True):
         # A bfloat16 is off by 2^-9; a handful of such roundings follow one another.
-        assert (found.float() - expected).norm() / expected.norm() < 0.01
+        assert (actual.float() - expected).norm() / expected.norm() < 0.01

@@ -166,12 +166,12 @@ def test_after_truncation_of_a_ring_it_is_as_if_one_had_never_gone_there(
 def test_truncation_may_be_repeated_for_ever_as_speculative_decoding_does() -> None:
     model = noisy(position="rope", window=5, sinks=1)
     ids = random_ids(model, 2, 50)
-    cache, found = model.make_cache(2, 10_000, chunk=4), []
+    cache, logits = model.make_cache(2, 10_000, chunk=4), []
     for t in range(0, 50, 2):  # two right tokens, two wrong ones
         guess = torch.cat([ids[:, t : t + 2], random_ids(model, 2, 2, seed=t)], 1)
-        found.append(model(guess, cache=cache)[:, :2])
+        logits.append(model(guess, cache=cache)[:, :2])
         cache.truncate(2)
-    close(torch.cat(found, 1), model(ids))
+    close(torch.cat(logits, 1), model(ids))
 
 
 @pytest.mark.parametrize("window", [5, (None, 5), (5, None)], ids=str)
@@ -305,11 +305,11 @@ def test_a_ring_of_low_precision_is_read_alike_by_every_kernel() -> None:
     for kernel in ("reference", "sdpa", None):
         cache = model.make_cache(2, LENGTH, chunk=20, dtype=torch.bfloat16)
         if kernel is None:
-            found = in_chunks(model, ids, [20] * 3, cache)
+            actual = in_chunks(model, ids, [20] * 3, cache)
         else:
             with use(kernel):
-                found = in_chunks(model, ids, [20] * 3, cache)
-        assert (found - expected).norm() / expected.norm() < 0.01
+                actual = in_chunks(model, ids, [20] * 3, cache)
+        assert (actual - expected).norm() / expected.norm() < 0.01
 
 
 def test_the_first_chunk_of_a_cached_prompt_is_read_by_banded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +318,7 @@ def test_the_first_chunk_of_a_cached_prompt_is_read_by_banded(monkeypatch: pytes
     monkeypatch.setitem(KERNELS, "banded", lambda *args: called.append(args[0].q.shape[2]) or banded(*args))  # type: ignore[func-returns-value]
     model = noisy(position="rope", window=4, sinks=1)
     ids = random_ids(model, 1, LENGTH)
-    found = in_chunks(model, ids, [40, 20], model.make_cache(1, 1000, chunk=40))
+    actual = in_chunks(model, ids, [40, 20], model.make_cache(1, 1000, chunk=40))
     assert called == [40, 40]  # both layers; the second chunk also needs what the cache holds
     with use("reference"):
-        close(found, model(ids))
+        close(actual, model(ids))

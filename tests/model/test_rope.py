@@ -108,9 +108,9 @@ def test_sinks_see_a_query_no_farther_than_the_window_reaches():
     rope = frequencies(RopeConfig(), 8, TRAINED)
     x = torch.randn(1, 1, 4, 8, generator=torch.Generator().manual_seed(3))
     positions = torch.tensor([[0, 5, 11, 5000]])
-    found = Rotary(positions, *rope, limits=[11]).rotate(x, at_most=11)
+    actual = Rotary(positions, *rope, limits=[11]).rotate(x, at_most=11)
     expected = Rotary(positions.clamp(max=11), *rope).rotate(x)
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -118,11 +118,11 @@ def test_rotation_keeps_lengths_and_the_dtype_and_is_computed_in_float32(dtype):
     x = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(4)).to(dtype)
     positions = torch.tensor([[0, 1, 300, 70_000, 1_000_000], [5, 5, 5, 5, -1]])
     rotary = Rotary(positions, *frequencies(RopeConfig(), 8, TRAINED))
-    found = rotary.rotate(x)
-    assert found.dtype == dtype
-    assert torch.equal(found, rotary.rotate(x.float()).to(dtype))
+    rotated = rotary.rotate(x)
+    assert rotated.dtype == dtype
+    assert torch.equal(rotated, rotary.rotate(x.float()).to(dtype))
     torch.testing.assert_close(rotary.rotate(x.float()).norm(dim=-1), x.float().norm(dim=-1), atol=1e-5, rtol=0)
-    assert torch.equal(found[0, :, 0], x[0, :, 0])  # position 0 is rotated by nothing
+    assert torch.equal(rotated[0, :, 0], x[0, :, 0])  # position 0 is rotated by nothing
 
 
 def test_pairs_rotate_by_the_angles_of_the_paper():
@@ -132,9 +132,9 @@ def test_pairs_rotate_by_the_angles_of_the_paper():
     assert per_position.tolist() == pytest.approx([1.0, 0.1])
     assert factor == 1.0
     x = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4)
-    found = Rotary(torch.tensor([[3]]), per_position).rotate(x).flatten().double()
+    rotated = Rotary(torch.tensor([[3]]), per_position).rotate(x).flatten().double()
     angles = torch.tensor([3.0, 0.3], dtype=torch.float64)
-    torch.testing.assert_close(found, torch.cat([angles.cos(), angles.sin()]), atol=1e-7, rtol=0)
+    torch.testing.assert_close(rotated, torch.cat([angles.cos(), angles.sin()]), atol=1e-7, rtol=0)
 
 
 def test_the_angles_are_no_part_of_the_state_and_follow_no_default_dtype():

@@ -174,19 +174,19 @@ LENGTHS = [1, W - 1, W, W + 1, 2 * W, 23]
 def test_the_reference_is_the_formula_forward_and_backward(length: int, n_kv_head: int, documents: bool) -> None:
     for rule in (Visibility(W), Visibility(W, sinks=2), Visibility(W, dilation=3, sinks=3)):
         tensors, tokens = random_case(1, length, n_kv_head, documents, sinks=rule.sinks > 0)
-        found = results("reference", tensors, rule, tokens)
+        actual = results("reference", tensors, rule, tokens)
         expected = by_hand(tensors, rule, tokens)
         upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
         gradients = torch.autograd.grad((expected * upstream).sum(), tensors, allow_unused=True, materialize_grads=True)
-        close(found[0], expected.detach().float())
-        for one, other in zip(found[1:], gradients, strict=True):
+        close(actual[0], expected.detach().float())
+        for one, other in zip(actual[1:], gradients, strict=True):
             close(one, other, 1e-5)
 
 
 def assert_agrees(kernel: str, rule: Visibility, tensors: list[Tensor], tokens: Tokens) -> None:
-    expected, found = results("reference", tensors, rule, tokens), results(kernel, tensors, rule, tokens)
-    close(found[0], expected[0], 1e-5)
-    for one, other in zip(found[1:], expected[1:], strict=True):
+    expected, actual = results("reference", tensors, rule, tokens), results(kernel, tensors, rule, tokens)
+    close(actual[0], expected[0], 1e-5)
+    for one, other in zip(actual[1:], expected[1:], strict=True):
         assert torch.isfinite(one).all()
         close(one, other, 1e-4)
 
@@ -247,8 +247,8 @@ def test_sdpa_agrees_with_the_reference_on_ragged_queries_against_any_cache(
     q, q_sinks = torch.randn(2, 2, H, n_queries, D, generator=generator)
     k, v = torch.randn(2, 2, n_kv_head, n_keys, D, generator=generator)
     for sinks_see in (None, q_sinks if rule.sinks and rule.window else None):
-        found = KERNELS["sdpa"](Inputs(q, k, v, rule, queries, keys, 0.0, sinks_see))
-        close(found, reference(Inputs(q, k, v, rule, queries, keys, 0.0, sinks_see)))
+        actual = KERNELS["sdpa"](Inputs(q, k, v, rule, queries, keys, 0.0, sinks_see))
+        close(actual, reference(Inputs(q, k, v, rule, queries, keys, 0.0, sinks_see)))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -257,8 +257,8 @@ def test_bfloat16_stays_within_its_rounding(kernel: str, rule: Visibility) -> No
     tensors, tokens = random_case(2, 200, 2, sinks=rule.sinks > 0)
     rounded = [t.detach().bfloat16().requires_grad_() for t in tensors]
     exact = results("reference", [t.detach().float().requires_grad_() for t in rounded], rule, tokens)
-    found = results(kernel, rounded, rule, tokens)
-    for one, other in zip(found, exact, strict=True):
+    actual = results(kernel, rounded, rule, tokens)
+    for one, other in zip(actual, exact, strict=True):
         assert one.dtype == torch.bfloat16
         # A bfloat16 is off by 2^-9; a handful of such roundings follow one another.
         assert (one.float() - other).norm() / other.norm() < 0.01

@@ -43,9 +43,9 @@ def positions_of(real: Tensor) -> Tensor:
     return torch.where(real, real.cumsum(1) - 1, -1)
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     """The same shape and dtype, and no element further apart than the tolerance."""
-    torch.testing.assert_close(found, expected, rtol=0.0, atol=tolerance)
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance)
 
 
 @torch.no_grad()

@@ -111,14 +111,14 @@ def test_logits_and_attention_maps_are_those_of_the_explicit_model(
         with use("banded"):
             torch.testing.assert_close(model(tokens)[0].double(), logits, atol=1e-5, rtol=0)
     cache = model.make_cache(1, 31, chunk=3)
-    found = torch.cat([model(part, cache=cache) for part in tokens.split([3, 3, 1, 1, 3] + [1] * 20, dim=1)], 1)
-    torch.testing.assert_close(found[0].double(), logits, atol=1e-5, rtol=0)
+    actual = torch.cat([model(part, cache=cache) for part in tokens.split([3, 3, 1, 1, 3] + [1] * 20, dim=1)], 1)
+    torch.testing.assert_close(actual[0].double(), logits, atol=1e-5, rtol=0)
     for layer, expected in enumerate(maps):
-        found = model.attention_maps(tokens, layer)
-        assert found.shape == (1, 4, 31, 31)
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found[0].double(), expected, atol=1e-5, rtol=0)
-        assert torch.equal(found[0] > 0, expected > 0)
+        actual = model.attention_maps(tokens, layer)
+        assert actual.shape == (1, 4, 31, 31)
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual[0].double(), expected, atol=1e-5, rtol=0)
+        assert torch.equal(actual[0] > 0, expected > 0)
 
 
 @torch.no_grad()
@@ -126,32 +126,32 @@ def test_attention_maps_of_grouped_queries_are_what_the_forward_pass_gathers() -
     model = ours(position="rope", n_kv_head=2, window=(3, None, 6), sinks=1)
     tokens = ids(30)
     for layer, block in enumerate(model.blocks):
-        found: dict[str, Tensor] = {}
+        kept: dict[str, Tensor] = {}
         hooks = [
-            block.attn.register_forward_pre_hook(lambda _, args, found=found: found.update(x=args[0], rotary=args[2])),
-            block.attn.c_proj.register_forward_pre_hook(lambda _, args, found=found: found.update(y=args[0])),
+            block.attn.register_forward_pre_hook(lambda _, args, kept=kept: kept.update(x=args[0], rotary=args[2])),
+            block.attn.c_proj.register_forward_pre_hook(lambda _, args, kept=kept: kept.update(y=args[0])),
         ]
         model(tokens)
         for hook in hooks:
             hook.remove()
-        _, _, v, _ = block.attn.project(found["x"], found["rotary"])  # type: ignore[arg-type]
+        _, _, v, _ = block.attn.project(kept["x"], kept["rotary"])  # type: ignore[arg-type]
         gathered = model.attention_maps(tokens, layer) @ v.repeat_interleave(2, dim=1)
-        torch.testing.assert_close(gathered.transpose(1, 2).flatten(2), found["y"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(gathered.transpose(1, 2).flatten(2), kept["y"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("position", ["learned", "rope", "none"])
 def test_gradients_of_a_windowed_model_are_those_of_the_explicit_attention(position: str) -> None:
     # Training goes through `banded` (forced here; a long sequence chooses it): every parameter against `reference`.
-    tokens, found = ids(37), []
+    tokens, gradients = ids(37), []
     model = ours(position=position, n_kv_head=2, window=(3, 7, 6), sinks=2, dilation=(1, 1, 3)).train()
     for kernel in ("reference", "banded", "sdpa"):
         model.zero_grad()
         with use(kernel):
             F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    for other in found[1:]:
-        assert other.keys() == found[0].keys()
-        for name, gradient in found[0].items():
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for other in gradients[1:]:
+        assert other.keys() == gradients[0].keys()
+        for name, gradient in gradients[0].items():
             torch.testing.assert_close(other[name], gradient, atol=1e-5, rtol=1e-4)
 
 

@@ -96,8 +96,8 @@ def test_every_blocks_output_and_attention(variant: Pair) -> None:
     seen = theirs(ids, output_hidden_states=True, output_attentions=True)
     final = ours(ids, head=lambda hidden, _: hidden)
     assert len(outputs["ours"]) == len(outputs["theirs"]) == theirs.config.n_layer
-    for found, expected in zip(outputs["ours"], outputs["theirs"], strict=True):
-        close(found, expected)
+    for actual, expected in zip(outputs["ours"], outputs["theirs"], strict=True):
+        close(actual, expected)
     close(ours.wte(ids) + ours.wpe(torch.arange(20)), seen.hidden_states[0])
     close(final, seen.hidden_states[-1])
     for layer, expected in enumerate(seen.attentions):
@@ -113,12 +113,12 @@ def test_gradients_of_the_loss(variant: Pair) -> None:
     expected_loss.backward()
     loss.backward()
     expected = {name.removeprefix("transformer."): p.grad for name, p in theirs.named_parameters()}
-    found = {name: p.grad for name, p in ours.named_parameters()}
-    assert found.keys() == expected.keys()
+    actual = {name: p.grad for name, p in ours.named_parameters()}
+    assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         assert gradient is not None
         assert gradient.abs().max() > 1e-6 or ".c_attn.bias" in name
-        close(found[name], gradient.t() if CONV1D.fullmatch(name) else gradient)
+        close(actual[name], gradient.t() if CONV1D.fullmatch(name) else gradient)
 
 
 ROWS = [1, 9, 30, 17]
@@ -142,8 +142,8 @@ def test_padded_batches_row_by_row(pair: Pair, left: bool) -> None:
     expected = theirs(ids, attention_mask=real.long(), position_ids=positions.clamp(min=0)).logits
     plain = ours(ids, positions=positions)
     cached = ours(ids, positions=positions, cache=ours.make_cache(len(ROWS), max(ROWS)))
-    for found in (plain, cached):
-        close(found[real], expected[real])
+    for actual in (plain, cached):
+        close(actual[real], expected[real])
     for row, n in enumerate(ROWS):
         close(plain[row, real[row]], theirs(ids[row, real[row]][None]).logits[0])
         assert int(real[row].sum()) == n
@@ -162,9 +162,9 @@ def test_greedy_text_is_theirs(tmp_path: Path, seed: int) -> None:
     theirs, ours = both(tmp_path, seed)
     prompts = [row[real].tolist() for row, real in zip(*padded_batch(left=True), strict=True)]
     compared = 0
-    for prompt, found in zip(prompts, generated(ours, prompts, 25), strict=True):
+    for prompt, actual in zip(prompts, generated(ours, prompts, 25), strict=True):
         expected, clear = greedy_until_unclear(theirs, prompt, 25)
-        assert found[:clear] == expected[:clear]
+        assert actual[:clear] == expected[:clear]
         compared += clear
     assert compared >= 80  # of 100: the ends of texts and near ties take some away
 
@@ -173,8 +173,8 @@ def test_greedy_text_of_a_padded_batch_is_theirs(pair: Pair) -> None:
     theirs, ours = pair
     ids, real = padded_batch(left=True)
     expected = theirs.generate(ids, attention_mask=real.long(), do_sample=False, max_new_tokens=10)[:, max(ROWS) :]
-    found = generated(ours, [row[keep].tolist() for row, keep in zip(ids, real, strict=True)], 10)
-    for row, tokens in enumerate(found):
+    continuations = generated(ours, [row[keep].tolist() for row, keep in zip(ids, real, strict=True)], 10)
+    for row, tokens in enumerate(continuations):
         _, clear = greedy_until_unclear(theirs, ids[row, real[row]].tolist(), 10)
         assert tokens[:clear] == expected[row, :clear].tolist()
         assert clear >= 5
@@ -235,6 +235,6 @@ def test_teacher_forced_over_their_own_greedy_text_at_124m(full: Pair) -> None:
     expected = theirs(ids).logits
     cache = ours.make_cache(1, 52)
     in_chunks = torch.cat([ours(chunk, cache=cache) for chunk in ids.split([2, 20, 1, 1, 28], dim=1)], 1)
-    for found in (ours(ids), in_chunks):
-        close(found, expected, 1e-4)
-        assert found[0, 1:-1].argmax(-1).tolist() == text
+    for actual in (ours(ids), in_chunks):
+        close(actual, expected, 1e-4)
+        assert actual[0, 1:-1].argmax(-1).tolist() == text

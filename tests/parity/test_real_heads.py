@@ -32,6 +32,6 @@ def test_svd_loses_no_more_than_was_measured_elsewhere(
                 parameter.copy_(tensor.T if tensor.ndim == 2 else tensor)  # Conv1D
     new = regroup(model, n_kv_head, method="svd", grouping="contiguous")
     block = model.blocks[0]
-    found = circuit_errors(read_heads(block.attn), read_heads(new.blocks[0].attn), assumed_statistics(block))
-    for error, most in zip(found, (qk, ov), strict=True):
+    errors = circuit_errors(read_heads(block.attn), read_heads(new.blocks[0].attn), assumed_statistics(block))
+    for error, most in zip(errors, (qk, ov), strict=True):
         assert most is None or 0.5 * most < error <= most + 5e-4  # the figures have three digits

@@ -76,11 +76,11 @@ def activations(model: GPT, ids: Tensor) -> dict[str, Tensor]:
 
 def test_every_published_activation(sorter: GPT, published: dict[str, Tensor]) -> None:
     ids = published["idx"].long()
-    found = activations(sorter, ids)
-    assert found.keys() == published.keys() - {"idx"}
+    actual = activations(sorter, ids)
+    assert actual.keys() == published.keys() - {"idx"}
     for name, expected in published.items():
         if name != "idx":
-            close(found[name], expected)
+            close(actual[name], expected)
 
 
 @torch.no_grad()
@@ -119,9 +119,9 @@ def original(shared: Path) -> tuple[transformers.GPT2Model, GPT, Tensor]:
     return theirs, ours, torch.randint(1000, (1, 128))
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+def relative(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 @torch.no_grad()
@@ -136,10 +136,10 @@ def test_each_real_block_gives_the_same_output(original: tuple[transformers.GPT2
     assert len(states) == 12
     tokens = Tokens(torch.arange(128)[None], plain=True)
     for i, (x, expected) in enumerate(states):
-        found = ours.blocks[i](x, tokens)
-        assert relative(found, expected) < 1e-5, i
+        actual = ours.blocks[i](x, tokens)
+        assert relative(actual, expected) < 1e-5, i
         # What the block adds, too: a large stream would hide it.
-        assert relative(found - x, expected - x) < 1e-5, i
+        assert relative(actual - x, expected - x) < 1e-5, i
 
 
 @torch.no_grad()

@@ -38,8 +38,8 @@ def test_gradients_and_one_step_of_adamw(micro: int | None, most: float) -> None
 
     expected = F.cross_entropy(theirs(batch.ids).logits.flatten(0, 1), batch.targets.flatten())
     expected.backward()
-    found = gradients(ours, batch, micro, torch.float32, Group(0, 1, torch.device("cpu")))
-    assert found[0].item() == pytest.approx(expected.item(), abs=1e-5)
+    actual = gradients(ours, batch, micro, torch.float32, Group(0, 1, torch.device("cpu")))
+    assert actual[0].item() == pytest.approx(expected.item(), abs=1e-5)
     norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), most)
     assert clip(list(ours.parameters()), most).item() == pytest.approx(norm.item(), rel=1e-5)
     by_name = {name: p.grad for name, p in ours.named_parameters()}

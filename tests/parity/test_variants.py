@@ -112,9 +112,9 @@ def test_cached_generation_far_past_the_window_is_starcoder2s(n_kv_head, window)
     out = judge.generate(prompt, max_new_tokens=60, do_sample=False, output_logits=True, return_dict_in_generate=True)
     tokens, expected = out.sequences, torch.stack(out.logits, dim=1)  # (1, 100), (1, 60, V)
     cache = model.make_cache(1, 100, chunk=40)
-    found = [model(prompt, cache=cache)[:, -1:]]
-    found += [model(tokens[:, t : t + 1], cache=cache) for t in range(40, 99)]
-    torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-5, rtol=0)
+    actual = [model(prompt, cache=cache)[:, -1:]]
+    actual += [model(tokens[:, t : t + 1], cache=cache) for t in range(40, 99)]
+    torch.testing.assert_close(torch.cat(actual, dim=1), expected, atol=1e-5, rtol=0)
 
 
 @torch.inference_mode()
@@ -125,8 +125,8 @@ def test_left_padded_rows_are_starcoder2s():
     mask[1, :n_padding] = 0
     expected = starcoder2(model)(tokens, attention_mask=mask, use_cache=False).logits
     positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, -1)
-    found = model(tokens, positions=positions)
-    torch.testing.assert_close(found[mask == 1], expected[mask == 1], atol=1e-5, rtol=0)
+    actual = model(tokens, positions=positions)
+    torch.testing.assert_close(actual[mask == 1], expected[mask == 1], atol=1e-5, rtol=0)
 
 
 @torch.inference_mode()

@@ -28,19 +28,19 @@ def some_lines(n: int = 8) -> Figure:
 
 def test_looks_tell_all_cells_apart() -> None:
     kinds = [(attention, rotary) for attention in ("plain", "gqa", "swa", "both") for rotary in (False, True)]
-    found = style.looks(kinds)
-    assert len(set(found)) == 8
-    assert found[0] == Look(INK, "-", False)
+    looks = style.looks(kinds)
+    assert len(set(looks)) == 8
+    assert looks[0] == Look(INK, "-", False)
     assert all(
         look.hollow is rotary and (look.stroke == "--") is rotary
-        for look, (_, rotary) in zip(found, kinds, strict=True)
+        for look, (_, rotary) in zip(looks, kinds, strict=True)
     )
-    assert [look.colour for look in found[::2]] == [look.colour for look in found[1::2]]
+    assert [look.colour for look in looks[::2]] == [look.colour for look in looks[1::2]]
 
 
 def test_looks_of_more_variants_than_colours() -> None:
-    found = style.looks([(i, False) for i in range(12)])
-    assert len(set(found)) == 12
+    looks = style.looks([(i, False) for i in range(12)])
+    assert len(set(looks)) == 12
 
 
 def test_series_that_coincide_become_one_line_with_both_names() -> None:

@@ -51,13 +51,13 @@ def test_the_page_computes_the_same_numbers() -> None:
         numbers = [step.weight_bytes, step.cache_bytes, step.weight_seconds, step.cache_seconds, step.seconds]
         total = sum(cost.parameters(model).values())
         expected.append([total, *numbers, step.tokens_per_second, step.limit])
-    found = node(
+    actual = node(
         """return data.map((one) => { const s = step(...one);
         return [parameters(one[0]).total, s.weightBytes, s.cacheBytes, s.weightSeconds,
         s.cacheSeconds, s.seconds, s.tokensPerSecond, s.limit]; });""",
         asked,
     )
-    assert found == expected  # equal, not close
+    assert actual == expected  # equal, not close
 
 
 def test_the_calculator_shows_itself_only_where_it_agrees() -> None:

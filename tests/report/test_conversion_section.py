@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from helpers import plausible
-from helpers.plausible_conversions import MADE, found
+from helpers.plausible_conversions import MADE, conversion_results
 
 from gptlab.report.blocks import Section, Table, to_plain
 from gptlab.report.conversion import conversion
@@ -22,7 +22,7 @@ def section(results: dict[str, Any]) -> Section:
 
 @pytest.mark.usefixtures("no_drawing")
 def test_the_table_has_variants_in_the_order_of_the_file() -> None:
-    table, _, made = (block for block in section(found()).blocks if isinstance(block, Table))
+    table, _, made = (block for block in section(conversion_results()).blocks if isinstance(block, Table))
     assert [row[0] for row in table.rows] == [f"**by {name}**" for name in MADE]
     assert [column.title for column in table.columns][:4] == ["variant", "0%", "1%", "5%"]
     rows = {row[0].strip("*").removeprefix("by "): row[1:7] for row in table.rows}
@@ -40,7 +40,7 @@ def ranking(whole: Section) -> list[list[str]]:
 
 @pytest.mark.usefixtures("no_drawing")
 def test_what_came_back_and_which_way_is_the_best() -> None:
-    whole = section(found())
+    whole = section(conversion_results())
     table = next(block for block in whole.blocks if isinstance(block, Table))
     recovered = {row[0].strip("*").removeprefix("by "): row[4] for row in table.rows}
     assert recovered == {"longer": "", "svd": "99.0%", "mean": "85%", "rope": "95.0%", "swa": "", "all": "90.9%"}
@@ -52,7 +52,7 @@ def test_what_came_back_and_which_way_is_the_best() -> None:
 
 @pytest.mark.usefixtures("no_drawing")
 def test_one_that_was_not_uptrained_is_compared_where_it_can_be() -> None:
-    results = found(("longer", "svd", "mean"))
+    results = conversion_results(("longer", "svd", "mean"))
     about = results["variants"]["mean"]["conversion"]
     for name, n in (("early", 2), ("still", 1)):
         shorter = {"label": name, "conversion": {**about, "checkpoints": about["checkpoints"][:n]}}
@@ -71,7 +71,7 @@ def test_one_that_was_not_uptrained_is_compared_where_it_can_be() -> None:
 
 @pytest.mark.usefixtures("no_drawing")
 def test_without_uptraining_and_without_conversions() -> None:
-    whole = section(found(("svd", "mean"), uptrained=False))
+    whole = section(conversion_results(("svd", "mean"), uptrained=False))
     table = next(block for block in whole.blocks if isinstance(block, Table))
     assert [column.title for column in table.columns][:2] == ["variant", "0%"]
     assert "There was no continued training." in to_plain(whole.blocks[0].text)  # type: ignore[union-attr]
@@ -80,7 +80,7 @@ def test_without_uptraining_and_without_conversions() -> None:
 
 @pytest.mark.usefixtures("no_drawing")
 def test_a_failed_conversion_has_no_row(tmp_path: Path) -> None:
-    results = found(("longer", "mean", "svd"))
+    results = conversion_results(("longer", "mean", "svd"))
     failed = {"seed": 0, "status": "failed", "error": "it is singular", "key": "k", "curve": [], "validation_curve": []}
     results["variants"]["mean"] |= {"runs": [{**failed, "validation_loss": None}], "quality": None}
     results["variants"]["mean"]["conversion"] |= {"checkpoints": [], "divergence": None}
@@ -96,7 +96,7 @@ def test_a_failed_conversion_has_no_row(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_drawing")
 def test_the_rest_of_the_report_compares_like_with_like(tmp_path: Path) -> None:
-    directory = plausible.write(tmp_path / "study", found(), plausible.timings(found()))
+    directory = plausible.write(tmp_path / "study", conversion_results(), plausible.timings(conversion_results()))
     study = read_study(directory)
     assert study.reference("mean") == "longer"
     assert study.reference("longer") == "base"
@@ -111,7 +111,7 @@ def test_the_rest_of_the_report_compares_like_with_like(tmp_path: Path) -> None:
 
 
 def test_the_curves_are_drawn(tmp_path: Path) -> None:
-    drawn = conversion(plausible.study(found())).blocks[2].pictures  # type: ignore[union-attr]
+    drawn = conversion(plausible.study(conversion_results())).blocks[2].pictures  # type: ignore[union-attr]
     assert [one.name for one in drawn] == [
         f"conversion-{kind}" for kind in ("heads", "positions", "windows", "several")
     ]

@@ -43,11 +43,11 @@ def docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def study(directory: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """A finished study with everything that the page shows."""
-    found = plausible.results()
-    found["study"]["recipe"]["data"] = {"corpus": ["/somewhere/else/enwiki.txt", "pydoc"]}
+    results = plausible.results()
+    results["study"]["recipe"]["data"] = {"corpus": ["/somewhere/else/enwiki.txt", "pydoc"]}
     claim = {"paper": "A paper", "claim": "a [b] < c", "ours": "0.1", "holds": True, "note": 'a "note"'}
-    timed = plausible.timings(found) | {"claims": [claim]}
-    return plausible.write(directory / "study", found, timed), found, timed
+    timed = plausible.timings(results) | {"claims": [claim]}
+    return plausible.write(directory / "study", results, timed), results, timed
 
 
 def keep(directory: Path, docs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
@@ -74,7 +74,7 @@ def test_without_results_there_is_no_section(docs: ModuleType) -> None:
 def test_the_page_holds_the_results_own_figures(
     docs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory, found, timed = study(tmp_path)
+    directory, results, timed = study(tmp_path)
     keep(directory, docs, monkeypatch)
     assert "results.md" in stale(docs)
     docs.main()
@@ -82,7 +82,7 @@ def test_the_page_holds_the_results_own_figures(
     page = (docs.ROOT / "docs/results.md").read_text()
     assert re.findall(r"^#+ .*", page, re.MULTILINE) == [
         "# Results",
-        f"## {found['study']['title']}",
+        f"## {results['study']['title']}",
         "### In brief",
         "### Summary",
         "### Quality, and how the changes combine",
@@ -94,14 +94,14 @@ def test_the_page_holds_the_results_own_figures(
     assert page.endswith("<!-- end standard -->\n\n<!-- papers -->\n\n<!-- end papers -->\n\nThe end.\n")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
     by_name = {row[0]: row for row in reversed(rows)}  # the first table has all variants
-    for name, variant in found["variants"].items():
+    for name, variant in results["variants"].items():
         row = by_name[f"**{variant['label']}**"]
         assert row[1] == f"{variant['parameters']['total']:,}"
         assert f"{variant['quality']['nats_per_token']:.3f}" in row
         if name != "base":
             assert nats(Interval(**variant["difference"])) in row
     for part in ("main", "interactions"):
-        for term, one in found["effects"][part].items():
+        for term, one in results["effects"][part].items():
             (row,) = (r for r in rows if r[0].replace(" × ", "-").lower() == term.replace(" x ", "-"))
             assert row[1] == nats(Interval(**one))
     assert "**holds**" in by_name["A paper"]
@@ -146,11 +146,11 @@ def test_what_differs_is_found(
 
 
 def test_what_is_kept_of_a_study(docs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory, found, timed = study(tmp_path)
+    directory, results, timed = study(tmp_path)
     results, timings = keep(directory, docs, monkeypatch)
     assert (results.name, timings.name) == ("standard.json", "standard-timings.json")
     assert json.loads(timings.read_text()) == json.loads(json.dumps(timed))
-    expected = plausible.study(found).results.model_dump(mode="json")
+    expected = plausible.study(results).results.model_dump(mode="json")
     expected["study"]["recipe"]["data"]["corpus"] = ["enwiki.txt", "pydoc"]
     for variant in expected["variants"].values():
         variant["attention_map"] = None
@@ -184,16 +184,16 @@ def test_what_is_not_kept(docs: ModuleType, tmp_path: Path, monkeypatch: pytest.
 def test_a_study_of_conversions_is_kept_and_shown(
     docs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = plausible_conversions.found()
-    found["study"] |= {"name": "convert", "recipe": {}}
-    found["variants"]["svd"]["conversion"]["settings"] = ["distill.teacher=base"]
-    directory = plausible.write(tmp_path / "study", found, plausible.timings(found))
+    results = plausible_conversions.conversion_results()
+    results["study"] |= {"name": "convert", "recipe": {}}
+    results["variants"]["svd"]["conversion"]["settings"] = ["distill.teacher=base"]
+    directory = plausible.write(tmp_path / "study", results, plausible.timings(results))
     kept, _ = tool("keep_results", monkeypatch).keep(directory, "convert", docs.ROOT / "docs/results")
     values = json.loads(kept.read_text())
     assert {name: (one["heads"], one["samples"]) for name, one in values["variants"].items() if name != "base"} == {
         name: (None, []) for name in plausible_conversions.MADE
     }
-    expected = plausible.study(found).results.variants["svd"].conversion
+    expected = plausible.study(results).results.variants["svd"].conversion
     assert expected is not None
     assert values["variants"]["svd"]["conversion"] == expected.model_dump(mode="json")
     page = docs.ROOT / "docs/conversion_results.md"
@@ -211,7 +211,7 @@ def test_a_study_of_conversions_is_kept_and_shown(
 
 def test_the_headline_of_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
     said = tool("conversion_tables", monkeypatch).headline(
-        plausible.study(plausible_conversions.found()).results, "all"
+        plausible.study(plausible_conversions.conversion_results()).results, "all"
     )
     assert (
         "with 2 of its 6 key heads, rotary positions and a window of 128 needs 0.12 MiB of cache for 512 tokens" in said
@@ -227,13 +227,13 @@ def test_the_headline_of_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_headline_inside_the_noise_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = plausible_conversions.found()
-    found["variants"]["all"]["conversion"]["checkpoints"][-1]["difference"] |= {
+    results = plausible_conversions.conversion_results()
+    results["variants"]["all"]["conversion"]["checkpoints"][-1]["difference"] |= {
         "mean": 0.003,
         "low": -0.001,
         "high": 0.007,
     }
-    said = tool("conversion_tables", monkeypatch).headline(plausible.study(found).results, "all")
+    said = tool("conversion_tables", monkeypatch).headline(plausible.study(results).results, "all")
     assert "within noise (+0.003 nats per token, −0.001 to +0.007) of that of the base after the same training" in said
 
 
@@ -243,7 +243,7 @@ def test_conversions_of_several_studies_stand_side_by_side(monkeypatch: pytest.M
     def look(share: float, mean: float, half: float = 0.004) -> Any:
         return record(share=share, difference=record(mean=mean, low=mean - half, high=mean + half))
 
-    def found(label: str, n_head: int, half: int, added: float) -> Any:
+    def results(label: str, n_head: int, half: int, added: float) -> Any:
         made = {
             "longer": ({}, [], [look(0, 0), record(share=0.05, difference=None)]),
             "some": ({"n_kv_head": half, "method": "mean"}, [], [look(0, added), look(0.05, 0.001)]),
@@ -267,7 +267,7 @@ def test_conversions_of_several_studies_stand_side_by_side(monkeypatch: pytest.M
 
     tables = tool("conversion_tables", monkeypatch)
     assert tables.table({}) == ""
-    text = tables.table({"convert": found("small", 6, 3, 0.5), "convert-8m": found("large", 8, 4, 0.25)})
+    text = tables.table({"convert": results("small", 6, 3, 0.5), "convert-8m": results("large", 8, 4, 0.25)})
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     assert rows == [
         ["", "small, 0%", "small, 5%", "large, 0%", "large, 5%"],
@@ -279,4 +279,4 @@ def test_conversions_of_several_studies_stand_side_by_side(monkeypatch: pytest.M
         ["all three: 1 key head, RoPE, fit, window 128, distilled", "+0.200", "+0.100", "+0.200", "+0.100"],
     ]
     assert "small 8.2 million, large 8.2 million" in text
-    assert len(tables.table({"convert": found("small", 6, 3, 0.5)}).splitlines()[0].split("|")) == 5
+    assert len(tables.table({"convert": results("small", 6, 3, 0.5)}).splitlines()[0].split("|")) == 5

@@ -44,12 +44,12 @@ class Page(HTMLParser):
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        if found.get("id"):
-            self.ids.append(str(found["id"]))
+        results = dict(attrs)
+        if results.get("id"):
+            self.ids.append(str(results["id"]))
         for name in ("href", "src", "xlink:href", "action"):
-            if name in found:
-                self.links.append(str(found[name]))
+            if name in results:
+                self.links.append(str(results[name]))
         if tag not in self.EMPTY:
             self.open.append(tag)
 
@@ -87,10 +87,10 @@ def check_page(path: Path) -> Page:
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a study that has everything, drawn."""
-    found = plausible.results(LADDER)
-    found["claims"] = [claim(True), claim(None)]
-    timed = plausible.timings(found) | {"claims": [claim(False)]}
-    directory = plausible.write(tmp_path_factory.mktemp("whole"), found, timed)
+    results = plausible.results(LADDER)
+    results["claims"] = [claim(True), claim(None)]
+    timed = plausible.timings(results) | {"claims": [claim(False)]}
+    directory = plausible.write(tmp_path_factory.mktemp("whole"), results, timed)
     write_report(directory)
     return directory
 
@@ -99,8 +99,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def written(tmp_path: Path, no_drawing: None) -> Callable[..., tuple[Page, str]]:
     """Write a report without drawings; return its page, checked, and its Markdown."""
 
-    def write(found: Results, timed: Results | None = None) -> tuple[Page, str]:
-        directory = plausible.write(tmp_path / "study", found, timed)
+    def write(results: Results, timed: Results | None = None) -> tuple[Page, str]:
+        directory = plausible.write(tmp_path / "study", results, timed)
         page = check_page(write_report(directory))
         return page, (directory / "report.md").read_text(encoding="utf-8")
 
@@ -171,12 +171,12 @@ def test_markdown_says_the_same(whole: Path) -> None:
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
-    found = plausible.results([(), ("gqa",)], [0])
+    results = plausible.results([(), ("gqa",)], [0])
     for lacking in ("heads", "maps", "copy"):  # what is left draws every kind of line
-        MISSING[lacking](found)
+        MISSING[lacking](results)
     trees = []
     for name in ("a", "b"):
-        directory = plausible.write(tmp_path / name, found)
+        directory = plausible.write(tmp_path / name, results)
         write_report(directory)
         trees.append({str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()})
     assert trees[0] == trees[1]
@@ -196,8 +196,8 @@ def test_the_calculator_works_in_a_browser(whole: Path, tmp_path: Path) -> None:
 
 
 def test_every_table_names_model_tokens_and_hardware(no_drawing: None) -> None:
-    found = plausible.results(LADDER)
-    for table in tables(report.outline(plausible.study(found, plausible.timings(found)))):
+    results = plausible.results(LADDER)
+    for table in tables(report.outline(plausible.study(results, plausible.timings(results)))):
         model, trained, hardware = re.split("; ", table.setting, maxsplit=2)
         assert "GPT-2" in model
         assert "8.19M tokens trained, 3 seeds" in trained or trained == "untrained"
@@ -205,11 +205,11 @@ def test_every_table_names_model_tokens_and_hardware(no_drawing: None) -> None:
 
 
 def test_the_summary_holds_the_results_own_figures(no_drawing: None) -> None:
-    found = plausible.results(LADDER)
-    timed = plausible.timings(found)
-    (table,) = (t for t in tables(report.outline(plausible.study(found, timed))) if t.title == "Variants")
+    results = plausible.results(LADDER)
+    timed = plausible.timings(results)
+    (table,) = (t for t in tables(report.outline(plausible.study(results, timed))) if t.title == "Variants")
     assert len(table.rows) == len(LADDER)
-    for row, (name, variant) in zip(table.rows, found["variants"].items(), strict=True):
+    for row, (name, variant) in zip(table.rows, results["variants"].items(), strict=True):
         config = ModelConfig.from_dict(variant["config"])
         point = next(p for p in timed["variants"][name]["decode"] if (p["context"], p["batch"]) == (512, 8))
         assert row[1] == f"{sum(cost.parameters(config).values()):,}"
@@ -249,44 +249,44 @@ def test_a_difference_in_words(interval: dict[str, Any], words: str) -> None:
 
 
 def test_direction_words_follow_the_sign(written: Callable[..., tuple[Page, str]]) -> None:
-    found = plausible.results([(), ("rope",)])
-    found["variants"]["rope"]["difference"] = between(-0.09, -0.08, -0.07)
-    assert "**RoPE.** Loss 0.080 nats per token lower" in written(found)[1]
-    found["variants"]["rope"]["difference"] = between(0.07, 0.08, 0.09)
-    assert "**RoPE.** Loss 0.080 nats per token higher" in written(found)[1]
-    found["variants"]["rope"]["difference"] = between(-0.07, 0.01, 0.09)
-    text = written(found)[1]
+    results = plausible.results([(), ("rope",)])
+    results["variants"]["rope"]["difference"] = between(-0.09, -0.08, -0.07)
+    assert "**RoPE.** Loss 0.080 nats per token lower" in written(results)[1]
+    results["variants"]["rope"]["difference"] = between(0.07, 0.08, 0.09)
+    assert "**RoPE.** Loss 0.080 nats per token higher" in written(results)[1]
+    results["variants"]["rope"]["difference"] = between(-0.07, 0.01, 0.09)
+    text = written(results)[1]
     assert "**RoPE.** Loss within noise" in text
     assert not re.search(r"\b(lower|higher) \(", text)
 
 
 def test_effects_and_interactions_in_a_table(written: Callable[..., tuple[Page, str]]) -> None:
-    found = plausible.results()
-    for i, one in enumerate(found["effects"]["interactions"].values()):
+    results = plausible.results()
+    for i, one in enumerate(results["effects"]["interactions"].values()):
         one.update(between(-0.02, -0.01, -0.005) if i == 0 else between(-0.02, 0.01, 0.03))
-    text = written(found)[1]
+    text = written(results)[1]
     assert "| RoPE × GQA | −0.010 | −0.020 to −0.005 | better together |" in text
     assert "| RoPE × SWA | +0.010 | −0.020 to +0.030 | within noise |" in text
-    for one in found["effects"]["interactions"].values():
+    for one in results["effects"]["interactions"].values():
         one.update(between(None, 0.01, None))
-    assert "| RoPE × GQA | +0.010 | - | no interval |" in written(found)[1]
+    assert "| RoPE × GQA | +0.010 | - | no interval |" in written(results)[1]
 
 
 def test_a_ratio_of_speeds_is_a_tie_where_it_is_small(written: Callable[..., tuple[Page, str]]) -> None:
-    found = plausible.results([(), ("gqa",)])
-    timed = plausible.timings(found)
+    results = plausible.results([(), ("gqa",)])
+    timed = plausible.timings(results)
     for name, speed in (("base", 100.0), ("gqa", 110.0)):
         timed["variants"][name]["decode"] = [
             {"context": 512, "batch": 8, "milliseconds": 1.0, "tokens_per_second": speed}
         ]
-    assert "Decoding: 1.10× the base's speed, a tie (512 tokens, batch 8)." in written(found, timed)[1]
+    assert "Decoding: 1.10× the base's speed, a tie (512 tokens, batch 8)." in written(results, timed)[1]
     timed["variants"]["gqa"]["decode"][0]["tokens_per_second"] = 120.0
-    assert "Decoding: 1.20× the base's speed (512 tokens, batch 8)." in written(found, timed)[1]
+    assert "Decoding: 1.20× the base's speed (512 tokens, batch 8)." in written(results, timed)[1]
 
 
 def test_where_it_pays_and_where_it_does_not(written: Callable[..., tuple[Page, str]]) -> None:
-    found = plausible.results(LADDER)
-    text = written(found, plausible.timings(found))[1]
+    results = plausible.results(LADDER)
+    text = written(results, plausible.timings(results))[1]
     rope, _, swa = (part.partition("### How it changes")[0] for part in text.split("### Where it pays, ")[1:])
     assert re.findall(r"\*\*([\d.]+)×\*\* \|$", rope, re.MULTILINE) == ["1.00"] * 5
     gains = re.findall(r"^\| ([\d,]+) tokens, (.*?) \|.*\*\*([\d.]+)×\*\* \|$", swa, re.MULTILINE)
@@ -300,8 +300,8 @@ def test_where_it_pays_and_where_it_does_not(written: Callable[..., tuple[Page, 
 def without(*path: str | int, value: Any = None) -> Callable[[Results], None]:
     """Put nothing where a path leads to."""
 
-    def change(found: Results) -> None:
-        for variant in found["variants"].values():
+    def change(results: Results) -> None:
+        for variant in results["variants"].values():
             here: Any = variant
             for step in path[:-1]:
                 here = here[step]
@@ -310,57 +310,57 @@ def without(*path: str | int, value: Any = None) -> Callable[[Results], None]:
     return change
 
 
-def shipped_only(found: Results) -> None:
-    found["study"].update(kind="shipped", seeds=[], tokens=0, recipe={}, made_with={})
-    found["effects"] = None
-    for variant in found["variants"].values():
+def shipped_only(results: Results) -> None:
+    results["study"].update(kind="shipped", seeds=[], tokens=0, recipe={}, made_with={})
+    results["effects"] = None
+    for variant in results["variants"].values():
         variant.update(source="shipped", runs=[], tokens_trained=None)
 
 
-def undecided(found: Results) -> None:
-    found["effects"] = None
-    for variant in found["variants"].values():
+def undecided(results: Results) -> None:
+    results["effects"] = None
+    for variant in results["variants"].values():
         variant["difference"] = None
 
 
-def no_quality(found: Results) -> None:
-    for variant in found["variants"].values():
+def no_quality(results: Results) -> None:
+    for variant in results["variants"].values():
         for run in variant["runs"]:
             run.update(status="failed", error="out of memory", curve=[], validation_curve=[], validation_loss=None)
         variant.update(
             quality=None, by_position=None, copying=[], induction=None, heads=None, attention_map=None, samples=[]
         )
-    undecided(found)
+    undecided(results)
 
 
-def single_seed(found: Results) -> None:
-    for variant in found["variants"].values():
+def single_seed(results: Results) -> None:
+    for variant in results["variants"].values():
         if variant["difference"]:
             variant["difference"].update(low=None, high=None, n=1)
-    found["effects"] = None
+    results["effects"] = None
 
 
-def only_the_base(found: Results) -> None:
-    found["variants"] = {"base": found["variants"]["base"]}
-    undecided(found)
+def only_the_base(results: Results) -> None:
+    results["variants"] = {"base": results["variants"]["base"]}
+    undecided(results)
 
 
-def base_failed(found: Results) -> None:
-    for run in found["variants"]["base"]["runs"]:
+def base_failed(results: Results) -> None:
+    for run in results["variants"]["base"]["runs"]:
         run.update(status="failed", error=None, curve=[], validation_curve=[], validation_loss=None)
-    found["variants"]["base"].update(quality=None, by_position=None, heads=None, attention_map=None)
-    undecided(found)
+    results["variants"]["base"].update(quality=None, by_position=None, heads=None, attention_map=None)
+    undecided(results)
 
 
 MISSING: dict[str, Callable[[Results], None]] = {
-    "nothing": lambda found: None,
+    "nothing": lambda results: None,
     "quality": no_quality,
     "base": base_failed,
     "others": only_the_base,
     "shipped": shipped_only,
     "intervals": single_seed,
-    "effects": lambda found: found.update(effects=None),
-    "sizes": lambda found: found.update(four_sizes={}),
+    "effects": lambda results: results.update(effects=None),
+    "sizes": lambda results: results.update(four_sizes={}),
     "cache": without("cache", value=[]),
     "heads": without("heads"),
     "maps": without("attention_map"),
@@ -368,11 +368,11 @@ MISSING: dict[str, Callable[[Results], None]] = {
     "induction": without("induction"),
     "positions": without("by_position"),
     "samples": without("samples", value=[]),
-    "curves": lambda found: [
-        run.update(curve=[], validation_curve=[]) for v in found["variants"].values() for run in v["runs"]
+    "curves": lambda results: [
+        run.update(curve=[], validation_curve=[]) for v in results["variants"].values() for run in v["runs"]
     ],
     "flops": without("flops_per_token", value={"forward": {}, "training": 1.0}),
-    "claims": lambda found: found.update(claims=[]),
+    "claims": lambda results: results.update(claims=[]),
 }
 
 
@@ -383,9 +383,9 @@ MISSING: dict[str, Callable[[Results], None]] = {
 def test_whatever_is_missing_the_rest_is_said(
     missing: str, timed: bool, written: Callable[..., tuple[Page, str]]
 ) -> None:
-    found = plausible.results()
-    MISSING[missing](found)
-    page, text = written(found, plausible.timings(found) if timed else None)
+    results = plausible.results()
+    MISSING[missing](results)
+    page, text = written(results, plausible.timings(results) if timed else None)
     titles = [title for level, title in page.outline if level]
     assert ("When does it pay?" in titles) is timed
     assert ("tokens/s" in text) is timed
@@ -396,34 +396,34 @@ def test_whatever_is_missing_the_rest_is_said(
 
 
 def test_failed_runs_are_named(written: Callable[..., tuple[Page, str]]) -> None:
-    found = plausible.results(LADDER)
-    found["variants"]["gqa"]["runs"][1].update(status="failed", error="killed by *hand*", validation_loss=None)
-    page, text = written(found)
+    results = plausible.results(LADDER)
+    results["variants"]["gqa"]["runs"][1].update(status="failed", error="killed by *hand*", validation_loss=None)
+    page, text = written(results)
     assert "1 of 18 runs failed and are left out of all figures: GQA, seed 1: killed by *hand*." in page.text
     assert r"GQA, seed 1: killed by \*hand\*" in text
-    no_quality(found)
-    assert "Quality unknown: every run failed." in written(found)[1]
+    no_quality(results)
+    assert "Quality unknown: every run failed." in written(results)[1]
 
 
 def test_timings_that_lack_peaks_or_a_variant(written: Callable[..., tuple[Page, str]]) -> None:
-    found = plausible.results(LADDER)
-    timed = plausible.timings(found)
+    results = plausible.results(LADDER)
+    timed = plausible.timings(results)
     timed["peaks"]["flops"] = {"float32": 1e11}  # but timed in bfloat16
     del timed["variants"]["gqa"]
     timed["variants"]["swa"].update(training_tokens_per_second=None, training_memory_bytes=None, prefill=[], decode=[])
-    page, text = written(found, timed)
+    page, text = written(results, timed)
     assert "calculator" not in page.ids
     assert "Measured speed and memory" in text
     assert "GPT-2 small, `n_kv_head=4`; untrained; no hardware: bytes read for a step, bfloat16" in text
 
 
 def test_several_variants_of_one_change_stand_in_one_table(written: Callable[..., tuple[Page, str]]) -> None:
-    found = plausible.results([(), ("gqa",)])
+    results = plausible.results([(), ("gqa",)])
     single = ModelConfig.preset("pocket", n_kv_head=1)
-    found["variants"]["mqa"] = plausible.variant(
+    results["variants"]["mqa"] = plausible.variant(
         ("gqa",), label="MQA", config=single.to_dict(), difference=between(0.01, 0.05, 0.09)
     )
-    _, text = written(found, plausible.timings(found))
+    _, text = written(results, plausible.timings(results))
     here = text[text.index("### What it did here") : text.index("### At GPT-2's four sizes")]
     rows = [line for line in here.splitlines() if line.startswith("| **")]
     assert [row.split("|")[1].strip() for row in rows] == [
@@ -444,11 +444,11 @@ def test_a_change_made_only_with_others_is_taken_alone_at_gpt2s_sizes(
 
 
 def test_a_base_that_has_a_change_already(written: Callable[..., tuple[Page, str]]) -> None:
-    found = plausible.results([("swa",), ("rope", "swa"), ()], [0])
-    found["study"]["base"] = "swa"
+    results = plausible.results([("swa",), ("rope", "swa"), ()], [0])
+    results["study"]["base"] = "swa"
     for name, kinds in (("swa", []), ("rope-swa", ["rope"]), ("base", ["swa"])):
-        found["variants"][name].update(kinds=kinds, difference=between(-0.1, 0.0, 0.1) if kinds else None)
-    _, text = written(found, plausible.timings(found))
+        results["variants"][name].update(kinds=kinds, difference=between(-0.1, 0.0, 0.1) if kinds else None)
+    _, text = written(results, plausible.timings(results))
     assert "**SWA with no window.** Loss within noise" in text
     assert text.index("| **SWA** |") < text.index("| **GPT-2** |")
 
@@ -462,15 +462,15 @@ def test_claims_of_both_files_with_their_verdicts(whole: Path) -> None:
 
 def test_texts_stand_for_themselves(written: Callable[..., tuple[Page, str]]) -> None:
     nasty = "</script><script>alert(1)</script> **a** `b` | $c$ \"d' &amp; [e](f) \\ # <!-- ]]>"
-    found = plausible.results([(), ("gqa",)])
-    found["study"].update(title=nasty, question=nasty, recipe={"a": nasty}, made_with={"b": nasty})
-    found["study"]["corpus"]["name"] = nasty
-    found["variants"]["gqa"].update(label=nasty, samples=[{"prompt": nasty, "text": nasty}])
-    found["variants"]["gqa"]["runs"][0].update(status="failed", error=nasty)
-    found["claims"] = [dict.fromkeys(("paper", "claim", "ours", "note"), nasty) | {"holds": None}]
-    timed = plausible.timings(found)
+    results = plausible.results([(), ("gqa",)])
+    results["study"].update(title=nasty, question=nasty, recipe={"a": nasty}, made_with={"b": nasty})
+    results["study"]["corpus"]["name"] = nasty
+    results["variants"]["gqa"].update(label=nasty, samples=[{"prompt": nasty, "text": nasty}])
+    results["variants"]["gqa"]["runs"][0].update(status="failed", error=nasty)
+    results["claims"] = [dict.fromkeys(("paper", "claim", "ours", "note"), nasty) | {"holds": None}]
+    timed = plausible.timings(results)
     timed["machine"]["processor"] = nasty
-    page, text = written(found, timed)
+    page, text = written(results, timed)
     assert page.outline[0] == (1, nasty)
     assert page.text.count(nasty) > 8
     assert "<script>alert" not in text.replace(r"\<script\>alert", "")
@@ -479,12 +479,12 @@ def test_texts_stand_for_themselves(written: Callable[..., tuple[Page, str]]) ->
 
 
 def test_labels_may_hold_markup_in_drawings_too(tmp_path: Path) -> None:
-    found = plausible.results([(), ("gqa",)], [0])
+    results = plausible.results([(), ("gqa",)], [0])
     for lacking in ("curves", "copy", "positions"):
-        MISSING[lacking](found)
-    found["variants"]["gqa"]["label"] = "<b>&\"'$x$"
-    found["variants"]["../../gqa"] = found["variants"].pop("gqa")
-    check_page(write_report(plausible.write(tmp_path / "study", found)))
+        MISSING[lacking](results)
+    results["variants"]["gqa"]["label"] = "<b>&\"'$x$"
+    results["variants"]["../../gqa"] = results["variants"].pop("gqa")
+    check_page(write_report(plausible.write(tmp_path / "study", results)))
     assert [path.name for path in tmp_path.iterdir()] == ["study"]
 
 
@@ -494,12 +494,12 @@ def test_markup_to_html() -> None:
     )
 
 
-def damage(found: Results, *path: str | int, value: Any) -> Results:
-    here: Any = found
+def damage(results: Results, *path: str | int, value: Any) -> Results:
+    here: Any = results
     for step in path[:-1]:
         here = here[step]
     here[path[-1]] = value
-    return found
+    return results
 
 
 @pytest.mark.parametrize(
@@ -518,9 +518,9 @@ def damage(found: Results, *path: str | int, value: Any) -> Results:
     ],
 )
 def test_damaged_results_are_refused(path: tuple[str | int, ...], value: Any, message: str, tmp_path: Path) -> None:
-    found = damage(plausible.results([(), ("gqa",)]), *path, value=value)
+    results = damage(plausible.results([(), ("gqa",)]), *path, value=value)
     with pytest.raises(GptlabError, match=message):
-        write_report(plausible.write(tmp_path, found))
+        write_report(plausible.write(tmp_path, results))
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
@@ -548,10 +548,10 @@ def test_an_old_report_stays_where_a_new_one_cannot_be_written(tmp_path: Path, n
 
 
 def test_a_file_of_a_study_is_read_as_it_was_written(tmp_path: Path) -> None:
-    found = plausible.results([(), ("rope",), ("swa",), ("rope", "swa")])
-    timed = plausible.timings(found)
-    study = read_study(plausible.write(tmp_path, found, timed))
-    assert study.results == plausible.study(found).results
+    results = plausible.results([(), ("rope",), ("swa",), ("rope", "swa")])
+    timed = plausible.timings(results)
+    study = read_study(plausible.write(tmp_path, results, timed))
+    assert study.results == plausible.study(results).results
     assert study.kinds == {
         "base": frozenset(),
         "rope": {"rope"},

@@ -34,17 +34,17 @@ def judged(claim: str, losses: dict[tuple[str, float], float], whole: bool = Fal
 def test_pooling(share: float, claim: str) -> None:
     names = ("mqa-mean", "mqa-first", "mqa-random")
     for losses, holds in (((4.5, 4.6, 4.9), True), ((4.6, 4.5, 4.9), False), ((4.5, 4.50001, 4.9), None)):
-        found = judged(claim, {(name, share): loss for name, loss in zip(names, losses, strict=True)})
-        assert found.holds is holds
+        verdict = judged(claim, {(name, share): loss for name, loss in zip(names, losses, strict=True)})
+        assert verdict.holds is holds
     assert judged("uptraining-pooling", {(name, 0.0): 4.0 for name in names}).ours == "not obtained"
 
 
 def test_usable_right_after_conversion() -> None:
     for several, single, holds in ((4.5, 5.8, True), (5.5, 5.8, False), (4.5, 4.8, False), (4.9999, 5.8, None)):
         losses = {("base", 0.0): 4.0, ("gqa-mean", 0.0): several, ("mqa-mean", 0.0): single, ("mqa-random", 0.0): 6.0}
-        found = judged("uptraining-usable", losses)
-        assert found.holds is holds, several
-        assert f"loss added: {several - 4:+.3f}"[:-1] in found.ours
+        verdict = judged("uptraining-usable", losses)
+        assert verdict.holds is holds, several
+        assert f"loss added: {several - 4:+.3f}"[:-1] in verdict.ours
 
 
 def test_uptraining_recovers() -> None:

@@ -84,16 +84,16 @@ def test_looks_are_the_models_at_those_steps(whole: Path) -> None:
     base = gptlab.load(f"{whole / 'runs' / results.variants['base'].runs[0].key}@last")
     mean = results.variants["mean"]
     assert (mean.source, mean.tokens_trained, mean.changes) == ("converted", 768 + 384, {"n_kv_head": 2})
-    found = looks(whole, "mean")
-    assert [(look.share, look.tokens) for look in found] == [(0, 0), (0.25, 192), (0.5, 384)]
+    points = looks(whole, "mean")
+    assert [(look.share, look.tokens) for look in points] == [(0, 0), (0.25, 192), (0.5, 384)]
     by_hand = LanguageModel(regroup(base.model, 2, method="mean"), base.tokenizer)
-    assert found[0].nats_per_token == pytest.approx(loss_of(by_hand, whole / "held_out.txt"), rel=1e-6)
+    assert points[0].nats_per_token == pytest.approx(loss_of(by_hand, whole / "held_out.txt"), rel=1e-6)
     run = whole / "runs" / mean.runs[0].key
-    for look, model in zip(found[1:], (run / "kept/step-000003", f"{run}@last"), strict=True):
+    for look, model in zip(points[1:], (run / "kept/step-000003", f"{run}@last"), strict=True):
         assert look.nats_per_token == pytest.approx(loss_of(gptlab.load(model), whole / "held_out.txt"), rel=1e-6)
     assert not list((run / "kept").rglob("training.*"))
     assert mean.quality is not None
-    assert mean.quality.nats_per_token == found[-1].nats_per_token
+    assert mean.quality.nats_per_token == points[-1].nats_per_token
     assert [tokens for tokens, _ in mean.runs[0].validation_curve] == [192, 384]
     with torch.no_grad():
         stream = [

@@ -98,9 +98,9 @@ def test_variants_take_turns_and_the_median_counts(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     steps = {"a": step("a", [9.0, 1.0, 2.0, 30.0]), "b": step("b", [5.0])}
-    found = take_turns(steps, CPU, 1e9)
+    seconds = take_turns(steps, CPU, 1e9)
     assert calls == ["a", "b"] * (1 + ROUNDS)
-    assert found == {"a": 2.0, "b": 5.0}  # of 1 2 30 9 1 2 30 9 1: the first call does not count
+    assert seconds == {"a": 2.0, "b": 5.0}  # of 1 2 30 9 1 2 30 9 1: the first call does not count
     calls.clear()
     take_turns(steps, CPU, 0.0)
     assert calls == ["a", "b"] * 2  # at least one round, whatever the time
@@ -130,15 +130,15 @@ def run(cache: Path, **changes: Any) -> Kept:
 def test_everything_is_timed_for_every_variant(tmp_path: Path) -> None:
     timings, said = run(tmp_path)
     assert list(timings.variants) == list(CONFIGS)
-    for found in timings.variants.values():
-        points = [(row.context, row.batch) for row in found.decode]
+    for timed in timings.variants.values():
+        points = [(row.context, row.batch) for row in timed.decode]
         assert points == [(16, 1), (16, 2), (96, 1), (96, 2)]  # 96 is beyond the learned positions
-        for row in found.decode:
+        for row in timed.decode:
             assert row.tokens_per_second == pytest.approx(1e3 * row.batch / row.milliseconds)
-        assert [(row.context, row.batch) for row in found.prefill] == [(16, 1), (96, 1)]
-        assert all(row.tokens_per_second > 0 for row in found.prefill)
-        assert found.training_tokens_per_second > 0
-        assert (found.training_memory_bytes, found.decoding_memory_bytes) == (2000, 1000)
+        assert [(row.context, row.batch) for row in timed.prefill] == [(16, 1), (96, 1)]
+        assert all(row.tokens_per_second > 0 for row in timed.prefill)
+        assert timed.training_tokens_per_second > 0
+        assert (timed.training_memory_bytes, timed.decoding_memory_bytes) == (2000, 1000)
     assert "2 x 96 tokens in the cache" in timings.how
     assert "training on 1 windows" in timings.how
     assert timings.machine.threads == torch.get_num_threads()
@@ -165,8 +165,8 @@ def test_what_would_take_too_much_is_left_out(tmp_path: Path, monkeypatch: pytes
     sizes = {batch: sum(cost.cache_bytes(c, 96, 4, batch=batch) for c in CONFIGS.values()) for batch in (1, 2)}
     monkeypatch.setattr(measuring, "MOST_BYTES", (sizes[1] + sizes[2]) // 2)
     timings, _ = run(tmp_path)
-    for found in timings.variants.values():
-        assert [(row.context, row.batch) for row in found.decode] == [(16, 1), (16, 2), (96, 1)]
+    for timed in timings.variants.values():
+        assert [(row.context, row.batch) for row in timed.decode] == [(16, 1), (16, 2), (96, 1)]
     assert "1 x 96 tokens in the cache" in timings.how
 
     def slow(steps: dict[str, Any], device: torch.device, seconds: float) -> dict[str, float]:
@@ -174,8 +174,8 @@ def test_what_would_take_too_much_is_left_out(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(measuring, "take_turns", slow)
     timings, _ = run(tmp_path / "slow", seconds=100)
-    for found in timings.variants.values():
-        assert [row.context for row in found.prefill] == [16]  # the next would take minutes
+    for timed in timings.variants.values():
+        assert [row.context for row in timed.prefill] == [16]  # the next would take minutes
 
 
 @pytest.mark.usefixtures("no_measuring")
@@ -202,14 +202,14 @@ def test_memory_of_a_process_of_its_own() -> None:
         "device": "cpu",
     }
     ballast = torch.ones(2**28)  # 1 GiB that the child must not be blamed for
-    found = peak_memory(asked)
+    memory = peak_memory(asked)
     assert ballast.any()
     weights = 4 * sum(cost.parameters(big).values())
     held = weights + cost.cache_bytes(big, 4096, 4, batch=4)
-    assert held < found["decoding"] < held + 2**28
-    assert 4 * weights < found["training"] < 4 * weights + 2**28  # weights, gradients, two moments
+    assert held < memory["decoding"] < held + 2**28
+    assert 4 * weights < memory["training"] < 4 * weights + 2**28  # weights, gradients, two moments
     narrow = dataclasses.replace(big, window=64).to_dict()
-    assert peak_memory({**asked, "config": narrow})["decoding"] < found["decoding"] - held // 4
+    assert peak_memory({**asked, "config": narrow})["decoding"] < memory["decoding"] - held // 4
     with pytest.raises(GptlabError, match="memory could not be measured"):
         peak_memory({**asked, "device": "nonsense"})
 
@@ -259,9 +259,9 @@ def test_the_changes_in_the_four_sizes() -> None:
 
 
 def test_operations_of_a_token() -> None:
-    found = costs.flops_per_token(CONFIGS["base"], [16, 64])
-    assert found.forward == {str(n): cost.token_flops(CONFIGS["base"], n - 1).total for n in (16, 64)}
-    assert found.training == cost.training_flops(CONFIGS["base"], 64) / 64
+    flops = costs.flops_per_token(CONFIGS["base"], [16, 64])
+    assert flops.forward == {str(n): cost.token_flops(CONFIGS["base"], n - 1).total for n in (16, 64)}
+    assert flops.training == cost.training_flops(CONFIGS["base"], 64) / 64
     assert sum(cost.parameters(CONFIGS["base"]).values()) == costs.parameters(CONFIGS["base"])["total"]
 
 

@@ -137,8 +137,8 @@ def test_the_answers_are_those_of_the_models(whole: Path) -> None:
     assert variant.by_position is not None
     assert variant.by_position.buckets == [(1, 16), (17, 32), (33, 64)]
     assert variant.by_position.trained_length == 32
-    for found, both in zip(variant.by_position.nats, zip(*positions, strict=True), strict=True):
-        assert found == mean(both)
+    for actual, both in zip(variant.by_position.nats, zip(*positions, strict=True), strict=True):
+        assert actual == mean(both)
     (copying,) = variant.copying
     assert copying.distance == 16
     assert copying.logprob == mean([one.logprob for one in copies])
@@ -173,15 +173,15 @@ def test_by_position_all_models_read_the_same_tokens(tmp_path: Path) -> None:
     for position, length, reach in (("learned", 16, 16), ("learned", 32, 32), ("learned", 64, 48), ("rope", 16, 48)):
         config = ModelConfig.preset("tiny", vocab_size=257, context_length=length, position=position)
         lm = LanguageModel(gptlab.GPT(config), byte_tokenizer())
-        found = ask.by_position(lm, model_key(lm))
-        assert found is not None
-        assert (found.buckets[0][0], found.buckets[-1][1]) == (1, reach)
-        assert found.trained_length == length
-        protocols.add(found.protocol)
+        by_position = ask.by_position(lm, model_key(lm))
+        assert by_position is not None
+        assert (by_position.buckets[0][0], by_position.buckets[-1][1]) == (1, reach)
+        assert by_position.trained_length == length
+        protocols.add(by_position.protocol)
         with torch.no_grad():
             logprobs = lm.model(torch.tensor(pieces)[:, :reach]).log_softmax(-1)
         nats = -logprobs.gather(-1, torch.tensor(pieces)[:, 1 : reach + 1, None])[..., 0]
-        for (first, last), loss in zip(found.buckets, found.nats, strict=True):
+        for (first, last), loss in zip(by_position.buckets, by_position.nats, strict=True):
             assert loss == pytest.approx(nats[:, first - 1 : last].mean().item(), abs=1e-5)
     assert len(protocols) == 1
 
@@ -190,8 +190,8 @@ def test_a_twin_of_the_base_differs_by_nothing(whole: Path) -> None:
     results = read_results(whole)
     base, twin = (results.variants[name] for name in ("base", "twin"))
     assert [run.key for run in base.runs] == [run.key for run in twin.runs]
-    found = results.variants["twin"].difference
-    assert (found.mean, found.low, found.high, found.n) == (0.0, 0.0, 0.0, 2)
+    interval = results.variants["twin"].difference
+    assert (interval.mean, interval.low, interval.high, interval.n) == (0.0, 0.0, 0.0, 2)
     rope = results.variants["rope"].difference
     assert rope.mean != 0.0
     assert rope.method == "paired over seeds"
@@ -280,9 +280,9 @@ def test_the_whole_factorial_with_timings_and_claims(corpus: Path, tmp_path: Pat
     assert list(results.effects.main) == ["rope", "gqa", "swa"]
     loss = {name: variant.quality.nats_per_token for name, variant in results.variants.items()}  # type: ignore[index]
     pairs = [("rope", "base"), ("rope-gqa", "gqa"), ("rope-swa", "swa"), ("rope-gqa-swa", "gqa-swa")]
-    found = results.effects.main["rope"]
-    assert found.mean == pytest.approx(sum(loss[a] - loss[b] for a, b in pairs) / 4, abs=1e-12)
-    assert found.method == "paired bootstrap over documents"
+    effect = results.effects.main["rope"]
+    assert effect.mean == pytest.approx(sum(loss[a] - loss[b] for a, b in pairs) / 4, abs=1e-12)
+    assert effect.method == "paired bootstrap over documents"
     assert results.claims is not None
     assert [claim.holds for claim in results.claims] == [None, None]  # one seed, and no multi-query variant
     assert [claim.paper for claim in timings.claims] == ["Rotary embeddings (EleutherAI 2021)"]
@@ -397,8 +397,8 @@ def test_models_that_are_loaded(corpus: Path, shipped: Path, tmp_path: Path) -> 
     assert results.variants["rope"].runs == []
     assert results.variants["rope"].changes == {"position": "rope"}
     assert results.variants["rope"].samples[0].prompt == "the "
-    found = results.variants["rope"].difference
-    assert found.method == "paired bootstrap over documents"
+    interval = results.variants["rope"].difference
+    assert interval.method == "paired bootstrap over documents"
     assert len((tmp_path / "study/held_out.txt").read_bytes()) == pytest.approx(3000, abs=200)
     assert corpus.read_text().startswith((tmp_path / "study/held_out.txt").read_text().split("<|endoftext|>")[0])
     by_position = [v.by_position.buckets[-1][1] for v in results.variants.values() if v.by_position]

@@ -21,11 +21,11 @@ FACTORIAL = ["base", "rope", "gqa", "swa", "rope-gqa", "rope-swa", "gqa-swa", "r
 
 
 def test_a_grid_is_every_combination_under_names_that_stay() -> None:
-    found = read_variants(small(CORPUS, grid=GRID))
-    assert [variant.name for variant in found] == FACTORIAL
+    variants = read_variants(small(CORPUS, grid=GRID))
+    assert [variant.name for variant in variants] == FACTORIAL
     labels = ["base", "RoPE", "GQA", "SWA", "RoPE + GQA", "RoPE + SWA", "GQA + SWA", "RoPE + GQA + SWA"]
-    assert [variant.label for variant in found] == labels
-    for variant in found:
+    assert [variant.label for variant in variants] == labels
+    for variant in variants:
         assert isinstance(variant, Trained)
         assert variant.factors is not None
         assert "-".join(variant.factors) == ("" if variant.name == "base" else variant.name)
@@ -49,9 +49,9 @@ def test_every_study_of_the_package_is_possible() -> None:
     assert study_names() == ["convert", "convert-8m", "gpt2-small", "papers", "quick", "standard"]
     for name in study_names():
         study = read_study(name)
-        found = read_variants(study)
+        variants = read_variants(study)
         assert study.name == name
-        assert found[0].name == study.base
+        assert variants[0].name == study.base
     assert [variant.name for variant in read_variants(read_study("standard"))] == FACTORIAL
     assert [variant.name for variant in read_variants(read_study("gpt2-small"))] == FACTORIAL
     for study in map(read_study, ("papers", "convert", "convert-8m")):
@@ -81,11 +81,11 @@ def test_windows_of_the_papers_study_do_the_same_work() -> None:
 
 
 def test_only_some_variants_and_the_base() -> None:
-    found = read_variants(small(CORPUS, grid=GRID))
-    assert [variant.name for variant in choose(found, ["swa", "rope"])] == ["base", "rope", "swa"]
-    assert choose(found, []) == found
+    variants = read_variants(small(CORPUS, grid=GRID))
+    assert [variant.name for variant in choose(variants, ["swa", "rope"])] == ["base", "rope", "swa"]
+    assert choose(variants, []) == variants
     with pytest.raises(GptlabError, match=r"no variant 'rope-gpa' \(did you mean 'rope-gqa'\?\)"):
-        choose(found, ["rope-gpa"])
+        choose(variants, ["rope-gpa"])
 
 
 def test_changes_and_factors() -> None:

@@ -53,10 +53,10 @@ def test_the_distribution_of_t_against_draws(df: int) -> None:
 
 def test_an_interval_over_seeds() -> None:
     # Gosset's own example (Student 1908): hours of sleep gained by ten patients, 1.58 +- 2.262 * 1.23 / sqrt(10).
-    found = seeds_interval([1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4])
-    assert found.mean == pytest.approx(1.58)
-    assert (found.low, found.high) == (pytest.approx(0.70, abs=5e-3), pytest.approx(2.46, abs=5e-3))
-    assert (found.n, found.method) == (10, OVER_SEEDS)
+    interval = seeds_interval([1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4])
+    assert interval.mean == pytest.approx(1.58)
+    assert (interval.low, interval.high) == (pytest.approx(0.70, abs=5e-3), pytest.approx(2.46, abs=5e-3))
+    assert (interval.n, interval.method) == (10, OVER_SEEDS)
     assert seeds_interval([0.5]).low is None
     twin = seeds_interval([0.0, 0.0, 0.0])
     assert (twin.low, twin.high) == (0.0, 0.0)
@@ -66,10 +66,10 @@ def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
     draw = np.random.default_rng(1)
     inside = 0
     for _ in range(2000):
-        found = seeds_interval(list(draw.normal(0.3, 1.0, 3)))
-        assert found.low is not None
-        assert found.high is not None
-        inside += found.low <= 0.3 <= found.high
+        interval = seeds_interval(list(draw.normal(0.3, 1.0, 3)))
+        assert interval.low is not None
+        assert interval.high is not None
+        inside += interval.low <= 0.3 <= interval.high
     assert inside / 2000 == pytest.approx(0.95, abs=0.015)
 
 
@@ -77,11 +77,11 @@ def test_one_seed_falls_back_on_documents_and_agrees_with_the_comparison_of_two(
     draw = np.random.default_rng(2)
     a, b = (result(list(draw.normal(4, 1, 30)), name) for name in "ab")
     expected = paired_difference(a, b)
-    found = contrast({"a": 1.0, "b": -1.0}, {"a": {0: a}, "b": {0: b}})
-    assert found is not None
-    assert (found.method, found.n) == (OVER_DOCUMENTS, 30)
-    assert found.mean == pytest.approx(expected.mean, rel=1e-12)
-    assert (found.low, found.high) == (pytest.approx(expected.low, rel=1e-12), pytest.approx(expected.high))
+    interval = contrast({"a": 1.0, "b": -1.0}, {"a": {0: a}, "b": {0: b}})
+    assert interval is not None
+    assert (interval.method, interval.n) == (OVER_DOCUMENTS, 30)
+    assert interval.mean == pytest.approx(expected.mean, rel=1e-12)
+    assert (interval.low, interval.high) == (pytest.approx(expected.low, rel=1e-12), pytest.approx(expected.high))
 
 
 def test_a_contrast_takes_the_seeds_that_all_have() -> None:
@@ -90,10 +90,10 @@ def test_a_contrast_takes_the_seeds_that_all_have() -> None:
         "b": {0: result([3.0]), 1: result([3.1])},
         "c": {},
     }
-    found = contrast({"a": 1.0, "b": -1.0}, scored)
-    assert found is not None
-    assert (found.n, found.method) == (2, OVER_SEEDS)
-    assert found.mean == pytest.approx(1.05)
+    interval = contrast({"a": 1.0, "b": -1.0}, scored)
+    assert interval is not None
+    assert (interval.n, interval.method) == (2, OVER_SEEDS)
+    assert interval.mean == pytest.approx(1.05)
     assert contrast({"a": 1.0, "c": -1.0}, scored) is None
     single = documents_interval({"a": result([4.0]), "b": result([3.0])}, {"a": 1.0, "b": -1.0})
     assert (single.mean, single.low, single.n) == (pytest.approx(1.0), None, 1)
@@ -102,18 +102,18 @@ def test_a_contrast_takes_the_seeds_that_all_have() -> None:
 def test_effects_against_a_regression() -> None:
     draw = np.random.default_rng(3)
     losses = {name: list(draw.normal(4, 0.1, 3)) for name in CELLS}
-    found = effects(CELLS, {name: {i: result([x]) for i, x in enumerate(row)} for name, row in losses.items()})
-    assert found is not None
+    estimated = effects(CELLS, {name: {i: result([x]) for i, x in enumerate(row)} for name, row in losses.items()})
+    assert estimated is not None
     terms = [chosen for size in range(4) for chosen in itertools.combinations(NAMES, size)]
     # Coded -1 and +1, a coefficient is the effect of k factors divided by 2^k.
     design = [[math.prod(1 if f in CELLS[c] else -1 for f in term) for term in terms] for c in CELLS]
     fits = np.linalg.lstsq(np.array(design, float), np.array([losses[name] for name in CELLS]), rcond=None)[0]
     for term, fit in zip(terms, fits, strict=True):
         if term:
-            one = (found.main if len(term) == 1 else found.interactions)[" x ".join(term)]
+            one = (estimated.main if len(term) == 1 else estimated.interactions)[" x ".join(term)]
             assert one.mean == pytest.approx(fit.mean() * 2 ** len(term), abs=1e-12)
-    assert list(found.main) == NAMES
-    assert len(found.interactions) == 4
+    assert list(estimated.main) == NAMES
+    assert len(estimated.interactions) == 4
 
 
 def test_what_is_no_factorial() -> None:
@@ -161,9 +161,9 @@ def results_of(scores: dict[str, dict[int, Result]], curves: dict[str, Any] | No
 )
 def test_grouped_queries_between(losses: dict[str, float], holds: bool | None) -> None:
     scores = scored(**losses)
-    (found,) = claims_of_results(["gqa-between"], results_of(scores), scores)
-    assert found.holds is holds
-    assert (found.ours == "not obtained") == ("mqa" not in losses)
+    (claim,) = claims_of_results(["gqa-between"], results_of(scores), scores)
+    assert claim.holds is holds
+    assert (claim.ours == "not obtained") == ("mqa" not in losses)
 
 
 @pytest.mark.parametrize(
@@ -171,24 +171,24 @@ def test_grouped_queries_between(losses: dict[str, float], holds: bool | None) -
 )
 def test_growing_windows(fixed: float, falling: float, holds: bool | None) -> None:
     scores = scored(swa=fixed, swa_increasing=3.9, swa_decreasing=falling)
-    (found,) = claims_of_results(["windows-grow"], results_of(scores), scores)
-    assert found.holds is holds
+    (claim,) = claims_of_results(["windows-grow"], results_of(scores), scores)
+    assert claim.holds is holds
 
 
 def test_the_loss_falls_faster() -> None:
     tokens = [1000 * (i + 1) for i in range(40)]
     base = [[[t, 6 - t / 1e4 + 0.01 * s] for t in tokens] for s in range(3)]
     rope = [[[t, max(6 - t / 5e3, 2.0) + 0.011 * s] for t in tokens] for s in range(3)]
-    (found,) = claims_of_results(["rope-falls-faster"], results_of({}, {"base": base, "rope": rope}), {})
-    assert found.holds is True
+    (claim,) = claims_of_results(["rope-falls-faster"], results_of({}, {"base": base, "rope": rope}), {})
+    assert claim.holds is True
     mean = sum(t / 1e4 - min(t / 5e3, 4.0) for t in tokens) / 40
-    assert f"{mean + 0.001:+.4f}" in found.ours
+    assert f"{mean + 0.001:+.4f}" in claim.ours
     # The last ten points of the base have a mean of 6 - 3.55; the ten up to point i of the other, 6 - (i - 4.5) / 5.
-    assert f"after {23 / 40:.0%} of the tokens" in found.ours
-    (found,) = claims_of_results(["rope-falls-faster"], results_of({}, {"base": rope, "rope": base}), {})
-    assert found.holds is False
-    (found,) = claims_of_results(["rope-falls-faster"], results_of({}, {"base": base[:1], "rope": rope[:1]}), {})
-    assert (found.holds, found.note) == (None, "a single seed")
+    assert f"after {23 / 40:.0%} of the tokens" in claim.ours
+    (claim,) = claims_of_results(["rope-falls-faster"], results_of({}, {"base": rope, "rope": base}), {})
+    assert claim.holds is False
+    (claim,) = claims_of_results(["rope-falls-faster"], results_of({}, {"base": base[:1], "rope": rope[:1]}), {})
+    assert (claim.holds, claim.note) == (None, "a single seed")
 
 
 def timing(prefill: dict[int, float], decode: dict[tuple[int, int], float], training: float | None) -> VariantTimings:
@@ -216,16 +216,16 @@ def test_claims_of_the_clock() -> None:
     }
     names = [name for name, rule in CLAIMS.items() if rule.clock]
     both: Any = SimpleNamespace(variants=variants)
-    found = claims_of_timings(names, both, both)
+    claims = claims_of_timings(names, both, both)
     # One to three percent are less than the clock can tell.
-    assert [claim.holds for claim in found] == [None, True, True]
-    assert found[0].ours == "a step takes 1.02 times as long"
-    assert "T^1.05 with windows, T^1.80 without" in found[2].ours
+    assert [claim.holds for claim in claims] == [None, True, True]
+    assert claims[0].ours == "a step takes 1.02 times as long"
+    assert "T^1.05 with windows, T^1.80 without" in claims[2].ours
     variants["rope"], variants["gqa"] = timing({}, {}, 800.0), timing({}, {point: 25.0}, None)
     variants["swa"] = timing(full, {}, None)
-    found = claims_of_timings(names, both, both)
-    assert [claim.holds for claim in found] == [False, False, False]
+    claims = claims_of_timings(names, both, both)
+    assert [claim.holds for claim in claims] == [False, False, False]
     variants["rope"], variants["mqa"] = timing({}, {}, None), timing({}, {point: 29.0}, None)
     variants["swa"] = timing({512: 1.0}, {}, None)
-    found = claims_of_timings(names, both, both)
-    assert [claim.holds for claim in found] == [None, None, None]
+    claims = claims_of_timings(names, both, both)
+    assert [claim.holds for claim in claims] == [None, None, None]

@@ -46,9 +46,9 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Split:
 @given(a=st.integers(0, 10), b=st.integers(0, 10))
 def test_any_range_across_shards(sharded: Split, a: int, b: int) -> None:
     start, stop = sorted((a, b))
-    found = sharded.read(start, stop)
-    assert (found.tolist(), found.dtype) == (list(range(start, stop)), np.uint16)
-    assert type(found) is np.ndarray
+    ids = sharded.read(start, stop)
+    assert (ids.tolist(), ids.dtype) == (list(range(start, stop)), np.uint16)
+    assert type(ids) is np.ndarray
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 11), (11, 11)])
@@ -111,12 +111,14 @@ def test_the_first_version_of_the_format_is_read_and_added_to(tmp_path: Path) ->
     texts = [f"more {i}" for i in range(20)]
     new = append(documents_of("more", texts), tmp_path / "old")
     new.verify()
-    found = [[bytes(ids.tolist()).decode() for ids in split.documents()] for split in (new.training, new.validation)]
-    assert (found[0][:2], found[1][:1]) == (["one", "two "], ["three"])
+    documents = [
+        [bytes(ids.tolist()).decode() for ids in split.documents()] for split in (new.training, new.validation)
+    ]
+    assert (documents[0][:2], documents[1][:1]) == (["one", "two "], ["three"])
     # The rule of that version: by the hash of the text as it is.
     held = [t for t in texts if int.from_bytes(hashlib.sha256(t.encode()).digest()[:8], "big") / 2**64 < 0.5]
-    assert found[1][1:] == held
-    assert sorted(found[0][2:] + held) == sorted(texts)
+    assert documents[1][1:] == held
+    assert sorted(documents[0][2:] + held) == sorted(texts)
 
 
 def test_a_path_may_be_a_string(made: Dataset) -> None:

@@ -483,15 +483,15 @@ def test_a_killed_process_leaves_a_whole_dataset_or_none(tmp_path: Path, rounds:
     command = [sys.executable, "-W", "ignore", "-c", KILLER, str(tmp_path), str(rounds)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert set(found["make"]) <= {"nothing", 50}
-    assert set(found["add"]) <= {50, 100}
-    assert "nothing" in found["make"] or 50 in found["add"], "no kill came in time: nothing was tested"
-    assert found["rename"] == ["nothing"]
+    outcomes = json.loads(done.stdout)
+    assert set(outcomes["make"]) <= {"nothing", 50}
+    assert set(outcomes["add"]) <= {50, 100}
+    assert "nothing" in outcomes["make"] or 50 in outcomes["add"], "no kill came in time: nothing was tested"
+    assert outcomes["rename"] == ["nothing"]
     # Until the last move, the index, it is the old dataset; then the new one.
-    assert len(found["replace"]) >= 6
-    assert found["replace"] == [50] * (len(found["replace"]) - 1) + [100]
-    assert (found["after"], found["left"], found["unused"]) == (100, ["data"], [])
+    assert len(outcomes["replace"]) >= 6
+    assert outcomes["replace"] == [50] * (len(outcomes["replace"]) - 1) + [100]
+    assert (outcomes["after"], outcomes["left"], outcomes["unused"]) == (100, ["data"], [])
 
 
 # --- memory ---------------------------------------------------------------------------------------------------

@@ -189,8 +189,8 @@ def test_who_is_held_out_stays_so_from_version_to_version() -> None:
     names = [f"name{i}" for i in range(4000)]
     assert split(documents_of("c", texts), 0.1)[1] == [text for text in texts if rank(text) < 0.1]
     assert split(documents_of("c", names, items=True), 0.1)[1] == [name for name in names if rank(name) < 0.1]
-    found = survey(documents_of("c", ["a", "a\n", "b \n"]), exact=True)
-    assert found.ranks.tolist() == [rank("a"), rank("a\n"), rank("b \n")]
+    surveyed = survey(documents_of("c", ["a", "a\n", "b \n"]), exact=True)
+    assert surveyed.ranks.tolist() == [rank("a"), rank("a\n"), rank("b \n")]
 
 
 def test_wikipedia(shared: Path, tmp_path: Path) -> None:
@@ -263,8 +263,8 @@ def test_files_that_change_while_they_are_read_are_noticed(tmp_path: Path) -> No
 def test_a_survey_counts_and_reports() -> None:
     rows: list[dict[str, object]] = []
     texts = ["é" * 400_000] * 4
-    found = survey(documents_of("c", texts), rows.append)
-    assert (found.sizes.tolist(), found.n_bytes) == ([800_000] * 4, 3_200_000)
+    surveyed = survey(documents_of("c", texts), rows.append)
+    assert (surveyed.sizes.tolist(), surveyed.n_bytes) == ([800_000] * 4, 3_200_000)
     assert rows[-1] == {"event": "read", "documents": 4, "bytes": 3_200_000}
 
 

@@ -215,10 +215,10 @@ def test_settings_that_change_rounding_only_may_change(run: Path, whole: Path, d
     free = ["batch.micro=3", "train.recompute=true", "train.keep_last=1", "train.save_every=2", "parallel=fsdp"]
     assert resume(run, data, *free) == []
     for name in ("model.safetensors", "training.safetensors"):
-        found, expected = (load_file(r / "checkpoints" / "step-000020" / name) for r in (run, whole))
-        assert found.keys() == expected.keys()
+        actual, expected = (load_file(r / "checkpoints" / "step-000020" / name) for r in (run, whole))
+        assert actual.keys() == expected.keys()
         # Adam may turn a gradient that is all rounding into a step of its learning rate, at the end a thousandth.
-        assert all((found[key] - expected[key]).abs().max() < 1e-4 for key in found)
+        assert all((actual[key] - expected[key]).abs().max() < 1e-4 for key in actual)
     assert resume(run, data) == []  # and back again
 
 

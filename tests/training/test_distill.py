@@ -67,12 +67,12 @@ def exact(
     return total.detach(), nats.detach(), *torch.autograd.grad(total, (x, w))
 
 
-def assert_near(found: Tensor | None, expected: Tensor, relative: float) -> None:
+def assert_near(actual: Tensor | None, expected: Tensor, relative: float) -> None:
     """Within a share of the largest element expected."""
-    assert found is not None
-    assert found.shape == expected.shape
+    assert actual is not None
+    assert actual.shape == expected.shape
     scale = expected.abs().max().item() or 1.0
-    assert (found.detach().double() - expected).abs().max().item() <= relative * scale
+    assert (actual.detach().double() - expected).abs().max().item() <= relative * scale
 
 
 CHUNK = 64
@@ -115,12 +115,12 @@ def test_bfloat16_stays_within_its_rounding() -> None:
         total, nats = divergence(hidden, weight, targets, taught, teacher)
     expected = exact(hidden, weight, targets, taught, teacher)
     total.backward()
-    for found, wanted, by in zip(
+    for actual, wanted, by in zip(
         (total, nats, hidden.grad, weight.grad), expected, (5e-3, 1e-3, 2e-2, 2e-2), strict=True
     ):
-        assert found is not None
-        assert found.dtype == torch.float32
-        assert_near(found, wanted, by)
+        assert actual is not None
+        assert actual.dtype == torch.float32
+        assert_near(actual, wanted, by)
     assert (total.detach() - expected[0]).abs() > 0  # autocast was honoured
 
 
@@ -142,8 +142,8 @@ def test_logits_of_all_tokens_are_never_there_at_once(monkeypatch: pytest.Monkey
     product = Tensor.__matmul__
 
     def watched(a: Tensor, b: Tensor) -> Tensor:
-        products.append((found := product(a, b)).shape)
-        return found
+        products.append((out := product(a, b)).shape)
+        return out
 
     monkeypatch.setattr(Tensor, "__matmul__", watched)
     hidden, weight, targets, taught = make(100, [])
@@ -175,14 +175,14 @@ def test_micro_batches_are_weighted_by_their_tokens() -> None:
     for row, n in enumerate((32, 2, 17, 1)):
         targets[row, n:] = IGNORED
     batch = Batch(ids[:, :-1], targets, None, torch.arange(4))
-    found = []
+    results = []
     for micro in (None, 1, 3):
         student.zero_grad()
         losses = gradients(student, batch, micro, torch.float32, ALONE, teacher=teacher)
-        found.append((losses, [p.grad.clone() for p in student.parameters() if p.grad is not None]))
-    for losses, by_parameter in found[1:]:
-        torch.testing.assert_close(losses, found[0][0], rtol=1e-6, atol=1e-6)
-        for gradient, expected in zip(by_parameter, found[0][1], strict=True):
+        results.append((losses, [p.grad.clone() for p in student.parameters() if p.grad is not None]))
+    for losses, by_parameter in results[1:]:
+        torch.testing.assert_close(losses, results[0][0], rtol=1e-6, atol=1e-6)
+        for gradient, expected in zip(by_parameter, results[0][1], strict=True):
             torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -200,9 +200,9 @@ def test_compiling_changes_rounding_only(data: Dataset, dtype: torch.dtype) -> N
     again, other = fresh()
     compiled = compile_distillation(again, other, batch, dtype, must=True, say=pytest.fail)
     assert compiled is not None
-    found = gradients(again, batch, None, dtype, ALONE, teacher=compiled)
+    actual = gradients(again, batch, None, dtype, ALONE, teacher=compiled)
     by = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(found, expected, rtol=by, atol=by)
+    torch.testing.assert_close(actual, expected, rtol=by, atol=by)
     for p, q in zip(again.parameters(), student.parameters(), strict=True):
         assert q.grad is not None
         assert_near(p.grad, q.grad.double(), by)
@@ -220,8 +220,8 @@ def teacher_run(data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def rows(run: Path, event: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in found if row["event"] == event]
+    every = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in every if row["event"] == event]
 
 
 TAUGHT = RECIPE.replace("[tokenizer]", "dropout = 0.1\n\n[tokenizer]").replace(

@@ -61,10 +61,10 @@ def two(commands: Commands, *arguments: object) -> list[str]:
 
 
 def assert_same_curve(run: Path, expected: Path, by: float = 1e-5) -> None:
-    found, wanted = curve(run), curve(expected)
-    assert [(row["event"], row["step"]) for row in found] == [(row["event"], row["step"]) for row in wanted]
-    assert len([row for row in found if row["event"] == "evaluate"]) == 20
-    for a, b in zip(found, wanted, strict=True):
+    actual, wanted = curve(run), curve(expected)
+    assert [(row["event"], row["step"]) for row in actual] == [(row["event"], row["step"]) for row in wanted]
+    assert len([row for row in actual if row["event"] == "evaluate"]) == 20
+    for a, b in zip(actual, wanted, strict=True):
         assert a.pop("event") == b.pop("event")
         assert a == pytest.approx(b, abs=by, rel=by)
 

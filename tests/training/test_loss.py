@@ -30,11 +30,11 @@ def exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     return total.detach(), *torch.autograd.grad(total, (x, w))
 
 
-def assert_near(found: Tensor, expected: Tensor, relative: float) -> None:
+def assert_near(actual: Tensor, expected: Tensor, relative: float) -> None:
     """Within a share of the largest element expected."""
-    assert found.shape == expected.shape
+    assert actual.shape == expected.shape
     scale = expected.abs().max().item() or 1.0
-    assert (found.double() - expected).abs().max().item() <= relative * scale
+    assert (actual.double() - expected).abs().max().item() <= relative * scale
 
 
 CHUNKS = 64
@@ -137,7 +137,7 @@ def test_only_what_is_needed_is_computed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_size_of_a_chunk_changes_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
+    results = []
     for tokens, rows in ((8, 1), (128, 8), (16_384, 16_384)):
         monkeypatch.setitem(loss.LOGITS_BYTES, "cpu", tokens * V * 4)
         monkeypatch.setitem(loss.SOFTMAX_BYTES, "cpu", rows * V * 4)
@@ -145,7 +145,7 @@ def test_the_size_of_a_chunk_changes_rounding_only(monkeypatch: pytest.MonkeyPat
         total = cross_entropy(hidden, weight, targets)
         total.backward()
         assert weight.grad is not None
-        found.append((total.detach().double(), weight.grad.double()))
-    for total, gradient in found[1:]:
-        assert_near(total, found[0][0], 1e-6)
-        assert_near(gradient, found[0][1], 1e-6)
+        results.append((total.detach().double(), weight.grad.double()))
+    for total, gradient in results[1:]:
+        assert_near(total, results[0][0], 1e-6)
+        assert_near(gradient, results[0][1], 1e-6)

@@ -24,21 +24,21 @@ def shares(steps: int, **settings: object) -> list[float]:
 
 
 def test_a_warm_up_and_half_a_cosine() -> None:
-    found = shares(110, kind="cosine", warmup_steps=10, final_share=0.2)
-    assert [found[step] for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
-    assert found[60] == pytest.approx(0.6)  # half way, in the middle of both
-    assert found[35] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
-    assert found[109] == pytest.approx(0.2, abs=1e-3)
-    assert all(a < b for a, b in itertools.pairwise(found[:10]))
-    assert all(a > b for a, b in itertools.pairwise(found[10:]))
+    rates = shares(110, kind="cosine", warmup_steps=10, final_share=0.2)
+    assert [rates[step] for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert rates[60] == pytest.approx(0.6)  # half way, in the middle of both
+    assert rates[35] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
+    assert rates[109] == pytest.approx(0.2, abs=1e-3)
+    assert all(a < b for a, b in itertools.pairwise(rates[:10]))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_warm_up_stable_decay() -> None:
-    found = shares(1000, kind="wsd", warmup_steps=100, final_share=0.0, decay_share=0.2)
-    assert set(found[99:820]) == {1.0}  # the last fifth of the 900 after the warm-up falls
-    assert found[910] == pytest.approx(0.5)
-    assert found[955] == pytest.approx(0.25)
-    assert found[999] == pytest.approx(1 / 180)
+    rates = shares(1000, kind="wsd", warmup_steps=100, final_share=0.0, decay_share=0.2)
+    assert set(rates[99:820]) == {1.0}  # the last fifth of the 900 after the warm-up falls
+    assert rates[910] == pytest.approx(0.5)
+    assert rates[955] == pytest.approx(0.25)
+    assert rates[999] == pytest.approx(1 / 180)
     assert shares(1000, kind="wsd", warmup_steps=0, final_share=0.1)[900] == pytest.approx(0.55)
 
 

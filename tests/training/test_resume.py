@@ -223,10 +223,10 @@ def test_a_compiled_run_goes_on_within_rounding(data: Dataset, tmp_path: Path, d
         train(recipe, data, tmp_path / "run", report=crash_at(8))
     torch._dynamo.reset()  # nothing is compiled yet where a new process goes on
     train(recipe, data, tmp_path / "run", resume=True)
-    found, expected = curve(tmp_path / "run"), curve(tmp_path / "whole")
-    assert [(row["event"], row["step"]) for row in found] == [(row["event"], row["step"]) for row in expected]
+    actual, expected = curve(tmp_path / "run"), curve(tmp_path / "whole")
+    assert [(row["event"], row["step"]) for row in actual] == [(row["event"], row["step"]) for row in expected]
     for key in ("loss", "validation_loss"):
-        ours, theirs = ([row[key] for row in rows if key in row] for rows in (found, expected))
+        ours, theirs = ([row[key] for row in rows if key in row] for rows in (actual, expected))
         assert ours == pytest.approx(theirs, rel=0, abs=nats)
 
 

@@ -65,10 +65,10 @@ def run(
 
 
 def assert_alike(
-    found: tuple[list[float], list[Tensor]], expected: tuple[list[float], list[Tensor]], by: float
+    actual: tuple[list[float], list[Tensor]], expected: tuple[list[float], list[Tensor]], by: float
 ) -> None:
-    assert found[0] == pytest.approx(expected[0], abs=by)
-    for a, b in zip(found[1], expected[1], strict=True):
+    assert actual[0] == pytest.approx(expected[0], abs=by)
+    for a, b in zip(actual[1], expected[1], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=by)
 
 
@@ -100,7 +100,7 @@ def test_bfloat16_is_near_float32_and_leaves_weights_and_gradients_in_float32() 
 def test_the_loss_of_a_stream_counts_every_token_once(data: Dataset, batch_size: int, n_tokens: int | None) -> None:
     model = make(dropout=0.5).train()  # evaluation switches dropout off
     split = data.validation
-    found = stream_loss(model, Windows(split, 16), batch_size=batch_size, n_tokens=n_tokens)
+    actual = stream_loss(model, Windows(split, 16), batch_size=batch_size, n_tokens=n_tokens)
     assert not model.training
     ids = torch.from_numpy(split.read(0, n_tokens or split.n_tokens).astype("int64"))
     expected = 0.0
@@ -108,7 +108,7 @@ def test_the_loss_of_a_stream_counts_every_token_once(data: Dataset, batch_size:
         for first in range(0, len(ids) - 1, 16):
             part = ids[first : first + 17]
             expected += F.cross_entropy(model(part[None, :-1])[0], part[1:], reduction="sum").item()
-    assert found == pytest.approx(expected / (len(ids) - 1), rel=1e-6)
+    assert actual == pytest.approx(expected / (len(ids) - 1), rel=1e-6)
 
 
 def test_an_evaluation_keeps_no_gradients(data: Dataset) -> None:
@@ -140,8 +140,8 @@ def test_micro_batches_are_weighted_by_their_tokens() -> None:
     by_autograd = torch.autograd.grad(expected, list(model.parameters()))
     for micro in (None, 1, 3):
         model.zero_grad()
-        found = gradients(model, batch, micro, torch.float32, ALONE).tolist()
-        assert found == pytest.approx([expected.item()] * 2, rel=1e-6)
+        actual = gradients(model, batch, micro, torch.float32, ALONE).tolist()
+        assert actual == pytest.approx([expected.item()] * 2, rel=1e-6)
         for p, gradient in zip(model.parameters(), by_autograd, strict=True):
             torch.testing.assert_close(p.grad, gradient, rtol=1e-5, atol=1e-6)
 

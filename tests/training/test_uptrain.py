@@ -46,8 +46,8 @@ def save(data: Dataset, path: Path, **changes: Any) -> gptlab.LanguageModel:
 
 
 def rows(run: Path, event: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in found if row["event"] == event]
+    every = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in every if row["event"] == event]
 
 
 # --- a longer context -----------------------------------------------------------------------------------------
@@ -225,8 +225,8 @@ def test_a_blended_run_goes_on_exactly_and_ends_with_rotary_positions(data: Data
     assert all(
         torch.equal(p, q) for p, q in zip(result.language_model.model.parameters(), last.parameters(), strict=True)
     )
-    found = stream_loss(last, Windows(data.validation, 32))
-    assert rows(tmp_path / "whole", "evaluate")[-1]["validation_loss"] == pytest.approx(found, rel=1e-6)
+    loss = stream_loss(last, Windows(data.validation, 32))
+    assert rows(tmp_path / "whole", "evaluate")[-1]["validation_loss"] == pytest.approx(loss, rel=1e-6)
     assert train(recipe, data, tmp_path / "whole", resume=True).metrics == result.metrics
 
 
@@ -336,7 +336,7 @@ def test_a_narrowing_run_goes_on_exactly_and_is_judged_by_its_own_windows(data: 
     assert rows(tmp_path / "plain", "step")[0]["loss"] != rows(tmp_path / "run", "step")[0]["loss"]
     # Before the end no checkpoint counts as the best; the loss is told all the same.
     losses = {c.step: c.validation_loss for c in run_checkpoints(tmp_path / "run")}
-    assert [step for step, found in losses.items() if found is None] == [4, 8]
+    assert [step for step, loss in losses.items() if loss is None] == [4, 8]
     told = {row["step"]: row["validation_loss"] for row in rows(tmp_path / "run", "evaluate")}
     assert all(losses[step] in (None, told[step]) for step in losses)
     assert gptlab.load(f"{tmp_path / 'run'}@last").config.window == 4
@@ -348,10 +348,10 @@ def test_a_checkpoint_on_the_way_is_never_the_best(data: Dataset, tmp_path: Path
     settings = ["optimizer.learning_rate=1e-3", "narrow.end=0.9", "budget.steps=8", "train.evaluate_every=2"]
     train(uptrain(tmp_path / "base", *settings), data, tmp_path / "run", base=gptlab.load(tmp_path / "base"))
     assert checkpoints(tmp_path / "run") == ["step-000006", "step-000008"]
-    found = best(run_checkpoints(tmp_path / "run"))
-    assert found is not None
-    assert found.path == model_of(tmp_path / "run")
-    assert found.step == 8
+    chosen = best(run_checkpoints(tmp_path / "run"))
+    assert chosen is not None
+    assert chosen.path == model_of(tmp_path / "run")
+    assert chosen.step == 8
 
 
 # --- what is refused ------------------------------------------------------------------------------------------

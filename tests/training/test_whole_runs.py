@@ -191,14 +191,14 @@ def test_a_loss_that_is_no_number_stops_the_run(
     gradients = loop.gradients
 
     def spoiled(module: Any, batch: Any, *rest: Any) -> torch.Tensor:
-        found = gradients(module, batch, *rest)
+        losses = gradients(module, batch, *rest)
         steps.append(batch.origins.tolist())
         if len(steps) == 13:
             weights.append(module.wte.weight.detach().clone())
             if broken == "loss":
-                return found * math.nan
+                return losses * math.nan
             module.wte.weight.grad[3] = math.inf
-        return found
+        return losses
 
     monkeypatch.setattr(loop, "gradients", spoiled)
     run = tmp_path / "run"
@@ -304,5 +304,5 @@ def test_the_peak_is_a_product_that_was_timed(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_memory_is_what_the_process_has_held() -> None:
-    found, now = hardware.memory_bytes(torch.device("cpu")), psutil.Process().memory_info().rss
-    assert 0.9 * now < found < 100 * now  # bytes, not kilobytes
+    held, now = hardware.memory_bytes(torch.device("cpu")), psutil.Process().memory_info().rss
+    assert 0.9 * now < held < 100 * now  # bytes, not kilobytes

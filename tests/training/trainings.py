@@ -82,13 +82,13 @@ def checkpoints(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-def assert_same_run(found: Path, expected: Path) -> None:
+def assert_same_run(actual: Path, expected: Path) -> None:
     """The same curve, and bit for bit the same weights and optimizer state at the end."""
-    assert curve(found) == curve(expected)
+    assert curve(actual) == curve(expected)
     last = checkpoints(expected)[-1]
-    assert checkpoints(found)[-1] == last
+    assert checkpoints(actual)[-1] == last
     for name in ("model.safetensors", "training.safetensors"):
-        ours, theirs = (load_file(run / "checkpoints" / last / name) for run in (found, expected))
+        ours, theirs = (load_file(run / "checkpoints" / last / name) for run in (actual, expected))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
 
