@@ -94,7 +94,7 @@ def test_a_format_that_is_not_there(saved: Path, tmp_path: Path) -> None:
 
 def test_a_place_that_is_taken_stays_as_it_is(saved: Path) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    with pytest.raises(gptlab.GptlabError, match="is there already; choose another --out"):
+    with pytest.raises(gptlab.GptlabError, match="already exists; choose another --out"):
         export(saved, saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 

@@ -28,7 +28,7 @@ def find_device(device: Any) -> torch.device:
         torch.zeros(1, device=resolved).item()  # not every name of torch's is a device that computes
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]
-        raise GptlabError(f"no device {str(device)!r} here ({reason}); 'cpu' is always there") from None
+        raise GptlabError(f"no device {str(device)!r} here ({reason}); 'cpu' is always available") from None
     return resolved
 
 

@@ -81,7 +81,7 @@ def export(
 
     Args:
         model: what `gptlab.load` takes.
-        out: the directory or file to write; it must not be there.
+        out: the directory or file to write; it must not exist.
         format: one of `WRITERS`.
         dtype: of the weights as they are written.
         verify: compare with the source.
@@ -95,7 +95,7 @@ def export(
     if format not in WRITERS:
         raise GptlabError(f"unknown format {format!r}{nearest(format, WRITERS)}; there are {', '.join(WRITERS)}")
     if out.exists():
-        raise GptlabError(f"{out} is there already; choose another --out, or remove it")
+        raise GptlabError(f"{out} already exists; choose another --out, or remove it")
     refuse_bytes(out)
     path = hub.locate(str(model))
     planning = planning or {}

@@ -80,7 +80,7 @@ def checks(
     if model is None:
         if path is not None or scores:
             raise GptlabError(
-                "--path and --scores are about original weights; name the model too: gptlab verify gpt2 --path DIR"
+                "--path and --scores apply to original weights; name the model too: gptlab verify gpt2 --path DIR"
             )
         yield from map(_timed, OFFLINE)
         return
@@ -111,7 +111,7 @@ def _refuse_others(model: str, directory: Path) -> None:
     if differ:
         some = "; ".join(f"{name} is {config.get(name)}, not {wanted[name]}" for name in differ[:4])
         more = f"; and {len(differ) - 4} more" if len(differ) > 4 else ""
-        raise GptlabError(f"{directory} holds another model than {model}: {some}{more}; verify {model}'s own weights")
+        raise GptlabError(f"{directory} holds a model other than {model}: {some}{more}; verify {model}'s own weights")
 
 
 SCORE_BOUNDS = {"accuracy": 0.005, "perplexity": 0.01}
@@ -353,7 +353,7 @@ def pocket_bits_per_byte() -> Outcome:
     bits = bits_per_byte(lm, known_text())
     return (
         "built-in model on a known text",
-        f"{bits:.4f} bits a byte",
+        f"{bits:.4f} bits per byte",
         f"{noted:.4f} within 0.002",
         abs(bits - noted) < 0.002,
     )
@@ -418,7 +418,7 @@ def original_loss(lm: LanguageModel) -> Outcome:
     bits, text = bits_per_byte(lm, known_text()), known_text()
     n_tokens = len(lm.needs_tokenizer().encode(text))
     chance = n_tokens * math.log2(lm.config.vocab_size) / len(text.encode())
-    return "bits a byte on a known text", f"{bits:.3f}", f"below 1.3 (by chance: {chance:.2f})", bits < 1.3
+    return "bits per byte on a known text", f"{bits:.3f}", f"below 1.3 (by chance: {chance:.2f})", bits < 1.3
 
 
 OFFLINE: tuple[Callable[[], Outcome], ...] = (

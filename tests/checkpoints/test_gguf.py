@@ -257,7 +257,7 @@ def test_every_type_that_the_package_dequantises(tmp_path: Path, kind: Any) -> N
         ({"gpt2.attention.head_count": 5}, "valid n_head"),
         ({"gpt2.context_length": 63}, "where its metadata asks for (63, 64)"),
         ({"gpt2.embedding_length": 0}, "n_embd must be"),
-        ({"tokenizer.ggml.model": "llama"}, "a tokenizer of the kind 'llama'"),
+        ({"tokenizer.ggml.model": "llama"}, "a tokenizer of kind 'llama'"),
         ({"gpt2.vocab_size": 301}, "of shape (300, 64)"),
     ],
 )

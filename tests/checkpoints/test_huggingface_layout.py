@@ -540,7 +540,7 @@ def test_a_pickle_in_which_a_training_loop_wrapped_the_tensors(tmp_path: Path, w
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ({"epoch": 3}, r"holds something else than tensors by name, alone or under 'state_dict'"),
+        ({"epoch": 3}, r"holds something other than tensors by name, alone or under 'state_dict'"),
         ({"state_dict": {"epoch": 3}}, r"save model\.state_dict\(\) alone as pytorch_model\.bin"),
         ({"model": {}, "model_args": {"n_layer": 2}}, r"is nanoGPT's ckpt\.pt under another name; rename it"),
     ],

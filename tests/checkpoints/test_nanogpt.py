@@ -272,7 +272,7 @@ def test_the_activation_can_be_stated(tmp_path: Path, monkeypatch: pytest.Monkey
     with torch.inference_mode():
         torch.testing.assert_close(lm.model(ids), theirs(weights(), "gelu_new")(ids).logits, atol=1e-5, rtol=0)
     assert imported(monkeypatch, path, "--out", tmp_path / "new", "--activation", "gleu") == 2
-    assert imported(monkeypatch, path, "--out", tmp_path / "out") == 2  # is there already
+    assert imported(monkeypatch, path, "--out", tmp_path / "out") == 2  # already exists
 
 
 def test_a_file_that_was_cut_short(tmp_path: Path) -> None:

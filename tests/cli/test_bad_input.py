@@ -295,7 +295,7 @@ def test_verify_of_another_architecture_says_so_before_any_weight_is_read(refuse
     gptlab.save(gptlab.LanguageModel(gptlab.GPT(config)), tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"")
     said = refused("verify", "gpt2", "--path", tmp_path / "model")
-    assert "holds another model than gpt2: n_layer is 2, not 12; n_embd is 24, not 768; n_inner is 96, not" in said
+    assert "holds a model other than gpt2: n_layer is 2, not 12; n_embd is 24, not 768; n_inner is 96, not" in said
 
 
 # --- pipes ----------------------------------------------------------------------------------------------------

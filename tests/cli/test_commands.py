@@ -312,8 +312,8 @@ def test_special_tokens_and_ids_as_a_prompt(run: Run, tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--prompt-ids", "1 x"], "--prompt-ids wants token ids"),
-        (["--prompt-ids", ""], "--prompt-ids wants token ids"),
+        (["--prompt-ids", "1 x"], "--prompt-ids takes token ids"),
+        (["--prompt-ids", ""], "--prompt-ids takes token ids"),
         (["--prompt-ids", "1 257"], "the prompt has the token id 257, the model's are 0 to 256"),
         (["--prompt-ids", "1", "text"], "leave out either it or a prompt"),
         (["--prompt-ids", "1", "--special"], "leave out either it or --special"),

@@ -174,7 +174,7 @@ def test_options_reach_the_sampler(run: Run, tiny: Path) -> None:
     ("arguments", "said"),
     [
         (["generate", "Hello", "--device", "cuda:99"], "no device 'cuda:99' here"),
-        (["generate", "--prompt-ids", "9" * 5000], "--prompt-ids wants token ids"),
+        (["generate", "--prompt-ids", "9" * 5000], "--prompt-ids takes token ids"),
         (["generate", "Hello", "--min-p", 2], "min_p must be 0 to 1"),
         (["generate", "Hello", "--repetition-penalty", "nan"], "repetition_penalty must be above 0"),
         (["generate", "Hello", "--num-samples", 10**12], "1,000,000,000,000 texts at once"),

@@ -68,8 +68,8 @@ def test_convert_then_generate_evaluate_and_convert_again(run: Run, source: Path
     moved = outputs["after"] - outputs["before"]
     assert f"{outputs['before']:.4f} -> {outputs['after']:.4f} nats per token ({moved:+.4f}), KL" in said
     assert lines[-1] == (
-        f"train it on: gptlab train uptrain --from {out} --data DATA --set budget.share=0.05 --set budget.of=TOKENS"
-        f" --set distill.teacher={source}"
+        f"continue its training: gptlab train uptrain --from {out} --data DATA --set budget.share=0.05"
+        f" --set budget.of=TOKENS --set distill.teacher={source}"
     )
     # What the record says.
     model = gptlab.load(source).model
@@ -186,7 +186,7 @@ def test_characters_that_cannot_write_the_text(run: Run, tmp_path: Path) -> None
     assert not (tmp_path / "new").exists()
     code, out, _ = run("convert", *change, "--no-calibration")
     assert code == 0
-    assert "outputs: not measured, for want of a text" in out
+    assert "outputs: not measured, because there is no text" in out
 
 
 def test_what_was_trained_is_passed_on(run: Run, source: Path, text: Path, tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_nothing_to_do_writes_nothing(run: Run, source: Path, tmp_path: Path) ->
     out = tmp_path / "new"
     assert run("convert", source, "--n-kv-head", 4, "--out", out) == (
         0,
-        f"{source} is so already; nothing is written\n",
+        f"{source} already has these settings; nothing is written\n",
         "",
     )
     assert not out.exists()
@@ -228,7 +228,7 @@ def test_without_a_tokenizer_only_what_needs_no_text(run: Run, source: Path, tmp
     assert "this model came without a tokenizer" in err
     code, said, _ = run("convert", tmp_path / "bare", "--window", 8, "--out", tmp_path / "new")
     assert code == 0
-    assert "outputs: not measured, for want of a text" in said
+    assert "outputs: not measured, because there is no text" in said
 
 
 REFUSED = [
@@ -264,7 +264,7 @@ def test_refusals_of_places_texts_and_models(run: Run, source: Path, text: Path,
         assert (code, err.count("\n")) == (2, 1)
         return err
 
-    assert f"{source} is there already; choose another --out" in refused(source, "--window", 8, "--out", source)
+    assert f"{source} already exists; choose another --out" in refused(source, "--window", 8, "--out", source)
     short = tmp_path / "short.txt"
     short.write_text("too short")
     words = "has 10 tokens, fewer than the 64 of the model's context; give a longer one"

@@ -276,4 +276,4 @@ def test_records_whose_text_has_another_name(run: Run, rope: Path, tmp_path: Pat
     assert measured[0] == measured[1]
     code, _, err = run(rope, "--task", "lambada:last-word", "--text-field", "content")
     assert code == 2
-    assert "--text-field is about the records of a text" in err
+    assert "--text-field applies to the records of a text" in err

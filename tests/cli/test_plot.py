@@ -150,7 +150,7 @@ def test_what_is_refused(run: Run, tmp_path: Path) -> None:
     assert "has no metrics.jsonl" in refused(tmp_path / "nowhere")
     assert f"{tmp_path} is not a run: it has no metrics.jsonl; name one, as {a}" in refused(a, tmp_path)
     assert f"{tmp_path / 'empty' / 'metrics.jsonl'} has no row yet" in refused(a, tmp_path / "empty")
-    assert f"{damaged} is damaged in line 1 (no valid JSON)" in refused(a, damaged.parent)
+    assert f"{damaged} is damaged in line 1 (not valid JSON)" in refused(a, damaged.parent)
     assert "x.png is a picture; name the directory of a run" in refused(tmp_path / "x.png")
     assert "no axis 'step' (did you mean 'steps'?); --x takes tokens, steps, hours" in refused(a, "--x", "step")
     assert "--smooth must be a number of steps" in refused(a, "--smooth", -1)

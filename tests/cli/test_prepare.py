@@ -38,7 +38,7 @@ def test_the_summary_tells_what_is_there(run: Run, texts: Path, tmp_path: Path, 
     training, validation = dataset.training, dataset.validation
     assert training.n_documents + validation.n_documents == 202
     n_bytes, n_tokens = training.n_bytes + validation.n_bytes, len(training) + len(validation)
-    assert f"{dataset.tokenizer.vocab_size:,} ids in the vocabulary, {n_bytes / n_tokens:.2f} bytes a token" in out
+    assert f"{dataset.tokenizer.vocab_size:,} ids in the vocabulary, {n_bytes / n_tokens:.2f} bytes per token" in out
     for name, split in (("training", training), ("validation", validation)):
         assert re.search(rf"{name} +{len(split):,} tokens, {split.n_documents:,} documents\n", out)
     assert out.endswith(f"train on it: gptlab train pocket --data {tmp_path / 'data'} --out runs/data\n")

@@ -104,7 +104,7 @@ def test_train_then_generate(run: Run, recipe: Path, text: Path, tmp_path: Path)
     assert said.index("left") < said.index("validation loss")
     assert f"saved: {out}\ntry it: gptlab generate --model {out}" in said
     figures = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    bits = f"{figures['validation_bits_per_byte']:.4f} bits a byte"
+    bits = f"{figures['validation_bits_per_byte']:.4f} bits per byte"
     assert f"validation: {figures['validation_loss']:.4f} nats per token, {bits} (non-overlapping windows of 32" in said
     assert {p.name for p in out.iterdir()} == {"run.json", "metrics.jsonl", "checkpoints", "data"}
     lm = gptlab.load(out)
@@ -364,7 +364,8 @@ def test_a_base_with_another_tokenizer(refused: Refused, run: Run, text: Path, t
     base = tmp_path / "base"
     said = refused("finetune", "--from", base, "--data", tmp_path / "data", "--out", tmp_path / "out")
     assert said == (
-        f"the data text was prepared with another tokenizer than {base} has; prepare it again with --tokenizer {base}"
+        f"the data text was prepared with a tokenizer other than that of {base}; prepare it again"
+        f" with --tokenizer {base}"
     )
     assert not (tmp_path / "out").exists()
 

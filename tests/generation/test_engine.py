@@ -496,7 +496,7 @@ def test_rope_with_a_window_generates_for_ever_in_constant_memory(monkeypatch):
     assert (
         caches[0].nbytes == 2 * 2 * (15 + engine.CHUNK + 2) * 2 * 8 * 4
     )  # k and v, layers, slots, heads, width, bytes
-    slope = np.polyfit(50 * np.arange(len(memory) - 10), memory[10:], 1)[0]  # bytes a token, after warming up
+    slope = np.polyfit(50 * np.arange(len(memory) - 10), memory[10:], 1)[0]  # bytes per token, after warming up
     assert slope * 5000 < 8 * 2**20
     # And it is still the model: one pass over all tokens, without a cache, gives the same draws up to rounding.
     text, stream = torch.tensor([5, 6, *grown.tokens]), np.random.default_rng([1, 0])

@@ -339,5 +339,8 @@ def test_nothing_that_compiles_is_chosen_elsewhere(
 @pytest.mark.parametrize("name", kernels.SPECIAL)
 def test_a_special_kernel_is_forced_even_where_it_can_only_refuse(name: str) -> None:
     model = noisy(window=3, dropout=0.1).train()
-    with use(name), pytest.raises(GptlabError, match=f"the {name} kernel knows no dropout; choose another kernel"):
+    with (
+        use(name),
+        pytest.raises(GptlabError, match=f"the {name} kernel does not support dropout; choose another kernel"),
+    ):
         model(random_ids(model, 1, 20))

@@ -290,11 +290,11 @@ def test_compiled_a_model_computes_the_same_logits(values: dict[str, Any]) -> No
 def test_it_refuses_in_words_what_it_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = in_order(2, 20)
     q, k, v = inputs(tokens, tokens, 2, own_queries=False)
-    with pytest.raises(GptlabError, match="the flex kernel knows no dropout; choose another kernel"):
+    with pytest.raises(GptlabError, match="the flex kernel does not support dropout; choose another kernel"):
         flex(Inputs(q, k, v, Visibility(4), tokens, tokens, 0.1))
     for trained in range(3):
         tensors = [x.clone().requires_grad_(i == trained) for i, x in enumerate((q, k, v))]
-        with pytest.raises(GptlabError, match="the flex kernel knows no gradients on the CPU"):
+        with pytest.raises(GptlabError, match="the flex kernel computes no gradients on the CPU"):
             flex(Inputs(*tensors, Visibility(4), tokens, tokens))
     with pytest.raises(GptlabError, match=r"float32, bfloat16 and float16, not torch\.float64"):
         flex(Inputs(q.double(), k, v, Visibility(4), tokens, tokens))
@@ -311,7 +311,7 @@ def test_it_refuses_in_words_what_it_cannot_compute(monkeypatch: pytest.MonkeyPa
 
 def test_training_with_it_on_the_cpu_is_refused() -> None:
     model = noisy(position="rope", window=5)
-    with use("flex"), pytest.raises(GptlabError, match="knows no gradients on the CPU"):
+    with use("flex"), pytest.raises(GptlabError, match="computes no gradients on the CPU"):
         model(random_ids(model, 1, 20))
 
 

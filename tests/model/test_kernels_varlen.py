@@ -162,14 +162,14 @@ def test_nothing_is_in_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"dropout": 0.1}, "knows no dropout"),
+        ({"dropout": 0.1}, "does not support dropout"),
         ({"device": "cpu"}, "runs on CUDA only, not on cpu"),
         ({"dtype": torch.float32}, "computes bfloat16 and float16, not torch.float32"),
         ({"width": 12}, "needs heads of a multiple of 8, at most 256 wide, not 12"),
         ({"width": 512}, "needs heads of a multiple of 8, at most 256 wide, not 512"),
-        ({"rule": Visibility(5, sinks=1)}, "knows no sinks and no dilation"),
-        ({"rule": Visibility(5, dilation=2)}, "knows no sinks and no dilation"),
-        ({"own_queries": True}, "knows no sinks and no dilation"),
+        ({"rule": Visibility(5, sinks=1)}, "supports neither sinks nor dilation"),
+        ({"rule": Visibility(5, dilation=2)}, "supports neither sinks nor dilation"),
+        ({"own_queries": True}, "supports neither sinks nor dilation"),
         ({"keys": tokens_of(2, 20, documents=True)}, "needs whole sequences without padding or cache"),
         ({"tokens": Tokens(torch.arange(20).expand(2, -1))}, "needs whole sequences without padding or cache"),
         (

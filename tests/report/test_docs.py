@@ -146,11 +146,11 @@ def test_what_differs_is_found(
 
 
 def test_what_is_kept_of_a_study(docs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory, results, timed = study(tmp_path)
+    directory, written, timed = study(tmp_path)
     results, timings = keep(directory, docs, monkeypatch)
     assert (results.name, timings.name) == ("standard.json", "standard-timings.json")
     assert json.loads(timings.read_text()) == json.loads(json.dumps(timed))
-    expected = plausible.study(results).results.model_dump(mode="json")
+    expected = plausible.study(written).results.model_dump(mode="json")
     expected["study"]["recipe"]["data"]["corpus"] = ["enwiki.txt", "pydoc"]
     for variant in expected["variants"].values():
         variant["attention_map"] = None

@@ -266,7 +266,7 @@ def test_seeds_of_a_base_that_is_loaded(corpus: Path, tmp_path: Path, monkeypatc
         corpus, variant=variants, uptrain={**settings, "set": [*UPTRAIN["set"], f"data.corpus=['{corpus}']"], **more}
     )
     with pytest.raises(
-        GptlabError, match=r"takes shares of the tokens that .*model was trained on, which nobody wrote"
+        GptlabError, match=r"takes shares of the tokens that .*model was trained on, which are not recorded"
     ):
         run_study(request_of(), tmp_path / "without")
     (tmp_path / "model/card.json").write_text('{"tokens_trained": 1280}')

@@ -317,8 +317,8 @@ def test_llmcs_files(tmp_path: Path, training: list[str], validation: str) -> No
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
-        ({"magic": 20240801, "version": 7}, "is none of llm.c's files of GPT-2 ids"),
-        ({"version": 2}, "is none of llm.c's files of GPT-2 ids"),
+        ({"magic": 20240801, "version": 7}, "is not one of llm.c's files of GPT-2 ids"),
+        ({"version": 2}, "is not one of llm.c's files of GPT-2 ids"),
         ({"count": 3}, r"val\.bin has 1,028 bytes instead of 1,030"),
         ({"count": -3}, r"val\.bin has 1,028 bytes instead of"),
     ],

@@ -204,11 +204,11 @@ def test_a_character_across_two_chunks_is_counted_from_where_it_begins(tmp_path:
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ("no json", "line 2 of .*a.jsonl is no JSON object with a text"),
-        ('{"txt": "a"}', "line 2 of .* is no JSON object with a text"),
-        ('{"text": 3}', "line 2 of .* is no JSON object with a text"),
-        ('["text"]', "line 2 of .* is no JSON object with a text"),
-        ("[" * 100_000, "line 2 of .* is no JSON object with a text"),
+        ("no json", "line 2 of .*a.jsonl is not a JSON object with a text"),
+        ('{"txt": "a"}', "line 2 of .* is not a JSON object with a text"),
+        ('{"text": 3}', "line 2 of .* is not a JSON object with a text"),
+        ('["text"]', "line 2 of .* is not a JSON object with a text"),
+        ("[" * 100_000, "line 2 of .* is not a JSON object with a text"),
         (r'{"text": "\ud800"}', r"line 2 of .*: the text holds a lone surrogate \(U\+D800\)"),
     ],
     ids=lambda value: value[:20],

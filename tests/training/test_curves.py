@@ -30,9 +30,9 @@ def test_a_last_line_that_is_being_written_is_left_out(tmp_path: Path, tail: byt
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"event": "st\n', "no valid JSON"),
-        (b"\n", "no valid JSON"),
-        (b"\xff\n", "no valid JSON"),
+        (b'{"event": "st\n', "not valid JSON"),
+        (b"\n", "not valid JSON"),
+        (b"\xff\n", "not valid JSON"),
         (b"[1]\n", "no object with 'event' and 'step'"),
         (b'{"step": 3}\n', "no object with 'event' and 'step'"),
         (b'{"event": "step", "step": "3"}\n', "no object with 'event' and 'step'"),

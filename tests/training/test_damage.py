@@ -160,7 +160,7 @@ def test_checkpoints_of_another_run_are_refused(run: Path, data: Dataset, tmp_pa
     shutil.copytree(tmp_path / "other" / "checkpoints", run / "checkpoints")
     setting, _, value = variant.partition("=")
     was = {"train.seed": "0"}.get(setting, "None")
-    with pytest.raises(gptlab.GptlabError, match=re.escape(f"another recipe: {setting} was {value} and is {was};")):
+    with pytest.raises(gptlab.GptlabError, match=re.escape(f"a different recipe: {setting} was {value} and is {was};")):
         resume(run, data)
 
 
@@ -202,7 +202,7 @@ def test_a_changed_recipe_is_named(run: Path, data: Dataset, commands: Commands)
     command = commands.start("train", "--resume", run, *flags)
     assert command.wait() == 2
     said = command.err.read_text()
-    assert said.startswith(f"gptlab: the run {run} cannot go on with another recipe: ")
+    assert said.startswith(f"gptlab: the run {run} cannot continue with a different recipe: ")
     for part in ("budget.steps was 20 and is None", "budget.tokens was None and is 5000"):
         assert part in said
     assert "optimizer.learning_rate was 0.01 and is 0.5" in said
@@ -234,7 +234,7 @@ def test_changed_data_are_refused(run: Path, data: Dataset, tmp_path: Path, chec
 
 def test_before_the_first_checkpoint_a_run_starts_again(run: Path, whole: Path, data: Dataset) -> None:
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(gptlab.GptlabError, match=r"another recipe: train\.seed was 0 and is 1"):
+    with pytest.raises(gptlab.GptlabError, match=r"a different recipe: train\.seed was 0 and is 1"):
         resume(run, data, "train.seed=1")
     assert resume(run, data) == ["the run has no checkpoint yet, so it starts from the beginning"]
     assert_same_run(run, whole)

@@ -143,7 +143,7 @@ def test_torchrun_prepares_the_corpus_once(twenty: Path, tmp_path: Path) -> None
     process = torchrun("train", twenty, "--corpus", tmp_path / "text.txt", "--out", run)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert out.count("bytes a token") == 1
+    assert out.count("bytes per token") == 1
     assert gptlab.load(run).generate("the ", max_new_tokens=4, seed=0)
 
 

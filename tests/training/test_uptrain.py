@@ -138,7 +138,7 @@ def test_a_share_of_nobody_knows_what(data: Dataset, tmp_path: Path, commands: C
     assert with_count(uptrain(tmp_path / "base", "budget.share=0.1")).budget.of == 1280
     with pytest.raises(gptlab.GptlabError, match="a share of a model that starts from random weights"):
         with_count(small("budget.share=0.1"))
-    with pytest.raises(gptlab.GptlabError, match="a share of no number"):
+    with pytest.raises(gptlab.GptlabError, match="a share of an unknown number"):
         small("budget.share=0.1").steps(32, 100)
 
 

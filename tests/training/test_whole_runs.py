@@ -148,7 +148,9 @@ def test_a_base_with_another_tokenizer_is_refused(data: Dataset, tmp_path: Path)
     train(small("budget.steps=1"), data, tmp_path / "base")
     other = make_dataset(tmp_path / "chars", [sentences(20, seed=i) for i in range(30)], "chars")
     plan = small().model_copy(update={"base": "runs/base"})
-    with pytest.raises(gptlab.GptlabError, match="another tokenizer than runs/base has; prepare it again with --token"):
+    with pytest.raises(
+        gptlab.GptlabError, match="a tokenizer other than that of runs/base; prepare it again with --token"
+    ):
         train(plan, other, tmp_path / "run", base=gptlab.load(tmp_path / "base"))
     assert not (tmp_path / "run").exists()
 

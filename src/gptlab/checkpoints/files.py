@@ -53,9 +53,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise GptlabError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # the second where brackets are nested ten thousand deep
-        raise GptlabError(f"{path} is damaged (no valid JSON: {error}); restore it") from None
+        raise GptlabError(f"{path} is damaged (not valid JSON: {error}); restore it") from None
     if not isinstance(values, dict):
-        raise GptlabError(f"{path} is damaged (no JSON object); restore it")
+        raise GptlabError(f"{path} is damaged (not a JSON object); restore it")
     return values
 
 

@@ -132,7 +132,7 @@ def _refusal(name: str, repository: str, revision: str | None, error: Exception)
     status = getattr(response, "status_code", None)
     if isinstance(error, errors.GatedRepoError) or status in (401, 403):
         return GptlabError(
-            f"{here}the Hugging Face hub lets nobody have {repository} without permission, or has no model of that"
+            f"{here}the Hugging Face hub gives {repository} to nobody without permission, or has no model of that"
             f" name; ask for it on https://huggingface.co/{repository} and log in with `hf auth login`"
         )
     if isinstance(error, errors.RepositoryNotFoundError):

@@ -54,7 +54,7 @@ def open_pickle(path: Path) -> Lazy:
         tensors = next((tensors[name] for name in WRAPPERS if isinstance(tensors.get(name), dict)), tensors)
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise GptlabError(
-            f"{path} holds something else than tensors by name, alone or under {', '.join(map(repr, WRAPPERS))}; save"
+            f"{path} holds something other than tensors by name, alone or under {', '.join(map(repr, WRAPPERS))}; save"
             " model.state_dict() alone as pytorch_model.bin"
         )
     return {str(name): functools.partial(tensors.__getitem__, name) for name in tensors}

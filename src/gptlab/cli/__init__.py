@@ -79,7 +79,7 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not ("alloc" in str(error) and "memory" in str(error)):
             raise
-        print("gptlab: the memory does not suffice for this; take a smaller model, or less at a time", file=sys.stderr)
+        print("gptlab: there is not enough memory for this; use a smaller model, or less at a time", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         # What is still in the buffer must go nowhere, or Python complains about it at its end.

@@ -34,13 +34,13 @@ def evaluate(
     stride: Annotated[int | None, typer.Option(help="Tokens from window to window (default: no overlap).")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a window (default: the model's own context).")] = None,
     by_position: Annotated[
-        bool, typer.Option("--by-position", help="Of a text also the loss by position, to 16 times the context.")
+        bool, typer.Option("--by-position", help="Also measure a text's loss by position, up to 16 times the context.")
     ] = False,
     paper_table: Annotated[
         bool, typer.Option("--paper-table", help="Table 3 of the GPT-2 paper beside what the model gives.")
     ] = False,
     text_field: Annotated[
-        str, typer.Option(help="Of records in text:FILE, the field or column that is read.")
+        str, typer.Option(help="The field or column to read from the records in text:FILE.")
     ] = "text",
     limit: Annotated[
         int | None, typer.Option(help="The first so many documents, passages or items only (default: all).")
@@ -69,7 +69,7 @@ def evaluate(
     if by_position and not texts:
         raise GptlabError("--by-position needs a text; give one with --task text:FILE")
     if text_field != "text" and not texts:
-        raise GptlabError("--text-field is about the records of a text; give one with --task text:FILE")
+        raise GptlabError("--text-field applies to the records of a text; give one with --task text:FILE")
     paths = sources.parse_paths(data or [])
     for name in dict.fromkeys(protocol.data for protocol in protocols if protocol.data):
         sources.read(name, paths)  # say now, not in an hour, what is not there

@@ -18,14 +18,16 @@ def export(
     model: Annotated[str, typer.Argument(help="A built-in model, a directory, a file, a run, or owner/name.")],
     out: Annotated[Path, typer.Option(help="Directory or file to write.")],
     format: Annotated[str, typer.Option(help="hf: a directory for transformers; gguf: a file for llama.cpp.")] = "hf",
-    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "float32",
+    dtype: Annotated[str, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = "float32",
     custom_code: Annotated[
-        bool, typer.Option("--custom-code", help="hf: where no class computes the model, send code of its own along.")
+        bool, typer.Option("--custom-code", help="hf: where no class computes the model, include its own code.")
     ] = False,
     max_shard_size: Annotated[
-        str | None, typer.Option(help="hf: most bytes of a file, as 500MB (default 50GB).")
+        str | None, typer.Option(help="hf: largest size of a file, such as 500MB (default 50GB).")
     ] = None,
-    type: Annotated[str | None, typer.Option(help="gguf: of the weights: f32 (default), f16, bf16 or q8_0.")] = None,
+    type: Annotated[
+        str | None, typer.Option(help="gguf: type of the weights: f32 (default), f16, bf16 or q8_0.")
+    ] = None,
     context: Annotated[
         int | None, typer.Option(help="gguf: cap the context at so many tokens, as at a window that llama.cpp ignores.")
     ] = None,
@@ -44,7 +46,7 @@ def export(
         if given and format != "gguf":
             raise GptlabError(f"{flag} belongs to --format gguf; drop it")
     if format == "gguf" and dtype != "float32":
-        raise GptlabError("of GGUF the weights have a type: use --type in place of --dtype")
+        raise GptlabError("the weights of a GGUF file have a type; use --type instead of --dtype")
     import torch
 
     from gptlab.exporting import export as write
@@ -73,7 +75,7 @@ def export(
     for words in result.lost:
         print(f"   lost: {words}")
     if result.difference is None:
-        print("not compared with its source, as was asked for")
+        print("not compared with its source, as requested")
     else:
         print(
             f"read back and compared on {result.tokens:,} tokens: logits differ by at most {result.difference:.2g}"

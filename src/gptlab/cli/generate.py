@@ -43,7 +43,7 @@ def generate(
     model: Annotated[
         str, typer.Option(help="A built-in model, a directory, gpt2 ... gpt2-xl, or owner/name.")
     ] = "pocket",
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens to add.")] = 100,
     num_samples: Annotated[int, typer.Option(help="How many continuations.")] = 1,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     temperature: Annotated[float, typer.Option(help="Below 1 is safer, above 1 wilder.")] = 0.8,
@@ -84,9 +84,9 @@ def generate(
         other = (
             "a prompt"
             if prompt is not None or prompt_file is not None
-            else "--special, which is about the text of a prompt"
+            else "--special, which applies to the text of a prompt"
         )
-        raise GptlabError(f"--prompt-ids stands in place of a prompt; leave out either it or {other}")
+        raise GptlabError(f"--prompt-ids replaces a prompt; leave out either it or {other}")
     if ids is None:
         prompt = read_prompt(prompt, prompt_file)
     lm = _load(model, dtype, tokenizer, device)
@@ -132,7 +132,7 @@ def _ids(text: str) -> list[int]:
 
     parts = text.replace(",", " ").split()
     if not parts or not all(part.isdecimal() and len(part) < 20 for part in parts):
-        raise GptlabError(f'--prompt-ids wants token ids, as "15496 11 50256", got {text!r:.60}')
+        raise GptlabError(f'--prompt-ids takes token ids, such as "15496 11 50256", got {text!r:.60}')
     return [int(part) for part in parts]
 
 

@@ -13,7 +13,7 @@ from gptlab.errors import GptlabError
 
 def import_model(
     source: Annotated[str, typer.Argument(help="A file or directory of another program, or a name as for --model.")],
-    out: Annotated[Path, typer.Option(help="Directory to write gptlab's own format into; must not be there.")],
+    out: Annotated[Path, typer.Option(help="Directory to write gptlab's own format into; must not exist.")],
     characters: Annotated[
         Path | None,
         typer.Option(help="Of a character-level model: its training text, or a text that holds each character once."),
@@ -25,7 +25,7 @@ def import_model(
 ) -> None:
     """Read a model in another program's format and save it in gptlab's own."""
     if out.exists():
-        raise GptlabError(f"{out} is there already; choose another --out, or remove it")
+        raise GptlabError(f"{out} already exists; choose another --out, or remove it")
     import gptlab
     from gptlab import checkpoints
     from gptlab.checkpoints import gguf, hub

@@ -118,7 +118,7 @@ def _show(facts: dict[str, dict[str, Any]], tokens: int) -> None:
             table.add_row(f"{label}, {dtype}, MiB", *cells)
     table.add_section()
     for label, key in (("forward", "forward_flops_per_token"), ("of it attention", "attention_flops_per_token")):
-        table.add_row(f"{label}, MFLOP a token", *(f"{column[key] / 1e6:,.1f}" for column in columns))
+        table.add_row(f"{label}, MFLOP per token", *(f"{column[key] / 1e6:,.1f}" for column in columns))
     fields = ("all" if column["receptive_field"] is None else f"{column['receptive_field']:,}" for column in columns)
     table.add_row("receptive field, tokens", *fields)
     table_console().print(table)

@@ -30,9 +30,7 @@ def study(
         typer.Argument(help="quick, standard, papers, convert, gpt2-small, or a .toml file; none with --resume."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the study (default studies/NAME).")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the study in --out, as it was asked for.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the study in --out with its own options.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="This variant, beside the base; may be given again.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds, in place of the study's own.")] = None,
     data: Annotated[Path | None, typer.Option(help="Token shards of gptlab prepare to train on.")] = None,

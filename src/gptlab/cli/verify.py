@@ -14,7 +14,7 @@ def verify(
     model: Annotated[str | None, typer.Argument(help="gpt2: check the original weights as well.")] = None,
     path: Annotated[Path | None, typer.Option(help="Where those weights are; else the hub.")] = None,
     scores: Annotated[
-        bool, typer.Option("--scores", help="Of gpt2 also the published scores, each by its protocol: hours on a CPU.")
+        bool, typer.Option("--scores", help="Also check gpt2's published scores, each by its protocol: hours on a CPU.")
     ] = False,
     data: Annotated[list[str] | None, typer.Option(help="name=FILE, as in lambada=lambada_test.jsonl.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,

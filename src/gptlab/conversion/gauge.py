@@ -97,7 +97,7 @@ def spend_gauge(
 ) -> list[Gauge]:
     """Give queries and keys of ``rotated`` the gauge in which its rotation disturbs least; return what was done.
 
-    The streams of both models are kept for the whole text, and the queries and keys of one layer: 28 C bytes a token.
+    The streams of both models are kept for the whole text, and the queries and keys of one layer: 28 C bytes per token.
 
     Args:
         source: a model with learned positions, in float32.

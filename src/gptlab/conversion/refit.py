@@ -37,7 +37,7 @@ RIDGES = (0.3, 3.0, 30.0, 300.0)
 def refit_outputs(source: GPT, converted: GPT, rows: Tensor | Sequence[Tensor]) -> GPT:
     """Return a copy of a converted model whose ``c_proj`` are fitted to the source's attention on a calibration text.
 
-    The residual streams of both models are kept for the whole text: 8 C bytes a token.
+    The residual streams of both models are kept for the whole text: 8 C bytes per token.
 
     Args:
         source: the model as it was.

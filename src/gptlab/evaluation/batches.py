@@ -1,7 +1,7 @@
 """Batches of token ids through a model, and from each only what is asked for.
 
 Only the positions whose targets are asked for go through the output head, a few hundred at a time: the logits of all
-positions of GPT-2 at once would be 200 KB a token. Rows are sorted by length, so that batches are nearly free of
+positions of GPT-2 at once would be 200 KB per token. Rows are sorted by length, so that batches are nearly free of
 padding; padding stands on the right, where causal attention needs no mask against it.
 """
 

@@ -117,7 +117,9 @@ class Data:
             except ValueError:
                 item = None
             if not isinstance(item, dict):
-                raise GptlabError(f"{self.file}, line {number}, is no JSON object; is this the data for {self.name}?")
+                raise GptlabError(
+                    f"{self.file}, line {number}, is not a JSON object; is this the data for {self.name}?"
+                )
             for field, kind in fields.items():
                 if not isinstance(item.get(field), kind):
                     raise GptlabError(
@@ -177,7 +179,7 @@ def read(name: str, paths: Mapping[str, Path] | None = None) -> Data:
     data = Data(name, source.member or source.file, _unpack(archive, source, source.url))
     if not data.official:
         raise GptlabError(
-            f"{source.url} holds something else than {source.title}: its sha256 differs; {_by_hand(name, cached)}"
+            f"{source.url} holds something other than {source.title}: its sha256 differs; {_by_hand(name, cached)}"
         )
     _keep(cached, archive)
     return data

@@ -198,6 +198,6 @@ def write_held_out(settings: EvaluationSettings, dataset: Dataset | None, direct
 
 
 def _decoded(split: Split, tokenizer: Tokenizer) -> Iterable[str]:
-    """The documents of a split; all of it where nobody wrote down where they end."""
+    """The documents of a split; all of it where their ends are not recorded."""
     for ids in split.documents():
         yield tokenizer.decode([i for i in ids.tolist() if i != tokenizer.end_of_text])

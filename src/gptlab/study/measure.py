@@ -208,7 +208,7 @@ def _generate(
     def models() -> dict[str, GPT]:
         return {name: GPT(config).to(bench.device, bench.dtype).eval() for name, config in bench.extended.items()}
 
-    def turns(what: str, step: Callable[[GPT, int, int], Step], batch: int, context: int) -> dict[str, float]:
+    def alternate(what: str, step: Callable[[GPT, int, int], Step], batch: int, context: int) -> dict[str, float]:
         make = lambda: {name: step(model, batch, context) for name, model in models().items()}  # noqa: E731
         return _turns(bench, what, make, end, share, batch=batch, context=context)
 
@@ -219,7 +219,7 @@ def _generate(
             share, left = (end - time.perf_counter()) / left, left - 1
             if not bench.fits(batch, context):
                 continue
-            for name, seconds in turns("decode", decoding_step, batch, context).items():
+            for name, seconds in alternate("decode", decoding_step, batch, context).items():
                 row = Decode(
                     context=context, batch=batch, milliseconds=1e3 * seconds, tokens_per_second=batch / seconds
                 )
@@ -228,7 +228,7 @@ def _generate(
         share, left = remaining / left, left - 1
         work = sum(cost.forward_flops(config, context).total for config in bench.extended.values())
         if not rate or 2 * work / rate <= max(remaining, 1.0):
-            times = turns("prefill", prefill_step, 1, context)
+            times = alternate("prefill", prefill_step, 1, context)
             for name, seconds in times.items():
                 prefill[name].append(Prefill(context=context, batch=1, tokens_per_second=context / seconds))
             rate = work / sum(times.values())

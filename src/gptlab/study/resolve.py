@@ -53,7 +53,7 @@ class Entry:
         factors: the changes that it combines.
         reference: the variant that it is compared with, None for the base.
         seeds: one run or conversion for each; a model that is loaded has 0.
-        tokens: that a finished model has seen, None where nobody wrote it down.
+        tokens: that a finished model has seen, None where it is not recorded.
         milestones: of a conversion, right after it and of its uptraining; else none.
     """
 
@@ -141,7 +141,7 @@ def resolve(request: Request, out: Path, report: Report) -> Plan:
         dataset = _prepare(recipe, out / DATA, tokenizer, report)
     if dataset is not None and tokenizer is not None and tokenizer.sha256 != dataset.tokenizer.sha256:
         raise GptlabError(
-            f"the data {dataset.name} was prepared with another tokenizer than the base {base.name} has; prepare it"
+            f"the data {dataset.name} was prepared with a tokenizer other than that of the base {base.name}; prepare it"
             " again with --tokenizer and the model that the base loads"
         )
     configs = _configs(variants, 0 if dataset is None else dataset.tokenizer.vocab_size)
@@ -251,7 +251,7 @@ def _milestones(
     if tokens is None:
         name = base.model if isinstance(base, Loaded) else base.name
         raise GptlabError(
-            f"uptraining takes shares of the tokens that {name} was trained on, which nobody wrote down; state them by"
+            f"uptraining takes shares of the tokens that {name} was trained on, which are not recorded; state them by"
             " budget.of in [uptrain] set"
         )
     return variant.uptraining.milestones(config.context_length, tokens)

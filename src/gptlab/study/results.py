@@ -277,7 +277,7 @@ class Variant(Record):
         difference: its loss less the reference's; None for the base, and where no seed was trained to the end in both.
         config: its architecture.
         source: how it came to be.
-        tokens_trained: that the model has seen, None where nobody wrote it down.
+        tokens_trained: that the model has seen, None where it is not recorded.
         parameters: by part, and their ``total``.
         flops_per_token: operations.
         cache: sizes by context and batch.

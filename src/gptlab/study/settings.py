@@ -63,7 +63,7 @@ class UptrainSettings(_Section):
     Attributes:
         recipe: a recipe that the package carries, or a file. Its budget counts for nothing.
         set: changes to it, each ``section.key=value``. ``budget.share`` is the length of a run, by default the largest
-            of ``shares``; ``budget.of`` the tokens that the base was trained on, where nobody wrote them down.
+            of ``shares``; ``budget.of`` the tokens that the base was trained on, where they are not recorded.
         shares: of these tokens, after which a model is evaluated; 0 is right after the conversion.
     """
 

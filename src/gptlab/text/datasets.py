@@ -36,7 +36,7 @@ _MAGIC = 20240520
 
 
 class Shard(NamedTuple):
-    """A file of ids, of which the first is ``offset`` bytes into it; ``sha256`` is "" where nobody wrote it down."""
+    """A file of ids, of which the first is ``offset`` bytes into it; ``sha256`` is "" where it is not recorded."""
 
     path: Path
     n_tokens: int
@@ -99,11 +99,11 @@ class Split:
 
     @cached_property
     def document_ends(self) -> np.ndarray | None:
-        """The position after each document and its mark (n_documents,), int64, on disk; None where nobody wrote it."""
+        """The position after each document and its mark (n_documents,), int64, on disk; None where unrecorded."""
         return None if self._ends is None else _mapped(self._ends, np.dtype("<i8"))
 
     def documents(self) -> Iterator[np.ndarray]:
-        """Yield the ids of each document's text, without the marks; all ids at once where nobody wrote the ends."""
+        """Yield the ids of each document's text, without the marks; all ids at once where the ends are not recorded."""
         if self.document_ends is None:
             yield self.read(0, self.n_tokens)
             return
@@ -116,7 +116,7 @@ class Split:
         """Return which document each place is in, int64; a mark is in the document that it opens.
 
         Raises:
-            GptlabError: nobody wrote down where documents end.
+            GptlabError: it is not recorded where documents end.
         """
         if self.document_ends is None:
             raise GptlabError("the data does not say where its documents end; prepare it with gptlab prepare")
@@ -308,7 +308,7 @@ def _open_llmc(path: Path) -> Dataset:
             header = np.fromfile(file, "<i4", _HEADER)
             if len(header) < _HEADER or header[0] != _MAGIC or header[1] != 1:
                 raise GptlabError(
-                    f"{file} is none of llm.c's files of GPT-2 ids: it does not begin with {_MAGIC} and version 1"
+                    f"{file} is not one of llm.c's files of GPT-2 ids: it does not begin with {_MAGIC} and version 1"
                 )
             shards.append(Shard(file, int(header[2]), 4 * _HEADER))
             _check_size(shards[-1], 2)

@@ -115,7 +115,7 @@ def _refuse_zeros(content: bytes, offset: int, name: object, head: bytes) -> Non
         return
     for beginning, kind in _NO_TEXT:
         if head.startswith(beginning):
-            raise GptlabError(f"{name} is {kind}, no text; save what is written in it as .txt")
+            raise GptlabError(f"{name} is {kind}, not text; save what is written in it as .txt")
     raise GptlabError(
         f"{name} holds a NUL (byte {offset + place} is 0): it looks like binary data, or UTF-16 or UTF-32 without a"
         " byte-order mark; name text files, or convert it, for instance with iconv -f UTF-16LE -t UTF-8"
@@ -125,7 +125,7 @@ def _refuse_zeros(content: bytes, offset: int, name: object, head: bytes) -> Non
 def _undecodable(name: object, encoding: str, offset: int, head: bytes) -> GptlabError:
     for beginning, kind in _NO_TEXT:
         if head.startswith(beginning):
-            return GptlabError(f"{name} is {kind}, no text; save what is written in it as .txt")
+            return GptlabError(f"{name} is {kind}, not text; save what is written in it as .txt")
     if encoding == "utf-8" and b"\0" in head:
         return GptlabError(f"{name} is not text: it holds binary data (byte {offset} is not UTF-8); name text files")
     return GptlabError(f"{name} is not {_NAMES[encoding]} text (byte {offset}); convert it, for instance with iconv")

@@ -216,7 +216,7 @@ def _zstd(file: IO[bytes], name: str) -> IO[bytes]:
         return cast(IO[bytes], pyarrow.input_stream(pyarrow.PythonFile(file, mode="r"), compression="zstd"))
     except ImportError:
         raise GptlabError(
-            f"{name} is compressed by Zstandard; to read it, pip install zstandard, or unpack it with unzstd"
+            f"{name} is compressed with Zstandard; to read it, pip install zstandard, or unpack it with unzstd"
         ) from None
 
 

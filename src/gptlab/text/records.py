@@ -95,7 +95,7 @@ def _json(file: IO[bytes], name: object, suffix: str, field: str) -> Texts:
                 more, text = chunk is not None, text + (chunk or "")
             if not more and len(text) < size:
                 if text:
-                    raise GptlabError(f"{name} is no JSON after record {number}; repair it") from None
+                    raise GptlabError(f"{name} is not JSON after record {number}; repair it") from None
                 if array:
                     raise GptlabError(f"{name} ends within its array; copy or download it again") from None
             continue
@@ -120,7 +120,7 @@ def _no_record(where: str, field: str, record: Any) -> GptlabError:
         which = others[0] if len(others) == 1 else "NAME"
         hint = f"; it has {_quoted(others)}: name the one to read with --text-field {which} {_WHERE}"
     what = "a text" if field == TEXT_FIELD else f"a text in {field!r}"
-    return GptlabError(f'{where} is no JSON object with {what}, as {{"{field}": "..."}}{hint}')
+    return GptlabError(f'{where} is not a JSON object with {what}, as {{"{field}": "..."}}{hint}')
 
 
 def _quoted(names: list[str]) -> str:

@@ -50,8 +50,8 @@ def first_model(recipe: Recipe, dataset: Dataset, base: LanguageModel | None) ->
     if base is not None:
         if base.tokenizer is not None and base.tokenizer.sha256 != dataset.tokenizer.sha256:
             raise GptlabError(
-                f"the data {dataset.name} was prepared with another tokenizer than {recipe.base} has; prepare it"
-                f" again with --tokenizer {recipe.base}"
+                f"the data {dataset.name} was prepared with a tokenizer other than that of {recipe.base}; prepare"
+                f" it again with --tokenizer {recipe.base}"
             )
         known, needed = base.config.vocab_size, _ids_in_texts(dataset.tokenizer)
         if needed > known:
@@ -76,8 +76,8 @@ def check_teacher(run: Path, teacher: Teacher, resume: bool) -> None:
     before = json.loads((run / "run.json").read_text(encoding="utf-8")).get("teacher", {}) if resume else teacher.about
     if before.get("sha256") != teacher.about["sha256"]:
         raise GptlabError(
-            f"the run {run} learns from another teacher than {teacher.about['name']} is now: its weights have changed"
-            " since the run began; restore them, name the right one with --set distill.teacher=..., or start a new run"
+            f"the teacher {teacher.about['name']} is not the one that the run {run} began with: its weights differ;"
+            " restore them, name the right one with --set distill.teacher=..., or start a new run"
         )
 
 
@@ -136,7 +136,7 @@ def read_saved(run: Path, recipe: Recipe, dataset: Dataset, note: Callable[[str]
     if changed:
         what = ", ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in changed.items())
         raise GptlabError(
-            f"the run {run} cannot go on with another recipe: {what}; leave it as it was, or start a new run:"
+            f"the run {run} cannot continue with a different recipe: {what}; leave it as it was, or start a new run:"
             f" {_new_run(run, dataset, saved is not None)}"
         )
     if facts["data_sha256"] != dataset.sha256:

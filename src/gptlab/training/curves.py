@@ -56,7 +56,7 @@ def _row(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line.decode())
     except ValueError:
-        raise ValueError("no valid JSON") from None
+        raise ValueError("not valid JSON") from None
     if not isinstance(row, dict) or not isinstance(row.get("event"), str) or not math.isfinite(_number(row, "step")):
         raise ValueError("no object with 'event' and 'step'")
     return row

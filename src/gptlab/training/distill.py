@@ -97,7 +97,7 @@ def load_teacher(settings: DistillSettings, config: ModelConfig, tokenizer: Toke
     name, model = settings.teacher, lm.model.eval().requires_grad_(False)
     if lm.tokenizer is not None and lm.tokenizer.sha256 != tokenizer.sha256:
         raise GptlabError(
-            f"the teacher {name} has another tokenizer than the data, so the two would speak of different tokens;"
+            f"the teacher {name} has a different tokenizer from the data, so the two would speak of different tokens;"
             " choose a teacher with the tokenizer of the student"
         )
     if model.config.vocab_size != config.vocab_size:

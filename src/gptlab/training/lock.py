@@ -37,7 +37,7 @@ def locked(run: Path, say: Callable[[str], None] = lambda text: None) -> Iterato
 
     Args:
         run: the run's directory.
-        say: told in a sentence where the file system knows no locks; then nothing is locked.
+        say: told in a sentence where the file system does not support locks; then nothing is locked.
 
     Raises:
         GptlabError: another process has it, the directory cannot be written, or its path is not UTF-8.
@@ -116,7 +116,7 @@ def _take(run: Path, say: Callable[[str], None]) -> int | None:
             os.close(handle)
             if error.errno not in _NO_LOCKS:
                 raise GptlabError(f"the run {run} cannot be locked: {error.strerror}") from None
-            say(f"the file system of {run} knows no locks; see to it that no other process trains in it")
+            say(f"the file system of {run} does not support locks; make sure that no other process trains in it")
             return None
         if _is(handle, run / NAME):
             with contextlib.suppress(OSError):  # a full disk: it is locked all the same

@@ -93,7 +93,9 @@ class Recipe(Section):
         tokens = budget.tokens
         if budget.share is not None:
             if budget.of is None:
-                raise GptlabError(f"budget.share={budget.share} is a share of no number; set budget.of to the tokens")
+                raise GptlabError(
+                    f"budget.share={budget.share} is a share of an unknown number of tokens; set budget.of"
+                )
             tokens = round(budget.share * budget.of)
         if tokens is not None:
             return max(tokens // (self.batch.size * context_length), 1)

@@ -81,7 +81,7 @@ def restore(
             placed = like(value, parameter) if value.ndim else value
             owner[id(parameter)].state[parameter][key.rpartition("/")[2]] = placed
     if left:
-        raise GptlabError(f"the saved training state has {next(iter(left))}, which this model has not")
+        raise GptlabError(f"the saved training state has {next(iter(left))}, which this model does not have")
 
 
 def write_checkpoint(

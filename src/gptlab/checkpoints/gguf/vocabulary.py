@@ -38,7 +38,7 @@ def read_vocabulary(metadata: Mapping[str, Any], path: Path) -> Tokenizer | None
     words = metadata.get("tokenizer.ggml.pre", WORDS[0])
     if kind != "gpt2" or words not in (*WORDS, *SINGLE_DIGITS):
         raise UnsupportedTokenizer(
-            f"{path} has a tokenizer of the kind {kind!r} ({words!r}), which gptlab does not read; it reads byte-level"
+            f"{path} has a tokenizer of kind {kind!r} ({words!r}), which gptlab does not read; it reads byte-level"
             " BPE as GPT-2's and StarCoder's"
         )
     try:

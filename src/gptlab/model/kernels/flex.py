@@ -44,14 +44,14 @@ def obstacle(inputs: Inputs) -> str | None:
     """Say why `flex` cannot compute this, or None."""
     q = inputs.q
     if inputs.dropout:
-        return "knows no dropout"
+        return "does not support dropout"
     if q.device.type not in ("cpu", "cuda"):
         return f"runs on the CPU and on CUDA, not on {q.device.type}"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"computes float32, bfloat16 and float16, not {q.dtype}"
     if q.device.type == "cpu":
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs.tensors):
-            return "knows no gradients on the CPU"
+            return "computes no gradients on the CPU"
         # PyTorch 2.13 reads values that are a view of the projection from the projection's beginning: silently wrong.
         return "cannot be a part of what is compiled on the CPU" if torch.compiler.is_compiling() else None
     if q.shape[-1] < 16:

@@ -30,7 +30,7 @@ def obstacle(inputs: Inputs) -> str | None:
     """Say why `varlen` cannot compute this, or None."""
     q, queries = inputs.q, inputs.queries
     if inputs.dropout:
-        return "knows no dropout"
+        return "does not support dropout"
     if q.device.type != "cuda" or torch.version.hip:
         return f"runs on CUDA only, not on {'ROCm' if torch.version.hip else q.device.type}"
     if q.dtype not in (torch.bfloat16, torch.float16):
@@ -40,7 +40,7 @@ def obstacle(inputs: Inputs) -> str | None:
     if inputs.keys is not queries or not queries.in_order:
         return "needs whole sequences without padding or cache"
     if inputs.visibility.left_right is None or inputs.q_sinks is not None:
-        return "knows no sinks and no dilation"
+        return "supports neither sinks nor dilation"
     if not _has_flash_attention(q.device):
         return "needs a GPU of compute capability 8.0 or later"
     asked = {"window_size"} | ({"enable_gqa"} if inputs.k.shape[1] != q.shape[1] else set())

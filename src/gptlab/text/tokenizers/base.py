@@ -162,5 +162,5 @@ def refuse_surrogates(text: str) -> None:
     except UnicodeEncodeError as error:
         raise GptlabError(
             f"the text holds a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}, which"
-            " is no Unicode text; decode the file with the right encoding, or with errors='replace'"
+            " is not Unicode text; decode the file with the right encoding, or with errors='replace'"
         ) from None

@@ -102,9 +102,9 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise GptlabError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise GptlabError(f"{path} is damaged (no valid JSON: {error}); restore it, or take it away") from None
+        raise GptlabError(f"{path} is damaged (not valid JSON: {error}); restore it, or remove it") from None
     if not isinstance(values, dict):
-        raise GptlabError(f"{path} is damaged (no JSON object); restore it, or take it away")
+        raise GptlabError(f"{path} is damaged (not a JSON object); restore it, or remove it")
     return values
 
 
