@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from gptlab.evaluation.positions import Position
+    from gptlab.evaluation.protocol import Protocol
     from gptlab.evaluation.scoring import Result
     from gptlab.language_model import LanguageModel
 
@@ -57,19 +58,14 @@ def evaluate(
     from gptlab.evaluation import data as sources
     from gptlab.evaluation.positions import positions_in_text
     from gptlab.evaluation.tasks import evaluate as measure
-    from gptlab.evaluation.tasks import protocol_of
 
     tasks = list(dict.fromkeys(tasks or []))
-    if not tasks and not paper_table:
-        raise GptlabError("nothing to measure; name a --task such as text:novel.txt, or ask for --paper-table")
-    protocols = [protocol_of(task) for task in tasks]
-    if stride is not None and not paper_table and not any(protocol.sliding for protocol in protocols):
-        raise GptlabError(f"--stride has no effect on {', '.join(tasks)}; leave it out")
     texts = [task for task in tasks if task.startswith("text:")]
     if by_position and not texts:
         raise GptlabError("--by-position needs a text; give one with --task text:FILE")
     if text_field != "text" and not texts:
         raise GptlabError("--text-field applies to the records of a text; give one with --task text:FILE")
+    protocols = _protocols(tasks, stride, paper_table)
     paths = sources.parse_paths(data or [])
     for name in dict.fromkeys(protocol.data for protocol in protocols if protocol.data):
         sources.read(name, paths)  # say now, not in an hour, what is not there
@@ -81,6 +77,7 @@ def evaluate(
     if paper_table:
         protocols += _paper_protocols(tasks, paths, absent)
 
+    options: dict[str, Any] = {"context": context, "limit": limit, "dtype": dtype, "text_field": text_field}
     results: dict[str, list[Result]] = {protocol.name: [] for protocol in protocols}
     positions: dict[str, dict[str, list[Position]]] = {text: {} for text in texts if by_position}
     for name in models:
@@ -93,27 +90,15 @@ def evaluate(
                     protocol.name,
                     name=name,
                     stride=stride if protocol.sliding else None,
-                    context=context,
-                    dtype=dtype,
-                    limit=limit,
                     data=paths,
-                    text_field=text_field,
                     progress=progress,
+                    **options,
                 )
             results[protocol.name].append(result)
         for text, by_model in positions.items():
             source = text.removeprefix("text:")
             with _progress(f"{name} {text} by position") as progress:
-                by_model[name] = positions_in_text(
-                    lm.model,
-                    lm.needs_tokenizer(),
-                    source,
-                    context=context,
-                    limit=limit,
-                    dtype=dtype,
-                    text_field=text_field,
-                    progress=progress,
-                )
+                by_model[name] = positions_in_text(lm.model, lm.needs_tokenizer(), source, progress=progress, **options)
     differences = {name: _differences(rows) for name, rows in results.items()}
     if as_json:
         print(_as_json(results, differences, positions, absent, scores=False, ascii_only=True))
@@ -130,6 +115,19 @@ def evaluate(
         write_files(out.parent, {out.name: whole.encode(errors="backslashreplace") + b"\n"})
 
 
+def _protocols(tasks: list[str], stride: int | None, paper_table: bool) -> list[Protocol]:
+    """Return the protocols of the tasks; refuse to measure nothing, and a stride that nothing would use."""
+    from gptlab.errors import GptlabError
+    from gptlab.evaluation.tasks import protocol_of
+
+    if not tasks and not paper_table:
+        raise GptlabError("nothing to measure; name a --task such as text:novel.txt, or ask for --paper-table")
+    protocols = [protocol_of(task) for task in tasks]
+    if stride is not None and not paper_table and not any(protocol.sliding for protocol in protocols):
+        raise GptlabError(f"--stride has no effect on {', '.join(tasks)}; leave it out")
+    return protocols
+
+
 def _load(name: str, dtype: str, tokenizer: str | None, device: str) -> LanguageModel:
     import gptlab
     from gptlab.errors import GptlabError, nearest
@@ -140,7 +138,7 @@ def _load(name: str, dtype: str, tokenizer: str | None, device: str) -> Language
     return gptlab.load(name, dtype=DTYPES[dtype], tokenizer=tokenizer, device=device)
 
 
-def _paper_protocols(tasks: list[str], paths: dict[str, Path], absent: dict[str, str]) -> list[Any]:
+def _paper_protocols(tasks: list[str], paths: dict[str, Path], absent: dict[str, str]) -> list[Protocol]:
     """Return the protocols of the paper's table that are not asked for already; note in ``absent`` what lacks data."""
     from gptlab.errors import GptlabError
     from gptlab.evaluation import data as sources

@@ -79,14 +79,7 @@ def generate(
     sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, seed, min_p, repetition_penalty)
     if num_samples < 1:
         raise GptlabError(f"--num-samples must be at least 1, got {num_samples}")
-    ids = None if prompt_ids is None else _ids(prompt_ids)
-    if ids is not None and (prompt is not None or prompt_file is not None or special):
-        other = (
-            "a prompt"
-            if prompt is not None or prompt_file is not None
-            else "--special, which applies to the text of a prompt"
-        )
-        raise GptlabError(f"--prompt-ids replaces a prompt; leave out either it or {other}")
+    ids = None if prompt_ids is None else _ids(prompt_ids, prompt is not None or prompt_file is not None, special)
     if ids is None:
         prompt = read_prompt(prompt, prompt_file)
     lm = _load(model, dtype, tokenizer, device)
@@ -127,9 +120,13 @@ def generate(
         raise interruption
 
 
-def _ids(text: str) -> list[int]:
+def _ids(text: str, has_prompt: bool, special: bool) -> list[int]:
+    """Read the ids of --prompt-ids, which leaves no room for a prompt or what is said of its text."""
     from gptlab.errors import GptlabError
 
+    if has_prompt or special:
+        other = "a prompt" if has_prompt else "--special, which applies to the text of a prompt"
+        raise GptlabError(f"--prompt-ids replaces a prompt; leave out either it or {other}")
     parts = text.replace(",", " ").split()
     if not parts or not all(part.isdecimal() and len(part) < 20 for part in parts):
         raise GptlabError(f'--prompt-ids takes token ids, such as "15496 11 50256", got {text!r:.60}')

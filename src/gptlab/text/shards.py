@@ -85,16 +85,7 @@ def prepare(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise GptlabError(f"{out} exists already; choose another place, or add to the data there with --append")
     with _workplace(out, "nothing was left there") as folder:
-        surveyed = survey(documents, report)
-        n_bytes = surveyed.n_bytes
-        if validation is None:
-            division = divide(documents, surveyed, held_out)
-        else:
-            other = survey(validation, report)
-            n_bytes += other.n_bytes
-            if shared := int(np.isin(surveyed.ranks, other.ranks).sum()):
-                report({"event": "shared", "documents": shared})
-            division = divide_between(documents, validation)
+        division, n_bytes = _divide(documents, validation, held_out, report)
         if not isinstance(tokenizer, Tokenizer):
             tokenizer = _make(tokenizer, division, report)
         for name, content in tokenizer.files().items():
@@ -121,6 +112,19 @@ def prepare(
         os.rename(folder, out)
         _sync(out.parent)
     return open_dataset(out)
+
+
+def _divide(
+    documents: Documents, validation: Documents | None, held_out: float, report: Report
+) -> tuple[Division, int]:
+    """Return which documents are held out, and the bytes of all."""
+    surveyed = survey(documents, report)
+    if validation is None:
+        return divide(documents, surveyed, held_out), surveyed.n_bytes
+    other = survey(validation, report)
+    if shared := int(np.isin(surveyed.ranks, other.ranks).sum()):
+        report({"event": "shared", "documents": shared})
+    return divide_between(documents, validation), surveyed.n_bytes + other.n_bytes
 
 
 def append(
