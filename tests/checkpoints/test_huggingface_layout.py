@@ -588,7 +588,7 @@ def test_a_pickle_that_would_run_code_does_not_run(tmp_path: Path, form: Callabl
 @pytest.mark.parametrize("content", [[torch.ones(2)], {"wte.weight": [1.0]}, torch.ones(3)])
 def test_a_pickle_of_something_else(tmp_path: Path, content: Any) -> None:
     torch.save(content, write_bin(tmp_path))
-    assert "something else than tensors by name" in refusal(tmp_path)
+    assert "something other than tensors by name" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -56,7 +56,7 @@ def test_there_and_back(model: Path, tmp_path: Path, run: Run) -> None:
     [
         (["--format", "gguf"], "cap the context at the window with --context 32"),
         (["--format", "gguf", "--type", "q4_0"], "--type must be one of f32, f16, bf16, q8_0"),
-        (["--format", "gguf", "--dtype", "float16"], "use --type in place of --dtype"),
+        (["--format", "gguf", "--dtype", "float16"], "use --type instead of --dtype"),
         (["--format", "gguf", "--custom-code"], "--custom-code belongs to --format hf"),
         (["--type", "f16"], "--type belongs to --format gguf"),
         (["--context", "32"], "--context belongs to --format gguf"),

@@ -11,8 +11,8 @@ from typing import Any
 
 from gptlab.config import ModelConfig
 from gptlab.model import cost
+from gptlab.report import roofline
 from gptlab.report.view import Study
-from gptlab.study import roofline
 from gptlab.study.results import TIMINGS_FORMAT, Results, Timings
 from gptlab.study.statistics import factorial, seeds_interval
 

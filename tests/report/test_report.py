@@ -507,14 +507,18 @@ def damage(results: Results, *path: str | int, value: Any) -> Results:
     [
         (("format",), "something", "is not a gptlab study of version 1"),
         (("version",), 2, "is not a gptlab study of version 1"),
-        (("study",), None, "damaged: study is not an object"),
-        (("study", "kind"), "new", "damaged: study.kind is not 'trained', 'shipped' or 'mixed'"),
+        (("study",), None, "damaged: study: input should be an object"),
+        (("study", "kind"), "new", "damaged: study.kind: input should be 'trained', 'shipped' or 'mixed'"),
         (("study", "base"), "lost", "damaged: it lacks its base 'lost'"),
-        (("variants", "gqa", "cache"), {}, "damaged: variants.gqa.cache is not a list"),
-        (("variants", "gqa", "runs", 0, "seed"), True, r"damaged: variants.gqa.runs\[0\].seed is not a whole number"),
-        (("variants", "gqa", "quality"), {}, "damaged: variants.gqa.quality.protocol is not there"),
+        (("variants", "gqa", "cache"), {}, "damaged: variants.gqa.cache: input should be a valid array"),
+        (
+            ("variants", "gqa", "runs", 0, "seed"),
+            True,
+            r"damaged: variants.gqa.runs\[0\].seed: input should be a valid integer",
+        ),
+        (("variants", "gqa", "quality"), {}, "damaged: variants.gqa.quality.protocol: field required"),
         (("variants", "gqa", "config", "n_head"), 5, "n_head=5"),
-        (("variants", "gqa", "difference", "low"), "-1", "variants.gqa.difference.low is not a number"),
+        (("variants", "gqa", "difference", "low"), "-1", "variants.gqa.difference.low: input should be a valid number"),
     ],
 )
 def test_damaged_results_are_refused(path: tuple[str | int, ...], value: Any, message: str, tmp_path: Path) -> None:

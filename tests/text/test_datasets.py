@@ -331,5 +331,5 @@ def test_llmcs_files_damaged(tmp_path: Path, more: dict[str, int], complaint: st
     with pytest.raises(GptlabError, match=complaint):
         open_dataset(tmp_path)
     (tmp_path / "x_val.bin").write_bytes(b"short")
-    with pytest.raises(GptlabError, match=r"is none of llm\.c's files"):
+    with pytest.raises(GptlabError, match=r"is not one of llm\.c's files"):
         open_dataset(tmp_path)

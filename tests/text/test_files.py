@@ -198,7 +198,7 @@ POINTED = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".txt.gz", ".zip", ".t
         *((f"a{end}", POINTER, "is a git-lfs pointer, not the file itself") for end in POINTED),
         ("a.txt", b"\n<!DOCTYPE html><p>", "is an HTML page, whose markup is not text"),
         ("a.txt", b"\xef\xbb\xbf<?xml version='1.0'?>", "is an XML file"),
-        ("a.txt", b"%PDF-1.4\n\xe2\xe3", "is a PDF file, no text"),
+        ("a.txt", b"%PDF-1.4\n\xe2\xe3", "is a PDF file, not text"),
         ("a.pdf", b"%PDF-1.4", "is a formatted document"),
         ("a.txt", b"\0\1\2\xff" * 100, "is not text: it holds binary data"),
         ("a.txt", b"one\ntwo\0three\n", r"a\.txt holds a NUL \(byte 7 is 0\): it looks like binary data, or UTF-16"),

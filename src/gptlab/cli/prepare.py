@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from gptlab.progress import Report
     from gptlab.text.documents import Documents
     from gptlab.text.shards import Dataset, NewTokenizer, TokenizerChoice
     from gptlab.text.tokenizers import Tokenizer
 
-Report = Callable[[dict[str, Any]], None]
 
 ValidationOption = Annotated[
     list[str] | None,

@@ -7,10 +7,11 @@ from typing import Any
 
 from gptlab.config import ModelConfig
 from gptlab.formatting import count, digits, memory, percent, times
+from gptlab.report import roofline
 from gptlab.report.blocks import Block, Column, Paragraph, Table
 from gptlab.report.texts import known
 from gptlab.report.view import NAMES, Study, make_config, sequences, tokens
-from gptlab.study import costs, roofline
+from gptlab.study import costs
 from gptlab.study.results import Counterpart
 from gptlab.study.variants import kinds_of
 

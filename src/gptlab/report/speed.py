@@ -12,6 +12,7 @@ from gptlab.formatting import count, digits, memory
 from gptlab.model import cost
 from gptlab.plotting import lines
 from gptlab.plotting.lines import Series
+from gptlab.report import roofline
 from gptlab.report.blocks import (
     VARIANT,
     Block,
@@ -27,7 +28,7 @@ from gptlab.report.blocks import (
 )
 from gptlab.report.texts import known
 from gptlab.report.view import Study, make_config, sequences, tokens
-from gptlab.study import costs, roofline
+from gptlab.study import costs
 
 FIELDS = (
     *("vocab_size", "context_length", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner"),

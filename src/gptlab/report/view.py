@@ -15,8 +15,8 @@ from gptlab.formatting import NBSP, count, listed, millions
 from gptlab.model import cost
 from gptlab.plotting import style
 from gptlab.plotting.style import Look
+from gptlab.report import roofline
 from gptlab.report.blocks import literal
-from gptlab.study import roofline
 from gptlab.study.results import (
     RESULTS,
     TIMINGS,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import gptlab
 from gptlab.checkpoints.files import write_files
 from gptlab.errors import GptlabError
 from gptlab.evaluation.scoring import Result
 from gptlab.language_model import LanguageModel
+from gptlab.progress import Report
 from gptlab.study.directory import CACHE, model_key
 from gptlab.study.evaluator import Evaluator
 from gptlab.study.make import Made
@@ -22,7 +22,6 @@ from gptlab.text.documents import open_documents
 from gptlab.text.shards import Dataset, Split
 from gptlab.text.tokenizers import END_OF_TEXT, Tokenizer
 
-Report = Callable[[dict[str, Any]], None]
 Scores = dict[int, Result]
 """Score on the held-out text by seed."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from gptlab.conversion.changes import Changes
 from gptlab.conversion.convert import convert
 from gptlab.errors import GptlabError
 from gptlab.language_model import LanguageModel
+from gptlab.progress import Report
 from gptlab.study.directory import CONVERTED, RUNS, key
 from gptlab.study.resolve import Entry, Plan
 from gptlab.study.results import Run
@@ -38,7 +39,6 @@ from gptlab.study.uptraining import Uptraining
 from gptlab.study.variants import Converted, Loaded, Trained
 from gptlab.text.shards import Dataset
 
-Report = Callable[[dict[str, Any]], None]
 Model = str | Path
 
 DONE = "conversion.json"

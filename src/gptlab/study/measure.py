@@ -26,14 +26,13 @@ from gptlab.errors import GptlabError
 from gptlab.generation.engine import CHUNK
 from gptlab.model import cost
 from gptlab.model.gpt import GPT
+from gptlab.progress import Report
 from gptlab.study.directory import cached, key, plain
 from gptlab.study.memory import peak_memory
 from gptlab.study.results import Decode, Machine, Peaks, Prefill, Timings, VariantTimings
 from gptlab.study.settings import MeasurementSettings
 from gptlab.study.timing import ROUNDS, Step, decoding_step, prefill_step, take_turns, timed, training_step
 from gptlab.training.recipe import Recipe
-
-Report = Callable[[dict[str, Any]], None]
 
 MOST_BYTES = 2**31
 """Bytes of all variants' caches together at one point; beyond it the point is left out. A GPU lends 40% of its own."""

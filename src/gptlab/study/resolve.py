@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import gptlab
 from gptlab.checkpoints.hub import locate
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
+from gptlab.progress import Report
 from gptlab.study.directory import DATA, Request, claim_directory, model_key
 from gptlab.study.evaluator import check_settings
 from gptlab.study.results import Kind
@@ -37,8 +38,6 @@ from gptlab.text.tokenizers import Tokenizer
 from gptlab.training.loop import rows_of
 from gptlab.training.parallel import join
 from gptlab.training.recipe import Recipe, read_recipe
-
-Report = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)

@@ -473,25 +473,8 @@ def _read(path: Path, kind: str, model: type[_File]) -> _File:
         raise GptlabError(f"{path} is damaged: {explain(error)}; make it again by gptlab study") from None
 
 
-_WORDS = {
-    "missing": "is not there",
-    "model_type": "is not an object",
-    "model_attributes_type": "is not an object",
-    "dict_type": "is not an object",
-    "list_type": "is not a list",
-    "tuple_type": "is not a list",
-    "int_type": "is not a whole number",
-    "float_type": "is not a number",
-    "string_type": "is not text",
-    "bool_type": "is not true or false",
-    "extra_forbidden": "is not known",
-}
-
-
 def explain(error: ValidationError) -> str:
     """Return the first thing in a file that is missing or of another type, in words."""
     first = error.errors()[0]
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
-    expected = first.get("ctx", {}).get("expected")
-    said = f"is not {expected}" if expected else _WORDS.get(first["type"], f"is wrong ({first['msg'].lower()})")
-    return f"{where.lstrip('.')} {said}"
+    return f"{where.lstrip('.')}: {first['msg'][0].lower()}{first['msg'][1:]}"

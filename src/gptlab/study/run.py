@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from gptlab.progress import Report
 from gptlab.study.assemble import assemble
 from gptlab.study.claims import claims_of_timings
 from gptlab.study.directory import CACHE, Request
@@ -14,8 +13,6 @@ from gptlab.study.make import make
 from gptlab.study.measure import measure
 from gptlab.study.resolve import Plan, resolve
 from gptlab.study.results import Results, Timings, write_results, write_timings
-
-Report = Callable[[dict[str, Any]], None]
 
 
 def run_study(request: Request, out: Path, *, report: Report = lambda row: None) -> tuple[Results, Timings]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import gptlab
 from gptlab.checkpoints.runs import is_run, run_checkpoints
+from gptlab.progress import Report
 from gptlab.study.directory import key, plain
 from gptlab.study.results import Run
 from gptlab.study.uptraining import BASE
@@ -21,8 +22,6 @@ from gptlab.text.shards import Dataset
 from gptlab.training.curves import METRICS
 from gptlab.training.loop import train
 from gptlab.training.recipe import Recipe
-
-Report = Callable[[dict[str, Any]], None]
 
 KEPT = "kept"
 """Directory of a run for the models at its milestones: the run itself keeps its last checkpoints only."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from gptlab.errors import GptlabError, nearest
 from gptlab.study.claims import CLAIMS
+from gptlab.training.toml import read_toml, toml_names
+
+_FOLDER = importlib.resources.files("gptlab") / "study" / "studies"
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 """What a study or a variant may be called."""
@@ -152,8 +154,7 @@ class StudySettings(_Section):
 
 def study_names() -> list[str]:
     """The studies that the package carries."""
-    folder = importlib.resources.files("gptlab") / "study" / "studies"
-    return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
+    return toml_names(_FOLDER)
 
 
 def read_study(name_or_path: str) -> StudySettings:
@@ -162,21 +163,7 @@ def read_study(name_or_path: str) -> StudySettings:
     Raises:
         GptlabError: an unknown name or key (with the nearest right one), or an impossible value.
     """
-    if name_or_path in study_names():
-        folder = importlib.resources.files("gptlab") / "study" / "studies"
-        text = (folder / f"{name_or_path}.toml").read_text(encoding="utf-8")
-    elif Path(name_or_path).is_file():
-        try:
-            text = Path(name_or_path).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise GptlabError(f"the study {name_or_path} cannot be read: {error}") from None
-    else:
-        hint = nearest(name_or_path, study_names())
-        raise GptlabError(f"no study {name_or_path!r}{hint}; give a .toml file or one of {', '.join(study_names())}")
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise GptlabError(f"the study {name_or_path} is not valid TOML: {error}") from None
+    values = read_toml("study", name_or_path, _FOLDER)
     values.setdefault("name", Path(name_or_path).stem)
     return make_study(values)
 

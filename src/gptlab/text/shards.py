@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gptlab.errors import GptlabError
+from gptlab.progress import Report
 from gptlab.text.datasets import FORMAT, INDEX, VERSION, Dataset, Split, open_dataset, read_index
 from gptlab.text.documents import Documents
 from gptlab.text.encoding import SplitWriter, encode
@@ -32,8 +33,6 @@ from gptlab.text.tokenizers import Tokenizer, make_tokenizer
 __all__ = ["Dataset", "NewTokenizer", "Split", "TokenizerChoice", "append", "open_dataset", "prepare"]
 
 SHARD_TOKENS = 100_000_000
-
-Report = Callable[[dict[str, Any]], None]
 
 
 class TokenizerChoice(Protocol):

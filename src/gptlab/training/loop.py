@@ -20,6 +20,7 @@ from gptlab.errors import GptlabError
 from gptlab.language_model import LanguageModel
 from gptlab.model import cost
 from gptlab.model.gpt import GPT
+from gptlab.progress import Report
 from gptlab.text.shards import Dataset
 from gptlab.training import metrics, state
 from gptlab.training.begin import begin, check_teacher, first_model, move_data, read_saved, versions
@@ -45,8 +46,6 @@ from gptlab.training.step import (
     stream_loss,
     worth_compiling,
 )
-
-Report = Callable[[dict[str, Any]], None]
 
 ROW_EVERY = 10
 """Steps from one row of the metrics to the next."""

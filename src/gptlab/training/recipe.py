@@ -6,7 +6,6 @@ import difflib
 import importlib.resources
 import tomllib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
@@ -27,6 +26,9 @@ from gptlab.training.settings import (
     TokenizerSettings,
     TrainSettings,
 )
+from gptlab.training.toml import read_toml, toml_names
+
+_FOLDER = importlib.resources.files("gptlab") / "recipes"
 
 
 class Recipe(Section):
@@ -107,8 +109,7 @@ _LATER = ("distill", "blend", "narrow", "share", "of")
 
 def recipe_names() -> list[str]:
     """The recipes that the package carries."""
-    folder = importlib.resources.files("gptlab") / "recipes"
-    return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
+    return toml_names(_FOLDER)
 
 
 def read_recipe(
@@ -128,20 +129,7 @@ def read_recipe(
     Raises:
         GptlabError: an unknown name, section or key (with the nearest right one), or an impossible value.
     """
-    if name_or_path in recipe_names():
-        text = (importlib.resources.files("gptlab") / "recipes" / f"{name_or_path}.toml").read_text(encoding="utf-8")
-    elif Path(name_or_path).is_file():
-        try:
-            text = Path(name_or_path).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise GptlabError(f"the recipe {name_or_path} cannot be read: {error}") from None
-    else:
-        hint = nearest(name_or_path, recipe_names())
-        raise GptlabError(f"no recipe {name_or_path!r}{hint}; give a .toml file or one of {', '.join(recipe_names())}")
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise GptlabError(f"the recipe {name_or_path} is not valid TOML: {error}") from None
+    values = read_toml("recipe", name_or_path, _FOLDER)
     for setting in settings or []:
         _apply(values, setting)
     if model:

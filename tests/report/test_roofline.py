@@ -8,9 +8,9 @@ from helpers import plausible
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.model import cost
-from gptlab.study import roofline
+from gptlab.report import roofline
+from gptlab.report.roofline import Machine, predict
 from gptlab.study.results import Timings
-from gptlab.study.roofline import Machine, predict
 
 SMALL = ModelConfig(vocab_size=10, context_length=8, n_layer=2, n_head=2, n_embd=4, n_inner=12, bias=False)
 

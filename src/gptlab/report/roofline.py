@@ -10,7 +10,7 @@ Weights are read once for the whole batch, keys and values once for each sequenc
 else (launching operators, sampling) is not in it, so that it is a limit; only a model that fits into the processor's
 caches may be faster, since it is read from there.
 
-`report/templates/roofline.js` computes the same numbers in the report; the tests hold the two together.
+`templates/roofline.js` computes the same numbers in the report; the tests hold the two together.
 """
 
 from __future__ import annotations
