@@ -48,7 +48,7 @@ def test_the_checks_are_those_of_the_list_and_leave_the_random_state_alone() -> 
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
     first, second = result_of(verification.causality), result_of(verification.causality)
-    assert first.found == second.actual  # the same figures every time
+    assert first.found == second.found  # the same figures every time
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
