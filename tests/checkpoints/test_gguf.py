@@ -71,11 +71,11 @@ def test_what_is_written_comes_back_bit_for_bit(tmp_path: Path, variant: str) ->
     path = tmp_path / "model.gguf"
     ours.write(path, source)
     for place in (path, tmp_path):  # a directory with one file stands for it
-        found = checkpoints.read(place)
-        assert checkpoints.read_config(place) == found.config
-        assert found.state.keys() == source.state.keys()
-        assert all(torch.equal(found.state[name], tensor) for name, tensor in source.state.items())
-    assert torch.equal(logits(found, IDS), logits(source, IDS))
+        loaded = checkpoints.read(place)
+        assert checkpoints.read_config(place) == loaded.config
+        assert loaded.state.keys() == source.state.keys()
+        assert all(torch.equal(loaded.state[name], tensor) for name, tensor in source.state.items())
+    assert torch.equal(logits(loaded, IDS), logits(source, IDS))
     assert gptlab.load(str(path)).config == source.config
     assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
 
@@ -100,8 +100,8 @@ def test_smaller_types(tmp_path: Path, kind: str, bound: float) -> None:
     for one in ("f32", kind):
         ours.write(tmp_path / one, source, type=one)
         sizes[one] = (tmp_path / one).stat().st_size
-    found = logits(checkpoints.read(tmp_path / kind), IDS) - logits(source, IDS)
-    assert 0 < found.abs().max() < bound * logits(source, IDS).std()
+    error = logits(checkpoints.read(tmp_path / kind), IDS) - logits(source, IDS)
+    assert 0 < error.abs().max() < bound * logits(source, IDS).std()
     assert sizes[kind] < sizes["f32"] * 0.65
 
 
@@ -146,10 +146,10 @@ def test_what_llama_cpp_would_compute_wrongly(
 def test_a_context_capped_at_the_window(tmp_path: Path, position: str) -> None:
     source = make(position=position, window=[16, 24], sinks=2)
     home = ours.write(tmp_path / "m.gguf", source, context=16)
-    found = checkpoints.read(tmp_path)
-    assert (found.config.context_length, found.config.window) == (16, None)
+    loaded = checkpoints.read(tmp_path)
+    assert (loaded.config.context_length, loaded.config.window) == (16, None)
     assert home.lost == ("texts of more than 16 tokens",)
-    torch.testing.assert_close(logits(found, IDS[:, :16]), logits(source, IDS[:, :16]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(loaded, IDS[:, :16]), logits(source, IDS[:, :16]), atol=1e-5, rtol=0)
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
@@ -160,19 +160,19 @@ TEXTS = ["the cat sat", "  42 dogs\n\n naïve 你好 🙂\t!", "<|endoftext|> is
 def test_tokenizers_come_back(tmp_path: Path, tokenizer: Tokenizer) -> None:
     for one, width in ((tokenizer, 64), (GPT2Tokenizer(), 8)):
         ours.write(tmp_path / "m.gguf", make(one, n_embd=width, n_layer=1))
-        found = checkpoints.read(tmp_path).tokenizer
-        assert found is not None
-        assert type(found) is type(one)
-        assert found.encode_batch(TEXTS) == one.encode_batch(TEXTS)
-        assert (found.vocab_size, found.end_of_text, found.ends) == (one.vocab_size, one.end_of_text, one.ends)
-        assert found.encode(TEXTS[2], special=True) == one.encode(TEXTS[2], special=True)
+        loaded = checkpoints.read(tmp_path).tokenizer
+        assert loaded is not None
+        assert type(loaded) is type(one)
+        assert loaded.encode_batch(TEXTS) == one.encode_batch(TEXTS)
+        assert (loaded.vocab_size, loaded.end_of_text, loaded.ends) == (one.vocab_size, one.end_of_text, one.ends)
+        assert loaded.encode(TEXTS[2], special=True) == one.encode(TEXTS[2], special=True)
 
 
 def test_a_padded_vocabulary_and_none(tmp_path: Path, tokenizer: Tokenizer) -> None:
     ours.write(tmp_path / "m.gguf", make(tokenizer, vocab_size=320))
-    found = gptlab.load(tmp_path)
-    assert found.config.vocab_size == 320
-    assert found.needs_tokenizer().vocab_size == tokenizer.vocab_size
+    loaded = gptlab.load(tmp_path)
+    assert loaded.config.vocab_size == 320
+    assert loaded.needs_tokenizer().vocab_size == tokenizer.vocab_size
     ours.write(tmp_path / "m.gguf", make())
     assert gptlab.load(tmp_path).tokenizer is None
 
@@ -240,8 +240,8 @@ def test_every_type_that_the_package_dequantises(tmp_path: Path, kind: Any) -> N
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        found = open_gguf(path)[1]["x"]()
-        np.testing.assert_array_equal(found.numpy(), quants.dequantize(part, kind))
+        actual = open_gguf(path)[1]["x"]()
+        np.testing.assert_array_equal(actual.numpy(), quants.dequantize(part, kind))
         return
     expected = {t.name: quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
     for name, get in open_gguf(path)[1].items():
@@ -340,8 +340,8 @@ def in_llama_cpp(path: Path, n_context: int, n_new: int, ids: list[int], texts: 
     if done.returncode == -signal.SIGILL:
         pytest.skip("llama-cpp-python was built for another processor; build it with GGML_NATIVE=OFF")
     assert done.returncode == 0, done.stderr
-    words, found = json.loads(done.stdout)
-    return words, found, np.load(out)
+    words, continuation = json.loads(done.stdout)
+    return words, continuation, np.load(out)
 
 
 @pytest.mark.slow
@@ -360,12 +360,12 @@ def test_llama_cpp_writes_the_same_text(tmp_path: Path, changes: dict[str, Any],
     read = gptlab.load(path)
     tokenizer = read.needs_tokenizer()
     ids, texts = tokenizer.encode("The city of London is the capital of"), [" 1234 it's\n\n  naïve 你好!", *TEXTS]
-    words, found, scores = in_llama_cpp(path, read.config.context_length, 60, ids, texts)
+    words, continuation, scores = in_llama_cpp(path, read.config.context_length, 60, ids, texts)
     assert words == tokenizer.encode_batch(texts)
     # Of each token that llama.cpp chose: was it the best one here, given the same tokens before it?
     with torch.inference_mode():
-        reference = read.model(torch.tensor([ids + found]))[0].numpy()
+        reference = read.model(torch.tensor([ids + continuation]))[0].numpy()
     assert np.abs(scores - reference).max() / reference.std() < bound  # its GELU is a table in half precision
     chosen = reference[len(ids) - 1 : -1]
-    lead = chosen.max(-1) - np.take_along_axis(chosen, np.array(found)[:, None], -1)[:, 0]
+    lead = chosen.max(-1) - np.take_along_axis(chosen, np.array(continuation)[:, None], -1)[:, 0]
     assert lead.max() <= (0.0 if kind == "f32" else 2 * np.abs(scores - reference).max())

@@ -132,16 +132,16 @@ def test_yarn_is_worked_out_from_the_length_trained_on_whenever_the_context_grow
         "scaling first": convert(convert(model, yarn).model, Changes(context_length=1000)).model,
         "by hand": extend_context(convert(model, yarn).model, 1000),
     }
-    for way, found in ways.items():
-        assert found.config.trained_length == 64, way
-        assert found.config.context_length > 64, way
-        assert ModelConfig.from_dict(found.config.to_dict()) == found.config
-        torch.testing.assert_close(found(ids), expected, rtol=0.0, atol=0.0)
+    for way, converted in ways.items():
+        assert converted.config.trained_length == 64, way
+        assert converted.config.context_length > 64, way
+        assert ModelConfig.from_dict(converted.config.to_dict()) == converted.config
+        torch.testing.assert_close(converted(ids), expected, rtol=0.0, atol=0.0)
     learned = noisy()
     both = Changes(position="rope", context_length=1000)
     for changes in (both, dataclasses.replace(both, rope_scaling="yarn", rope_factor=4.0)):
-        found = convert(learned, changes).model
-        assert (found.config.trained_length, target(learned.config, changes)) == (64, found.config)
+        converted = convert(learned, changes).model
+        assert (converted.config.trained_length, target(learned.config, changes)) == (64, converted.config)
     by_context = GPT(dataclasses.replace(further.config, rope=RopeConfig(scaling="yarn", factor=4.0)))
     by_context.load_state_dict(model.state_dict())
     assert (by_context.eval()(ids) - expected).abs().max() > 1e-3  # the length does something
@@ -289,14 +289,14 @@ def test_unknown_settings_are_refused() -> None:
 def test_drift_is_that_of_whole_logits() -> None:
     model, ids = noisy(), random_ids(5)
     new = repeat_heads(regroup(model, 1, method="mean"))
-    found = measure_drift(model, new, ids)
+    drift = measure_drift(model, new, ids)
     p, q = (one(ids)[:, :-1].double().log_softmax(-1).flatten(0, 1) for one in (model, new))
     targets = ids[:, 1:].flatten()
-    assert found.tokens == 5 * 39
-    assert found.before == pytest.approx(F.nll_loss(p, targets).item(), abs=1e-5)
-    assert found.after == pytest.approx(F.nll_loss(q, targets).item(), abs=1e-5)
-    assert found.kl == pytest.approx(F.kl_div(q, p, reduction="batchmean", log_target=True).item(), abs=1e-5)
-    assert found.kl > 0.01
+    assert drift.tokens == 5 * 39
+    assert drift.before == pytest.approx(F.nll_loss(p, targets).item(), abs=1e-5)
+    assert drift.after == pytest.approx(F.nll_loss(q, targets).item(), abs=1e-5)
+    assert drift.kl == pytest.approx(F.kl_div(q, p, reduction="batchmean", log_target=True).item(), abs=1e-5)
+    assert drift.kl > 0.01
     assert measure_drift(model, model, list(ids)).kl == 0.0
     with pytest.raises(GptlabError, match="no token to predict"):
         measure_drift(model, new, ids[:, :1])

@@ -146,10 +146,10 @@ def test_where_it_would_be_worse_nothing_is_done(method: Any, monkeypatch: pytes
     monkeypatch.setattr("gptlab.conversion.gauge.ROW_RATE", 50.0)
     lm = gptlab.load("pocket")
     rows = calibration_rows(lm.needs_tokenizer(), 64, 128)
-    found = convert_all(lm.model, Changes(position="rope", rotary=method), rows)
-    assert same_state(found.model, to_rope(lm.model, method="abrupt"))
+    converted = convert_all(lm.model, Changes(position="rope", rotary=method), rows)
+    assert same_state(converted.model, to_rope(lm.model, method="abrupt"))
     said = f"learned -> rope, abrupt: {method} would have more nats per token on the calibration text"
-    assert [step.change for step in found.steps] == [said]  # what was done, not what was tried
+    assert [step.change for step in converted.steps] == [said]  # what was done, not what was tried
 
 
 def test_the_gauge_brings_attention_closer_to_the_source() -> None:

@@ -41,8 +41,8 @@ def test_kernels_agree_in_logits_and_gradients(switches: dict[str, Any], attenti
     for documents in (None, torch.arange(LENGTH).expand(2, -1) // 11):
         expected = gradients(model, ids, "reference", documents)
         for kernel in ("sdpa", "banded") if attention else ("sdpa",):
-            for found, wanted in zip(gradients(model, ids, kernel, documents), expected, strict=True):
-                close(found, wanted)
+            for actual, wanted in zip(gradients(model, ids, kernel, documents), expected, strict=True):
+                close(actual, wanted)
 
 
 @torch.no_grad()

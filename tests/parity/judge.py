@@ -73,13 +73,13 @@ def assert_computes_the_same(ours: gptlab.GPT, theirs: Any) -> None:
     expected = ours(text)
     assert expected.std() > 0.5  # near zero, anything would agree
     torch.testing.assert_close(theirs(text, attention_mask=mask).logits, expected, rtol=0.0, atol=1e-5)
-    cache, found = None, []
+    cache, chunks = None, []
     for end in (50, 51, 52, 90, 150, 200):
-        start = sum(part.shape[1] for part in found)
+        start = sum(part.shape[1] for part in chunks)
         out = theirs(text[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
         cache = out.past_key_values
-        found.append(out.logits)
-    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0.0, atol=2e-5)
+        chunks.append(out.logits)
+    torch.testing.assert_close(torch.cat(chunks, 1), expected, rtol=0.0, atol=2e-5)
     padded = torch.nn.functional.pad(text[:1, :60], (40, 0))
     real = (torch.arange(100) >= 40).long()[None]
     positions = (real.cumsum(1) - 1).clamp(min=0)

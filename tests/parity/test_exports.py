@@ -135,10 +135,10 @@ def ids(length: int = LENGTH, batch: int = 1) -> Tensor:
     return torch.randint(VOCAB - 1, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def same_state(found: Checkpoint, expected: Checkpoint) -> None:
-    assert found.state.keys() == expected.state.keys()
+def same_state(actual: Checkpoint, expected: Checkpoint) -> None:
+    assert actual.state.keys() == expected.state.keys()
     for name, tensor in expected.state.items():
-        assert torch.equal(found.state[name], tensor), name
+        assert torch.equal(actual.state[name], tensor), name
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -281,8 +281,8 @@ def test_pocket_with_all_three_changes_goes_the_whole_way(tmp_path: Path) -> Non
     gptlab.save(converted, tmp_path / "native")
     from gptlab.exporting import export
 
-    found = export(tmp_path / "native", tmp_path / "hf")
-    assert (found.family, found.difference) == ("starcoder2", 0.0)
+    exported = export(tmp_path / "native", tmp_path / "hf")
+    assert (exported.family, exported.difference) == ("starcoder2", 0.0)
     theirs = load(tmp_path / "hf")
     text = torch.stack(list(rows)).long()
     loss = theirs(text, attention_mask=torch.ones_like(text), labels=text).loss.item()

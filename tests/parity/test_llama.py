@@ -141,9 +141,9 @@ def test_our_cache_and_our_padding_give_their_logits(name: str, tmp_path: Path) 
     close(torch.cat(parts, 1), expected)
     padded, positions = pad_left([ids[0, :30].tolist(), ids[1, :50].tolist()], torch.device("cpu"))
     cache = ours.make_cache(2, 51, chunk=50)
-    found = ours(padded, positions=positions, cache=cache)
-    close(found[0, -30:], expected[0, :30])
-    close(found[1], expected[1, :50])
+    actual = ours(padded, positions=positions, cache=cache)
+    close(actual[0, -30:], expected[0, :30])
+    close(actual[1], expected[1, :50])
     close(ours(ids[:, 30:31], cache=cache)[0], expected[0, 30:31])
 
 

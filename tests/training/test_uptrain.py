@@ -73,9 +73,9 @@ def test_the_length_that_a_base_was_trained_on(
         data = make_dataset(tmp_path / "items", ["abc", "de"] * 20, items=True)
     recipe = uptrain(tmp_path / "base", "budget.steps=2", "optimizer.learning_rate=1e-9", f"data.items={items}".lower())
     lm = train(recipe, data, tmp_path / "run", base=gptlab.load(tmp_path / "base")).language_model
-    for found in (lm, gptlab.load(tmp_path / "run"), gptlab.load(f"{tmp_path / 'run'}@last")):
-        assert found.config.trained_length == length
-        assert (found.config.rope.scaling, found.config.rope.factor) == (
+    for loaded in (lm, gptlab.load(tmp_path / "run"), gptlab.load(f"{tmp_path / 'run'}@last")):
+        assert loaded.config.trained_length == length
+        assert (loaded.config.rope.scaling, loaded.config.rope.factor) == (
             base.config.rope.scaling,
             base.config.rope.factor,
         )

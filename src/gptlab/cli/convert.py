@@ -27,7 +27,7 @@ HELD_OUT = 4096
 
 def convert(
     source: Annotated[str, typer.Argument(help="A built-in model, a directory, a run, gpt2, or owner/name.")],
-    out: Annotated[Path, typer.Option(help="Directory of the converted model; must not be there.")],
+    out: Annotated[Path, typer.Option(help="Directory of the converted model; must not exist.")],
     n_kv_head: Annotated[
         int | None, typer.Option("--n-kv-head", help="Key/value heads: fewer by sharing, more by repetition.")
     ] = None,
@@ -54,7 +54,7 @@ def convert(
         typer.Option("--rope-scaling", help="For texts longer than trained: yarn, ntk, linear, or none (rope only)."),
     ] = None,
     rope_factor: Annotated[
-        float | None, typer.Option("--rope-factor", help="How many times longer than the context trained on.")
+        float | None, typer.Option("--rope-factor", help="How many times longer than the context of its training.")
     ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text to fit on: a file, a directory, or a name (default: pydoc).")
@@ -63,7 +63,7 @@ def convert(
         int | None, typer.Option(help="Tokens of it to fit on (default: 8,192, or 8 for each channel).")
     ] = None,
     no_calibration: Annotated[
-        bool, typer.Option("--no-calibration", help="Look at the weights alone; a text only measures the result.")
+        bool, typer.Option("--no-calibration", help="Use the weights alone; a text only measures the result.")
     ] = False,
     refit: Annotated[
         bool | None,
@@ -78,7 +78,7 @@ def convert(
     if calibration_tokens is not None and calibration_tokens < 1:
         raise GptlabError(f"--calibration-tokens must be at least 1, got {calibration_tokens}")
     if out.exists():
-        raise GptlabError(f"{out} is there already; choose another --out, or remove it")
+        raise GptlabError(f"{out} already exists; choose another --out, or remove it")
     fields = overrides(position, n_kv_head, window, sinks, dilation)
     if "window" in fields and fields["window"] is None:
         fields["window"] = [None]  # to a conversion None alone says that nothing is asked
@@ -107,7 +107,7 @@ def convert(
     # What is impossible is refused before any weight is read.
     steps = plan(checkpoints.read_config(directory), changes, calibrated=not no_calibration)
     if not steps:
-        said = f"{source} is so already; nothing is written"
+        said = f"{source} already has these settings; nothing is written"
         print(json.dumps({"source": {"name": source}, "steps": []}, indent=2) if as_json else said)
         return
     if not as_json:
@@ -242,7 +242,7 @@ def _show(facts: Mapping[str, Any], source: str, out: Path, blend: bool) -> None
     at = f"at {new['tokens']:,} tokens" if old["tokens"] == new["tokens"] else "at the whole context of each"
     print(f"cache {at}, bfloat16: {old['bytes'] / 2**20:,.2f} -> {new['bytes'] / 2**20:,.2f} MiB")
     if outputs is None:
-        print("outputs: not measured, for want of a text")
+        print("outputs: not measured, because there is no text")
     else:
         moved = outputs["after"] - outputs["before"]
         print(
@@ -256,4 +256,5 @@ def _show(facts: Mapping[str, Any], source: str, out: Path, blend: bool) -> None
     if facts["source"]["tokens_trained"] is None:
         settings.insert(1, "budget.of=TOKENS")
     print(f"saved: {out}\ntry it: gptlab generate --model {out}")
-    print(f"train it on: gptlab train uptrain --from {out} --data DATA {' '.join(f'--set {s}' for s in settings)}")
+    changes = " ".join(f"--set {setting}" for setting in settings)
+    print(f"continue its training: gptlab train uptrain --from {out} --data DATA {changes}")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ValidationOption = Annotated[
     list[str] | None,
-    typer.Option("--validation", help="A text of one's own to hold out; may be given several times."),
+    typer.Option("--validation", help="A separate text to hold out; may be given several times."),
 ]
 TextFieldOption = Annotated[
     str | None, typer.Option("--text-field", help="Field or column of a record that holds its text (default: text).")
@@ -147,7 +147,7 @@ def _summarise(dataset: Dataset, left_out: Mapping[str, str]) -> None:
     unit = "lines" if dataset.items else "documents"
     print(
         f"{dataset.directory}: {dataset.name}, {n_bytes / 1e6:,.1f} MB, {dataset.tokenizer.vocab_size:,} ids in the"
-        f" vocabulary, {n_bytes / n_tokens:.2f} bytes a token\n"
+        f" vocabulary, {n_bytes / n_tokens:.2f} bytes per token\n"
         f"training    {len(training):>14,} tokens, {training.n_documents:,} {unit}\n"
         f"validation  {len(validation):>14,} tokens, {validation.n_documents:,} {unit}\n"
         f"held out    {_held_out(dataset)}"

@@ -52,9 +52,9 @@ def train(
     ] = None,
     validation: ValidationOption = None,
     text_field: TextFieldOption = None,
-    base: Annotated[str | None, typer.Option("--from", help="A trained model to go on from.")] = None,
+    base: Annotated[str | None, typer.Option("--from", help="A trained model to continue from.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the run (default runs/RECIPE).")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.")] = None,
     position: PositionFlag = None,
     n_kv_head: KvHeadFlag = None,
     window: WindowFlag = None,
@@ -194,7 +194,7 @@ def _finish(result: Result, run: Path) -> None:
     bits = figures.get("validation_bits_per_byte")
     print(
         f"validation: {figures['validation_loss']:.4f} nats per token"
-        + ("" if bits is None else f", {bits:.4f} bits a byte")
+        + ("" if bits is None else f", {bits:.4f} bits per byte")
         + f" ({figures['protocol']})"
     )
     if "new_share" in figures:

@@ -30,22 +30,22 @@ NAMES = {**rotary.NAMES, "mlp.gate_proj": "mlp.c_gate", "mlp.up_proj": "mlp.c_fc
 
 def read_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
     """Translate the contents of a `config.json`. A model with biases in attention or feed-forward alone has both."""
-    found = rotary.read_rotary(path, values, FIELDS, "Llama's configuration")
-    biases = [found.pop(name) for name in ("attention_bias", "mlp_bias")]
+    settings = rotary.read_rotary(path, values, FIELDS, "Llama's configuration")
+    biases = [settings.pop(name) for name in ("attention_bias", "mlp_bias")]
     for name, value in zip(("attention_bias", "mlp_bias"), biases, strict=True):
         if not isinstance(value, bool):
             raise GptlabError(f"{path}: {name} must be true or false, got {value!r}")
-    return make_gated(path, {**found, "bias": any(biases)})
+    return make_gated(path, {**settings, "bias": any(biases)})
 
 
-def make_gated(path: Path, found: Mapping[str, Any]) -> ModelConfig:
+def make_gated(path: Path, settings: Mapping[str, Any]) -> ModelConfig:
     """Return the configuration of a model with RMSNorm and SwiGLU.
 
     Raises:
         GptlabError: an impossible value, or a gate of another activation.
     """
-    rest = {name: value for name, value in found.items() if name != "activation"}
-    if (act := found["activation"]) != "silu" and activation(path, "hidden_act", act) != "silu":
+    rest = {name: value for name, value in settings.items() if name != "activation"}
+    if (act := settings["activation"]) != "silu" and activation(path, "hidden_act", act) != "silu":
         raise GptlabError(
             f"{path} has hidden_act={act!r}, and gptlab computes gates with silu only; get a checkpoint of that"
         )
@@ -54,12 +54,12 @@ def make_gated(path: Path, found: Mapping[str, Any]) -> ModelConfig:
 
 def read_tensors(readers: Lazy, config: ModelConfig) -> Lazy:
     """Return the tensors by gptlab's names and in its layout; where one part has biases, the other gets them of 0."""
-    found = rotary.read_projections(readers, NAMES)
-    has = {part: any(re.fullmatch(rf"h\.\d+\.{part}\.\w+\.bias", name) for name in found) for part in ("attn", "mlp")}
+    tensors = rotary.read_projections(readers, NAMES)
+    has = {part: any(re.fullmatch(rf"h\.\d+\.{part}\.\w+\.bias", name) for name in tensors) for part in ("attn", "mlp")}
     if config.bias and any(has.values()):
         for part in (part for part in has if not has[part]):
-            found |= rotary.no_biases(config, part)
-    return found
+            tensors |= rotary.no_biases(config, part)
+    return tensors
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:

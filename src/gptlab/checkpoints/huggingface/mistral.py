@@ -26,8 +26,8 @@ FIELDS = {
 
 def read_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
     """Translate the contents of a `config.json`."""
-    found = rotary.read_rotary(path, values, FIELDS, "Mistral's configuration")
-    return llama.make_gated(path, {**found, "bias": False})
+    settings = rotary.read_rotary(path, values, FIELDS, "Mistral's configuration")
+    return llama.make_gated(path, {**settings, "bias": False})
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:

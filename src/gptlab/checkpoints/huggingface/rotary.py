@@ -32,7 +32,7 @@ FIELDS = {
     # Not fields of `ModelConfig`.
     "head_dim": Field(("head_dim",), None),
     "theta": Field(("rope_theta",), None),
-    "turns": Field(("rope_parameters", "rope_scaling"), None),
+    "rotation": Field(("rope_parameters", "rope_scaling"), None),
     "share": Field(("partial_rotary_factor",), None),
     "trained": Field(("original_max_position_embeddings",), None),
 }
@@ -64,18 +64,19 @@ def read_rotary(path: Path, values: Mapping[str, Any], fields: Fields, family: s
         GptlabError: as `read_fields`, or a way to rotate that gptlab does not compute.
     """
     stated = {key: value for key, value in values.items() if key not in ("rope_parameters", "rope_scaling")}
-    found = read_fields(path, stated, fields, family)
-    share, trained = found.pop("share"), found.pop("trained")
-    found.pop("turns")
-    turns = {**_object(path, "rope_scaling", values), **_object(path, "rope_parameters", values)}
-    theta = turns.pop("rope_theta", None) or found["theta"]
-    del found["theta"]
-    share, kind = turns.pop("partial_rotary_factor", share), turns.pop("rope_type", turns.get("type", "default"))
-    trained = turns.pop("original_max_position_embeddings", trained)
-    factor = turns.pop("factor", None)
-    turns.pop("type", None)
+    settings = read_fields(path, stated, fields, family)
+    share, trained = settings.pop("share"), settings.pop("trained")
+    settings.pop("rotation")
+    rotation = {**_object(path, "rope_scaling", values), **_object(path, "rope_parameters", values)}
+    theta = rotation.pop("rope_theta", None) or settings["theta"]
+    del settings["theta"]
+    share = rotation.pop("partial_rotary_factor", share)
+    kind = rotation.pop("rope_type", rotation.get("type", "default"))
+    trained = rotation.pop("original_max_position_embeddings", trained)
+    factor = rotation.pop("factor", None)
+    rotation.pop("type", None)
     usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None}
-    unusual = {name: value for name, value in turns.items() if value is not None and value != usual.get(name)}
+    unusual = {name: value for name, value in rotation.items() if value is not None and value != usual.get(name)}
     if kind not in ("default", "linear", "yarn") or unusual or share not in (None, 1):
         said = {"rope_type": kind, **unusual, **({} if share in (None, 1) else {"partial_rotary_factor": share})}
         raise GptlabError(f"{path} asks for rotary positions with {said}, which gptlab does not compute")
@@ -83,27 +84,27 @@ def read_rotary(path: Path, values: Mapping[str, Any], fields: Fields, family: s
     if kind != "default":
         rope |= {"scaling": kind, "factor": factor}
     if kind == "yarn" and trained is not None:
-        longest = found["context_length"]
+        longest = settings["context_length"]
         if factor is None and _is_number(longest) and _is_number(trained):
             rope["factor"] = factor = longest / trained
         if _is_number(factor) and _is_number(trained) and longest == int(trained * factor):
-            found["context_length"] = trained  # as `write_rotary` writes it
+            settings["context_length"] = trained  # as `write_rotary` writes it
         else:
             rope["trained_length"] = trained
     # A rotation without settings of its own is None.
-    return {**found, "position": "rope", "rope": None if rope == {"theta": 10000.0} else rope}
+    return {**settings, "position": "rope", "rope": None if rope == {"theta": 10000.0} else rope}
 
 
-def make_config(path: Path, found: Mapping[str, Any]) -> ModelConfig:
+def make_config(path: Path, settings: Mapping[str, Any]) -> ModelConfig:
     """Return the configuration of the fields of `ModelConfig` and `head_dim`.
 
     Raises:
         GptlabError: an impossible value, or heads of a width that gptlab does not compute.
     """
-    config = ModelConfig.from_dict({name: value for name, value in found.items() if name != "head_dim"})
-    if found["head_dim"] not in (None, config.head_dim):
+    config = ModelConfig.from_dict({name: value for name, value in settings.items() if name != "head_dim"})
+    if settings["head_dim"] not in (None, config.head_dim):
         raise GptlabError(
-            f"{path} has head_dim={found['head_dim']!r}, which gptlab computes with {config.head_dim} only"
+            f"{path} has head_dim={settings['head_dim']!r}, which gptlab computes with {config.head_dim} only"
         )
     return config
 
@@ -152,7 +153,7 @@ def read_projections(readers: Lazy, names: Mapping[str, str]) -> Lazy:
         readers: by the family's names.
         names: of modules, those within a layer without its number, and gptlab's.
     """
-    found: Lazy = {}
+    tensors: Lazy = {}
     parts: dict[str, dict[str, Callable[[], Tensor]]] = {}
     for name, get in readers.items():
         layer = _LAYER.fullmatch(name)
@@ -161,11 +162,11 @@ def read_projections(readers: Lazy, names: Mapping[str, str]) -> Lazy:
         if layer and layer[2] in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
             parts.setdefault(f"h.{layer[1]}.attn.c_attn.{layer[3]}", {})[layer[2]] = get
         elif layer and layer[2] in names:
-            found[f"h.{layer[1]}.{names[layer[2]]}.{layer[3]}"] = get
+            tensors[f"h.{layer[1]}.{names[layer[2]]}.{layer[3]}"] = get
         else:
             module, _, kind = name.rpartition(".")
-            found[f"{names[module]}.{kind}" if module in names else name] = get
-    return found | {name: _stacked(by_part) for name, by_part in parts.items() if len(by_part) == 3}
+            tensors[f"{names[module]}.{kind}" if module in names else name] = get
+    return tensors | {name: _stacked(by_part) for name, by_part in parts.items() if len(by_part) == 3}
 
 
 def _stacked(parts: Mapping[str, Callable[[], Tensor]]) -> Callable[[], Tensor]:
@@ -181,12 +182,12 @@ def no_biases(config: ModelConfig, part: str) -> Lazy:
         "mlp.c_fc": config.inner,
         "mlp.c_proj": config.n_embd,
     }
-    found: Lazy = {}
+    biases: Lazy = {}
     for layer in range(config.n_layer):
         for module, size in sizes.items():
             if module.startswith(part):
-                found[f"h.{layer}.{module}.bias"] = lambda size=size: torch.zeros(size)  # type: ignore[misc]
-    return found
+                biases[f"h.{layer}.{module}.bias"] = lambda size=size: torch.zeros(size)  # type: ignore[misc]
+    return biases
 
 
 def write_projections(state: Mapping[str, Tensor], config: ModelConfig, names: Mapping[str, str]) -> dict[str, Tensor]:

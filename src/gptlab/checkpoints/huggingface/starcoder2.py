@@ -36,18 +36,18 @@ NAMES = {**rotary.NAMES, "mlp.c_fc": "mlp.c_fc", "mlp.c_proj": "mlp.c_proj"}
 
 def read_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
     """Translate the contents of a `config.json`."""
-    found = rotary.read_rotary(path, values, FIELDS, "StarCoder2's configuration")
-    if not isinstance(found.pop("use_bias"), bool):
+    settings = rotary.read_rotary(path, values, FIELDS, "StarCoder2's configuration")
+    if not isinstance(settings.pop("use_bias"), bool):
         raise GptlabError(f"{path}: use_bias must be true or false, got {values['use_bias']!r}")
-    return rotary.make_config(path, {**found, "activation": activation(path, "hidden_act", found["activation"])})
+    return rotary.make_config(path, {**settings, "activation": activation(path, "hidden_act", settings["activation"])})
 
 
 def read_tensors(readers: Lazy, config: ModelConfig) -> Lazy:
     """Return the tensors by gptlab's names and in its layout; projections without a bias get one of 0."""
-    found = rotary.read_projections(readers, NAMES)
-    if not any(re.fullmatch(r"h\.\d+\.(attn|mlp)\.\w+\.bias", name) for name in found):  # use_bias=false
-        found |= rotary.no_biases(config, "")
-    return found
+    tensors = rotary.read_projections(readers, NAMES)
+    if not any(re.fullmatch(r"h\.\d+\.(attn|mlp)\.\w+\.bias", name) for name in tensors):  # use_bias=false
+        tensors |= rotary.no_biases(config, "")
+    return tensors
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
