@@ -206,6 +206,31 @@ def conversion_heads() -> str:
     return "\n".join(rows)
 
 
+def llama_sizes() -> str:
+    from gptlab.config import ModelConfig
+    from gptlab.model import cost
+
+    switches: dict[str, dict[str, Any]] = {
+        "GPT-2 small": {},
+        "rotary positions": {"position": "rope"},
+        "4 key/value heads": {"n_kv_head": 4},
+        "RMSNorm": {"norm": "rms"},
+        "SwiGLU": {"mlp": "swiglu"},
+        "no biases": {"bias": False},
+    }
+    rows = ["| | parameters | cache of 1,024 tokens | arithmetic per token |", "|---|---:|---:|---:|"]
+    values: dict[str, Any] = {}
+    for name, switch in switches.items():
+        values |= switch
+        config = ModelConfig.preset("gpt2", **values)
+        cache = cost.cache_bytes(config, 1024, 2) / 2**20
+        flops = cost.forward_flops(config, 1024).total / 1024 / 1e6
+        total = sum(cost.parameters(config).values())
+        rows.append(f"| {'and ' if len(values) > 1 else ''}{name} | {total:,} | {cache:.0f} MiB | {flops:.1f} MFLOP |")
+    rows.append("\nCounted from the configuration: a cache in bfloat16, a forward pass over 1,024 tokens.")
+    return "\n".join(rows)
+
+
 def study_results(name: str) -> Results:
     from gptlab.study.results import read_results
 
@@ -295,6 +320,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "conversion heads": conversion_heads,
     "conversion table": conversion_table,
     "conversion headline": conversion_headline,
+    "llama sizes": llama_sizes,
     **{name: functools.partial(study, name) for name in STUDIES},
 }
 

@@ -333,6 +333,15 @@ def test_each_rms_norm_scales_and_does_not_centre() -> None:
     assert not [name for name in weights(noisy(norm="rms")) if is_norm(name) and name.endswith("bias")]
 
 
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_norms_of_a_bfloat16_model_are_float32(kind: str) -> None:
+    norm = noisy(norm=kind).bfloat16().ln_f
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)) + 3
+    expected = noisy(norm=kind).bfloat16().float().ln_f(x)
+    close(norm(x), expected)
+    assert (norm(x.bfloat16()) - expected).abs().max() > 1e-3  # what a stream in bfloat16 would cost
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_gated_network_is_the_formula(bias: bool) -> None:
     mlp = noisy(mlp="swiglu", bias=bias).double().blocks[0].mlp
