@@ -1,6 +1,6 @@
-"""GGUF, the format of llama.cpp: its architectures `gpt2` (learned positions) and `starcoder2` (rotary ones).
+"""GGUF, the format of llama.cpp: its architectures `gpt2` (learned positions), `starcoder2` (rotary ones) and `llama`.
 
-Both honour fewer key/value heads than query heads. Neither knows windows: llama.cpp loads a windowed StarCoder2 and
+All honour fewer key/value heads than query heads. None knows windows: llama.cpp loads a windowed StarCoder2 and
 attends to everything, so that a model with windows is written only with its context capped at the window, where the
 two are the same.
 """

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from gptlab.checkpoints.files import Checkpoint, Lazy, complete_state
 from gptlab.checkpoints.gguf.container import MAGIC, open_gguf
-from gptlab.checkpoints.gguf.names import ARCHITECTURES, NAMES
+from gptlab.checkpoints.gguf.names import ARCHITECTURES, NAMES, halved
 from gptlab.checkpoints.gguf.vocabulary import read_vocabulary
+from gptlab.checkpoints.huggingface.rotary import no_biases
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 
 _OURS = {theirs: ours for ours, theirs in NAMES.items()}
+NORM_EPS = {"layer": "attention.layer_norm_epsilon", "rms": "attention.layer_norm_rms_epsilon"}
 _BLOCK = re.compile(r"blk\.(\d{1,4})\.(\w+)\.(weight|bias)")
 
 
@@ -57,7 +59,7 @@ def read(path: Path, dtype: torch.dtype) -> Checkpoint:
     file = _file(path)
     metadata, tensors = open_gguf(file)
     config = _config(file, metadata, tensors)
-    state = complete_state(config, _renamed(tensors), dtype, file, described_by="metadata")
+    state = complete_state(config, _renamed(tensors, config), dtype, file, described_by="metadata")
     return Checkpoint(config, state, read_vocabulary(metadata, file))
 
 
@@ -70,35 +72,24 @@ def read_card(path: Path) -> str:
 def _config(file: Path, metadata: Mapping[str, Any], tensors: Lazy) -> ModelConfig:
     family = metadata.get("general.architecture")
     if not isinstance(family, str) or family not in ARCHITECTURES:
-        raise GptlabError(f"{file} has the architecture {family!r}; gptlab reads {' and '.join(ARCHITECTURES)}")
+        raise GptlabError(f"{file} has the architecture {family!r}; gptlab reads {', '.join(ARCHITECTURES)}")
     get = {key.removeprefix(f"{family}."): value for key, value in metadata.items()}
-    width, heads = get.get("embedding_length"), get.get("attention.head_count")
     vocabulary = metadata.get("tokenizer.ggml.tokens")
-    rope: dict[str, Any] | None = None
-    if family == "starcoder2":
-        rope = {"theta": get.get("rope.freq_base", 10000.0)}
-        scaling = get.get("rope.scaling.type", "none")
-        if scaling == "linear":
-            rope |= {"scaling": "linear", "factor": get.get("rope.scaling.factor", 1.0)}
-        elif scaling != "none":
-            raise GptlabError(f"{file} has rope.scaling.type={scaling!r}, which gptlab does not read from GGUF")
-        dimensions = get.get("rope.dimension_count")
-        whole = width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
-        if dimensions not in (None, whole):
-            raise GptlabError(f"{file} rotates {dimensions} channels of a head of {whole}; gptlab rotates all of them")
-        if rope == {"theta": 10000.0}:
-            rope = None
+    kind = ARCHITECTURES[family]
+    if get.get("expert_count"):
+        raise GptlabError(f"{file} is a mixture of {get['expert_count']} experts, which gptlab does not compute")
     values: dict[str, Any] = {
         "vocab_size": get.get("vocab_size") if vocabulary is None else len(vocabulary),
         "context_length": get.get("context_length"),
         "n_layer": get.get("block_count"),
-        "n_head": heads,
+        "n_head": get.get("attention.head_count"),
         "n_kv_head": get.get("attention.head_count_kv"),
-        "n_embd": width,
+        "n_embd": get.get("embedding_length"),
         "n_inner": get.get("feed_forward_length"),
-        "norm_eps": get.get("attention.layer_norm_epsilon", 1e-5),
-        "position": ARCHITECTURES[family],
-        "rope": rope,
+        "norm_eps": get.get(NORM_EPS[kind["norm"]], 1e-5),
+        **kind,
+        "bias": kind["norm"] == "layer" or any(re.fullmatch(r"blk\.0\.\w+\.bias", name) for name in tensors),
+        "rope": _rope(file, get, tensors) if kind["position"] == "rope" else None,
         "window": get.get("attention.sliding_window") or None,
         "tie_embeddings": "output.weight" not in tensors,
     }
@@ -108,7 +99,33 @@ def _config(file: Path, metadata: Mapping[str, Any], tensors: Lazy) -> ModelConf
         raise GptlabError(f"{file}: {error}") from None
 
 
-def _renamed(tensors: Lazy) -> Lazy:
+def _rope(file: Path, get: Mapping[str, Any], tensors: Lazy) -> dict[str, Any] | None:
+    """Return the settings of rotary positions, or None where they are the usual ones.
+
+    Raises:
+        GptlabError: a way to rotate that gptlab does not compute.
+    """
+    rope: dict[str, Any] = {"theta": get.get("rope.freq_base", 10000.0)}
+    scaling, factor = get.get("rope.scaling.type"), get.get("rope.scaling.factor", get.get("rope.scale_linear", 1.0))
+    if scaling is None and factor != 1.0:  # as files had it before they named the type
+        scaling = "linear"
+    if scaling == "linear" and factor != 1.0:
+        rope |= {"scaling": "linear", "factor": factor}
+    elif scaling not in (None, "none", "linear"):
+        raise GptlabError(f"{file} has rope.scaling.type={scaling!r}, which gptlab does not read from GGUF")
+    if "rope_freqs.weight" in tensors:
+        raise GptlabError(f"{file} scales each rotation by a number of its own, as Llama 3.1; gptlab does not")
+    width, heads = get.get("embedding_length"), get.get("attention.head_count")
+    whole = width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
+    dimensions, length = get.get("rope.dimension_count"), get.get("attention.key_length")
+    if dimensions not in (None, whole):
+        raise GptlabError(f"{file} rotates {dimensions} channels of a head of {whole}; gptlab rotates all of them")
+    if length not in (None, whole):
+        raise GptlabError(f"{file} has heads of {length} channels, which gptlab computes with {whole} only")
+    return None if rope == {"theta": 10000.0} else rope
+
+
+def _renamed(tensors: Lazy, config: ModelConfig) -> Lazy:
     renamed: Lazy = {}
     for name, get in tensors.items():
         block = _BLOCK.fullmatch(name)
@@ -119,15 +136,29 @@ def _renamed(tensors: Lazy) -> Lazy:
         else:
             ours = _OURS.get(name) or f"{_OURS.get(stem, stem)}.{leaf}"
         renamed[ours] = get
+    pairs = config.head_dim if config.norm == "rms" else None
     for name in [name for name in renamed if re.fullmatch(r"h\.\d+\.attn_q\.(weight|bias)", name)]:
         parts = [name.replace("attn_q", f"attn_{letter}") for letter in "qkv"]
         if all(part in renamed for part in parts):
-            renamed[name.replace("attn_q", "attn.c_attn")] = functools.partial(_joined, [renamed.pop(p) for p in parts])
+            joined = functools.partial(_joined, [renamed.pop(part) for part in parts], pairs)
+            renamed[name.replace("attn_q", "attn.c_attn")] = joined
+    if config.norm == "rms" and config.bias:  # it has them in attention, or in the feed-forward, or in both
+        for part in ("attn", "mlp"):
+            if not any(re.fullmatch(rf"h\.0\.{part}\.\w+\.bias", name) for name in renamed):
+                renamed |= no_biases(config, part)
     return renamed
 
 
-def _joined(parts: list[Callable[[], Tensor]]) -> Tensor:
+def _joined(parts: list[Callable[[], Tensor]], head_dim: int | None) -> Tensor:
+    """Return queries, keys and values one below the other.
+
+    Args:
+        parts: the three.
+        head_dim: channels of a head where the first two are `interleaved`.
+    """
     read_parts = [get().float() for get in parts]
     if any(part.ndim != read_parts[0].ndim or part.shape[1:] != read_parts[0].shape[1:] for part in read_parts):
         return read_parts[0]  # refused with the other wrong shapes
+    if head_dim is not None and not any(len(part) % head_dim for part in read_parts):
+        read_parts[:2] = [halved(part, head_dim) for part in read_parts[:2]]
     return torch.cat(read_parts)

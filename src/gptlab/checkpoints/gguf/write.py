@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptlab.checkpoints.card import make_card
 from gptlab.checkpoints.files import Checkpoint, write_files
-from gptlab.checkpoints.gguf.names import ARCHITECTURES, NAMES
+from gptlab.checkpoints.gguf.names import ARCHITECTURES, NAMES, interleaved
 from gptlab.checkpoints.gguf.vocabulary import add_vocabulary
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
@@ -64,28 +64,40 @@ def plan(config: ModelConfig, *, type: str = "f32", context: int | None = None) 
             f"llama.cpp ignores windows and would attend to everything: cap the context at the window with --context"
             f" {min(narrow)}, or convert the model to full attention"
         )
-    values: dict[str, Any] = {**config.to_dict(), "context_length": length, "bias": True, "dropout": 0.0}
+    family = _family(config)
+    needs_biases = family != "llama"
+    values: dict[str, Any] = {**config.to_dict(), "context_length": length, "dropout": 0.0}
+    values["bias"] = config.bias or needs_biases
     if any(w is not None for w in config.windows):
         rewritten.append(f"within {length} tokens the window hides nothing and is left out")
         lost.append(f"texts of more than {length} tokens")
         values |= {"window": None, "sinks": 0}
     elif length < config.context_length:
         lost.append(f"texts of more than {length} tokens")
-    if not config.bias:
+    if needs_biases and not config.bias:
         rewritten.append("biases of zero where the model has none")
     if config.rope is not None and config.rope.scaling == "ntk":
         theta = config.rope.theta * config.rope.factor ** (config.head_dim / (config.head_dim - 2))
         rewritten.append(f"NTK scaling as a base of {theta:g}")
         values["rope"] = {"theta": theta}
-    family = "gpt2" if config.position == "learned" else "starcoder2"
+    assert family is not None
     return Home(family, ModelConfig.from_dict(values), tuple(rewritten), tuple(lost))
 
 
+def _family(config: ModelConfig) -> str | None:
+    """Return the architecture of this form, or None."""
+    kinds = ARCHITECTURES.items()
+    return next((name for name, kind in kinds if all(getattr(config, key) == kind[key] for key in kind)), None)
+
+
 def _obstacle(config: ModelConfig) -> str | None:
-    if config.position not in ARCHITECTURES.values():
+    if config.position not in {kind["position"] for kind in ARCHITECTURES.values()}:
         return f"position={config.position!r} (it has learned and rotary positions)"
-    if config.norm != "layer" or config.mlp != "gelu":
-        return f"norm={config.norm!r} with mlp={config.mlp!r} (its GPT-2 and StarCoder2 have layer norms and no gates)"
+    if _family(config) is None:
+        return (
+            f"norm={config.norm!r} and mlp={config.mlp!r} with {config.position} positions (its Llama has RMSNorm,"
+            " SwiGLU and rotary positions, its GPT-2 and StarCoder2 have neither of the first two)"
+        )
     if config.activation != "gelu_tanh":
         return f"activation={config.activation!r} (it computes gelu_tanh)"
     if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
@@ -178,7 +190,7 @@ def _add_metadata(writer: Any, config: ModelConfig, type: str) -> None:
     writer.add_feed_forward_length(config.inner)
     writer.add_head_count(config.n_head)
     writer.add_head_count_kv(config.kv_heads)
-    writer.add_layer_norm_eps(config.norm_eps)
+    (writer.add_layer_norm_rms_eps if config.norm == "rms" else writer.add_layer_norm_eps)(config.norm_eps)
     if config.has_rotation:
         rope = config.rope
         writer.add_rope_dimension_count(config.head_dim)
@@ -189,11 +201,11 @@ def _add_metadata(writer: Any, config: ModelConfig, type: str) -> None:
 
 
 def _tensors(checkpoint: Checkpoint, home: Home) -> dict[str, Tensor]:
-    """Return the model's tensors under llama.cpp's names, with zeros where it asks for a bias."""
+    """Return the model's tensors under llama.cpp's names, with zeros where it asks for a bias that the model lacks."""
     source, config = checkpoint.state, home.config
     state = dict(source)
     for name in source:
-        if name.startswith(("h.", "ln_f.")) and name.endswith(".weight"):
+        if home.family != "llama" and name.startswith(("h.", "ln_f.")) and name.endswith(".weight"):
             state.setdefault(name.removesuffix("weight") + "bias", torch.zeros(len(source[name])))
     if "wpe.weight" in state:
         state["wpe.weight"] = state["wpe.weight"][: config.context_length]
@@ -206,9 +218,10 @@ def _tensors(checkpoint: Checkpoint, home: Home) -> dict[str, Tensor]:
             continue
         _, layer, rest = name.split(".", 2)
         stem, _, leaf = rest.rpartition(".")
-        if stem == "attn.c_attn" and home.family == "starcoder2":
+        if stem == "attn.c_attn" and config.has_rotation:
             for letter, part in zip("qkv", tensor.split([width, kv, kv]), strict=True):
-                renamed[f"blk.{layer}.attn_{letter}.{leaf}"] = part
+                pairs = home.family == "llama" and letter != "v"
+                renamed[f"blk.{layer}.attn_{letter}.{leaf}"] = interleaved(part, config.head_dim) if pairs else part
         else:
             renamed[f"blk.{layer}.{NAMES[stem]}.{leaf}"] = tensor
     return renamed
