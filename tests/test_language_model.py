@@ -9,16 +9,9 @@ from gptlab.language_model import LanguageModel
 from gptlab.model.gpt import GPT
 from gptlab.text.tokenizers import byte_tokenizer, char_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = ["The dog", "a", "naïve 🦙", "x" * 40]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On a busy machine several threads make models this small fifty times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_lm(tokenizer=None, **overrides):

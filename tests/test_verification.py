@@ -17,17 +17,10 @@ from gptlab.config import PRESETS
 from gptlab.model import cache, cost, gpt, kernels, masks
 from gptlab.text.tokenizers import FileTokenizer, GPT2Tokenizer, byte_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 POCKET = "pocket_bits_per_byte"
 Outcome = tuple[str, str, str, bool]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are faster on one core, much faster where the other cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def result_of(check: Callable[[], Outcome]) -> verification.Result:

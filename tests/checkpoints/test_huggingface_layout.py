@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pickle
 import random
 import re
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.refusals import Payload, refusal
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -69,13 +69,6 @@ def assert_same(actual: gptlab.GPT, wanted: gptlab.GPT) -> None:
     pairs = list(zip(actual.state_dict().items(), wanted.state_dict().items(), strict=True))
     assert [a for (a, _), _ in pairs] == [b for _, (b, _) in pairs]
     assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
-
-
-def refusal(directory: Path) -> str:
-    with pytest.raises(gptlab.GptlabError) as caught:
-        gptlab.load(directory)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -548,16 +541,6 @@ def test_a_pickle_in_which_a_training_loop_wrapped_the_tensors(tmp_path: Path, w
 def test_a_pickle_of_something_else_is_explained(tmp_path: Path, content: dict[str, Any], complaint: str) -> None:
     torch.save(content, write_bin(tmp_path))
     assert re.search(complaint, refusal(tmp_path))
-
-
-class Payload:
-    """Unpickling this creates a directory."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, (str(self.path),))
 
 
 def as_plain_pickle(payload: Any, path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.refusals import refusal
 from torch import Tensor
 
 import gptlab
@@ -86,13 +87,6 @@ def write(path: Path, state: dict[str, Tensor] | None = None, **changes: Any) ->
     }
     torch.save({**checkpoint, **changes}, path)
     return path
-
-
-def refusal(path: Path) -> str:
-    with pytest.raises(gptlab.GptlabError) as caught:
-        gptlab.load(path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import write_tensorflow as writer
+from helpers.refusals import refusal
 
 import gptlab
 from gptlab import checkpoints
@@ -46,13 +47,6 @@ def theirs(hparams: dict[str, int]) -> Any:
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     return shutil.copytree(OPENAI / "plain", tmp_path / "124M")
-
-
-def refusal(path: Path) -> str:
-    with pytest.raises(gptlab.GptlabError) as caught:
-        gptlab.load(path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["model.ckpt.index", "model.ckpt.data-00000-of-00001", "hparams.json"])

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.refusals import Payload
 from safetensors.torch import load_file, save_file
 
 import gptlab
@@ -143,14 +144,6 @@ def test_damaged_weights(refused: Refused, copy: Path, damage: Callable[[Path], 
     said = refused("generate", "Hello", "--model", copy)
     assert complaint in said
     assert str(copy / "model.safetensors") in said
-
-
-class Payload:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, (str(self.path),))
 
 
 def test_a_pickle_that_would_run_code(refused: Refused, tmp_path: Path) -> None:

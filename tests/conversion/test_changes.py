@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from sources import noisy
+from helpers.models import lively as noisy
+from helpers.models import random_ids, same_state
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,17 +26,8 @@ from gptlab.conversion.windows import narrow
 from gptlab.text.tokenizers import byte_tokenizer
 
 
-def random_ids(batch: int = 3, length: int = 40, seed: int = 0) -> Tensor:
-    return torch.randint(256, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
 def rows(n: int = 8, length: int = 64) -> list[Tensor]:
-    return list(random_ids(n, length))
-
-
-def same_state(one: GPT, other: GPT) -> bool:
-    a, b = one.tensors(), other.tensors()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return list(random_ids(256, n, length))
 
 
 # Windows
@@ -43,7 +35,7 @@ def same_state(one: GPT, other: GPT) -> bool:
 
 @torch.no_grad()
 def test_a_window_changes_no_weight_and_no_output_within_it() -> None:
-    model, ids = noisy(), random_ids()
+    model, ids = noisy(), random_ids(256)
     new = narrow(model, 8, sinks=2)
     assert new.config == dataclasses.replace(model.config, window=8, sinks=2)
     assert same_state(new, model)
@@ -54,7 +46,7 @@ def test_a_window_changes_no_weight_and_no_output_within_it() -> None:
 
 @torch.no_grad()
 def test_a_window_as_long_as_the_context_computes_the_same_and_is_named() -> None:
-    model, ids = noisy(), random_ids(length=64)
+    model, ids = noisy(), random_ids(256, length=64)
     with pytest.warns(UserWarning, match="window=64 hides nothing within the context_length of 64"):
         new = convert(model, Changes(window=64)).model
     assert new.config.window == 64
@@ -78,7 +70,7 @@ def test_windows_by_layer() -> None:
 @torch.no_grad()
 def test_full_attention_again() -> None:
     """A window and what belongs to it go together; the weights are those of the model that never had one."""
-    full, ids = noisy(), random_ids()
+    full, ids = noisy(), random_ids(256)
     windowed = convert(full, Changes(window=9, sinks=2, dilation=2)).model
     back = convert(windowed, Changes(window=[None])).model
     assert back.config == full.config
@@ -89,13 +81,13 @@ def test_full_attention_again() -> None:
 
 @torch.no_grad()
 def test_a_longer_table_is_copies_side_by_side() -> None:
-    model, ids = noisy(), random_ids(length=64)
+    model, ids = noisy(), random_ids(256, length=64)
     new = convert(model, Changes(context_length=150)).model
     assert new.config == dataclasses.replace(model.config, context_length=150)
     table = model.wpe.weight
     assert torch.equal(new.wpe.weight, torch.cat([table, table, table[:22]]))
     torch.testing.assert_close(new(ids), model(ids), rtol=0.0, atol=1e-6)
-    assert new(random_ids(length=150)).shape == (3, 150, 256)
+    assert new(random_ids(256, length=150)).shape == (3, 150, 256)
 
 
 def test_a_longer_table_at_random_for_comparison() -> None:
@@ -108,7 +100,7 @@ def test_a_longer_table_at_random_for_comparison() -> None:
 
 @torch.no_grad()
 def test_without_a_table_the_context_is_a_number() -> None:
-    model, ids = noisy(position="rope"), random_ids(length=100)
+    model, ids = noisy(position="rope"), random_ids(256, length=100)
     converted = convert(model, Changes(context_length=100))
     assert same_state(converted.model, model)
     torch.testing.assert_close(converted.model(ids), model(ids), rtol=0.0, atol=1e-6)
@@ -120,7 +112,7 @@ def test_without_a_table_the_context_is_a_number() -> None:
 
 @torch.no_grad()
 def test_yarn_is_worked_out_from_the_length_trained_on_whenever_the_context_grows() -> None:
-    model, ids = noisy(position="rope"), random_ids(length=200)
+    model, ids = noisy(position="rope"), random_ids(256, length=200)
     yarn = Changes(rope_scaling="yarn", rope_factor=4.0)
     untouched = convert(model, yarn).model  # its context, that is
     expected, expected_config = untouched(ids), untouched.config.to_dict()
@@ -154,7 +146,7 @@ def test_yarn_is_worked_out_from_the_length_trained_on_whenever_the_context_grow
 @torch.no_grad()
 @pytest.mark.parametrize("position", ["learned", "rope"])
 def test_repetition_is_exact_and_sharing_undoes_it(position: Any) -> None:
-    model, ids = noisy(n_kv_head=1, position=position), random_ids()
+    model, ids = noisy(n_kv_head=1, position=position), random_ids(256)
     for n_kv_head in (2, 4):
         converted = convert(model, Changes(n_kv_head=n_kv_head))
         assert converted.steps[0].exact == "all outputs"
@@ -287,7 +279,7 @@ def test_unknown_settings_are_refused() -> None:
 
 @torch.no_grad()
 def test_drift_is_that_of_whole_logits() -> None:
-    model, ids = noisy(), random_ids(5)
+    model, ids = noisy(), random_ids(256, 5)
     new = repeat_heads(regroup(model, 1, method="mean"))
     drift = measure_drift(model, new, ids)
     p, q = (one(ids)[:, :-1].double().log_softmax(-1).flatten(0, 1) for one in (model, new))

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import LLAMA, random_ids, same_state
+from helpers.models import lively as noisy
 from safetensors import safe_open
-from sources import LLAMA, noisy
 from torch import Tensor
 
 import gptlab
@@ -20,11 +21,6 @@ from gptlab.conversion.statistics import assumed_statistics, collect_statistics
 
 BOTH_POSITIONS = pytest.mark.parametrize("position", ["learned", "rope"])
 PAPER = ["mean", "first", "random"]
-
-
-def random_ids(model: GPT, batch: int = 3, length: int = 40, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(model.config.vocab_size, (batch, length), generator=generator)
 
 
 @torch.no_grad()
@@ -42,11 +38,6 @@ def qkv(model: GPT, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         rows = torch.cat([rows, attention.c_attn.bias.detach()[:, None]], 1)
     q, k, v = rows.unflatten(0, (-1, config.head_dim)).split([config.n_head, config.kv_heads, config.kv_heads])
     return q, k, v
-
-
-def same_state(one: GPT, other: GPT) -> bool:
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def by_pairs(factors: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.models import disturb
 from torch import Tensor
 
 from gptlab import GPT, GptlabError, ModelConfig
@@ -12,12 +13,7 @@ from gptlab.conversion.statistics import assumed_statistics, batches, collect_st
 @pytest.fixture(scope="module", params=["layer", "rms"])
 def model(request: pytest.FixtureRequest) -> GPT:
     norm = request.param
-    model = GPT(ModelConfig.preset("tiny", dropout=0.5, norm=norm, bias=norm == "layer")).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model
+    return disturb(GPT(ModelConfig.preset("tiny", dropout=0.5, norm=norm, bias=norm == "layer")).eval(), 0.3)
 
 
 @pytest.fixture(scope="module")

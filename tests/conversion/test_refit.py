@@ -6,17 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from sources import LLAMA, noisy
+from helpers.models import LLAMA, random_ids
+from helpers.models import lively as noisy
 from torch import Tensor
 
 from gptlab import GPT, GptlabError
 from gptlab.conversion.heads import regroup
 from gptlab.conversion.layers import rebuild
 from gptlab.conversion.refit import RIDGES, refit_outputs
-
-
-def random_ids(batch: int, length: int = 40, seed: int = 0) -> Tensor:
-    return torch.randint(256, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
@@ -43,7 +40,7 @@ def matrix(model: GPT, layer: int) -> Tensor:
 def test_it_is_the_ridge_regression_of_a_direct_solution(changes: dict[str, Any]) -> None:
     model = noisy(**changes)
     bias = model.config.bias
-    converted, ids = regroup(model, 1, method="mean"), random_ids(16)
+    converted, ids = regroup(model, 1, method="mean"), random_ids(256, 16)
     new = refit_outputs(model, converted, ids)
     for layer in (0, 1):
         start = matrix(converted, layer)
@@ -63,7 +60,7 @@ def test_it_is_the_ridge_regression_of_a_direct_solution(changes: dict[str, Any]
 
 @pytest.mark.parametrize("change", [{"n_kv_head": 1}, {"window": 4}])
 def test_no_layer_is_worse_on_the_calibration_text(change: dict[str, Any]) -> None:
-    model, ids = noisy(), random_ids(6)
+    model, ids = noisy(), random_ids(256, 6)
     if "n_kv_head" in change:
         converted = regroup(model, 1, method="svd")
     else:
@@ -79,7 +76,7 @@ def test_no_layer_is_worse_on_the_calibration_text(change: dict[str, Any]) -> No
 def test_it_repairs_on_other_texts_too() -> None:
     model = noisy()
     converted = regroup(model, 1, method="mean")
-    new, held_out = refit_outputs(model, converted, random_ids(40)), random_ids(10, seed=1)
+    new, held_out = refit_outputs(model, converted, random_ids(256, 40)), random_ids(256, 10, seed=1)
     with torch.no_grad():
         errors = [(one(held_out) - model(held_out)).square().mean().item() for one in (converted, new)]
     assert errors[1] < 0.8 * errors[0]
@@ -87,7 +84,7 @@ def test_it_repairs_on_other_texts_too() -> None:
 
 def test_what_is_right_already_stays() -> None:
     model = noisy()
-    new = refit_outputs(model, model, random_ids(4))
+    new = refit_outputs(model, model, random_ids(256, 4))
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(new.state_dict()[name], tensor, rtol=0.0, atol=1e-6)
     assert new.wte.weight.data_ptr() != model.wte.weight.data_ptr()
@@ -97,7 +94,7 @@ def test_modes_and_models_are_left_as_they_were() -> None:
     model = noisy(dropout=0.5).train()
     converted = regroup(model, 2)
     states = [{name: tensor.clone() for name, tensor in one.state_dict().items()} for one in (model, converted)]
-    new = refit_outputs(model, converted, random_ids(4))
+    new = refit_outputs(model, converted, random_ids(256, 4))
     assert model.training
     assert converted.training
     assert new.training
@@ -107,6 +104,6 @@ def test_modes_and_models_are_left_as_they_were() -> None:
 
 def test_bad_input() -> None:
     with pytest.raises(GptlabError, match=r"differ in n_layer, 2 and 3; the second must be a conversion"):
-        refit_outputs(noisy(), noisy(n_layer=3), random_ids(1))
+        refit_outputs(noisy(), noisy(n_layer=3), random_ids(256, 1))
     with pytest.raises(GptlabError, match="calibration text is empty"):
         refit_outputs(noisy(), noisy(), [])

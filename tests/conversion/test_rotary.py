@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from sources import noisy
+from helpers.models import lively as noisy
+from helpers.models import same_state
 from torch import Tensor
 
 import gptlab
@@ -48,11 +49,6 @@ def random_ids(model: GPT, batch: int = 4, length: int = CONTEXT, seed: int = 0)
 @torch.no_grad()
 def logprobs(model: GPT, ids: Tensor) -> Tensor:
     return model(ids).log_softmax(-1)
-
-
-def same_state(one: GPT, other: GPT) -> bool:
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # Exact: the mean of the table, any gauge, a blend at its start and at its end

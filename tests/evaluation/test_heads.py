@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.models import noisy
 from safetensors import safe_open
 from torch import Tensor
 
@@ -15,15 +16,6 @@ from gptlab.evaluation import heads
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance)
-
-
-def noisy(**overrides: object) -> GPT:
-    model = GPT(ModelConfig.preset("tiny", **overrides)).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model
 
 
 def uniform(n: int) -> Tensor:
@@ -133,7 +125,7 @@ def test_similarity_does_not_see_what_the_queries_can_undo() -> None:
 
 
 def test_key_weights_are_what_the_model_multiplies() -> None:
-    model = noisy(n_kv_head=2)
+    model = noisy(noise=0.3, n_kv_head=2)
     block = model.blocks[1]
     x = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
@@ -145,7 +137,7 @@ def test_key_weights_are_what_the_model_multiplies() -> None:
 
 
 def test_diagnosis_of_a_model_is_the_formulas_on_its_maps() -> None:
-    model = noisy(n_kv_head=2, window=5, position="rope")
+    model = noisy(noise=0.3, n_kv_head=2, window=5, position="rope")
     ids = torch.randint(256, (3, 12), generator=torch.Generator().manual_seed(6))
     layers = heads.diagnose(model, ids)
     assert len(layers) == 2

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from theirs import random_ids, small
+from helpers.theirs import random_ids, small
 
 from gptlab import GPT, GptlabError
 from gptlab.evaluation.positions import loss_by_position, positions_in_text

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from theirs import by_windows, one_by_one, random_ids, small, theirs
+from helpers.models import close
+from helpers.theirs import by_windows, one_by_one, random_ids, small, theirs
 
 from gptlab import GPT, GptlabError, ModelConfig
 from gptlab.evaluation import batches
@@ -18,10 +19,6 @@ from gptlab.text.tokenizers import GPT2Tokenizer
 
 CONTEXT = 16  # of the small model
 LENGTHS = [1, 2, 9, 16, 17, 18, 45, 3]
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance)
 
 
 @pytest.fixture(scope="module")

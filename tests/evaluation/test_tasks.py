@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from theirs import at_once, by_windows, small, theirs
+from helpers.theirs import at_once, by_windows, small, theirs
 
 import gptlab
 from gptlab import GPT, GptlabError, ModelConfig

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import close, noisy, random_ids
+from helpers.models import close, noisy, random_ids
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor

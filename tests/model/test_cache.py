@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers.models import close, in_chunks, noisy, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import close, noisy, random_ids
 from torch import Tensor
 
 from gptlab import GptlabError
-from gptlab.model import GPT, PADDING, Cache
+from gptlab.model import PADDING
 from gptlab.model.kernels import use
 
 LENGTH = 24
@@ -22,10 +22,6 @@ KERNELS = ["reference", "sdpa"]
 def _no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def in_chunks(model: GPT, ids: Tensor, sizes: list[int], cache: Cache) -> Tensor:
-    return torch.cat([model(chunk, cache=cache) for chunk in ids.split(sizes, dim=1)], 1)
 
 
 @st.composite

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import noisy, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import noisy, random_ids
 from torch.utils.flop_counter import FlopCounterMode
 
 from gptlab import ModelConfig

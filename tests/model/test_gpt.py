@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from models import close, noisy, random_ids
+from helpers.models import close, noisy, random_ids
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import close, noisy, random_ids
+from helpers.models import close, noisy, random_ids
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -6,9 +6,9 @@ import importlib
 
 import pytest
 import torch
+from helpers.models import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import close
 from torch import Tensor
 
 from gptlab.model import Tokens, Visibility, kernels

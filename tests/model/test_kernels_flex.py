@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import close, noisy, random_ids
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import close, noisy, random_ids
 from torch import Tensor
 
 from gptlab import GptlabError

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import close
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

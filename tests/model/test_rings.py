@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import close, in_chunks, noisy, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import close, noisy, random_ids
 from torch import Tensor
 
 from gptlab import GptlabError
@@ -31,10 +31,6 @@ WINDOWS += [{}, {"window": (4, 3), "sinks": 2, "dilation": (1, 3)}, {"window": 1
 def _no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def in_chunks(model: GPT, ids: Tensor, sizes: list[int], cache: Cache) -> Tensor:
-    return torch.cat([model(chunk, cache=cache) for chunk in ids.split(sizes, dim=1)], 1)
 
 
 def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:

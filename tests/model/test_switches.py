@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import close, noisy, random_ids
+from helpers.models import close, noisy, random_ids
 from torch import Tensor
 
 from gptlab.model import GPT

@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
+from helpers.models import close
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import close
 from torch import Tensor
 
 from gptlab.model import PADDING, Tokens, Visibility

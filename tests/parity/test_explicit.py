@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import disturb
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,12 +21,7 @@ VOCAB, WIDTH, HEADS, LAYERS, CONTEXT = 53, 24, 4, 3, 40
 def ours(**overrides: Any) -> gptlab.GPT:
     values = {"vocab_size": VOCAB, "context_length": CONTEXT, "n_layer": LAYERS, "n_head": HEADS, "n_embd": WIDTH}
     config = gptlab.ModelConfig.from_dict({**values, **overrides})
-    model = gptlab.GPT(config, seed=3).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return disturb(gptlab.GPT(config, seed=3).eval(), 0.15)
 
 
 def ids(length: int, batch: int = 2) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from judge import assert_computes_the_same, assert_generates_the_same
+from helpers.judge import assert_computes_the_same, assert_generates_the_same
+from helpers.models import disturb
 from safetensors import safe_open
 from torch import Tensor
 
@@ -112,11 +113,8 @@ CUSTOM: dict[str, tuple[dict[str, Any], str]] = {
 
 def model(**overrides: Any) -> gptlab.LanguageModel:
     fields = {"vocab_size": VOCAB, "context_length": CONTEXT, "n_layer": 3, "n_head": 6, "n_embd": 48, **overrides}
-    made = gptlab.GPT(gptlab.ModelConfig.from_dict(fields), seed=5).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # biases and norms that are not 0 and 1, scores that are not flat
-        for parameter in made.parameters():
-            parameter.add_(0.12 * torch.randn(parameter.shape, generator=generator))
+    made = disturb(gptlab.GPT(gptlab.ModelConfig.from_dict(fields), seed=5).eval(), 0.12)
+    with torch.no_grad():
         if made.config.position == "blend":
             made.rope_scale.copy_(torch.linspace(0.1, 1, len(made.rope_scale)))
             made.wpe_scale.fill_(0.3)

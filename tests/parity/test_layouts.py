@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from judge import close, judge, random_ids
+from helpers.judge import judge
+from helpers.models import close, random_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -126,7 +127,7 @@ def test_every_layout_gives_the_same_model(layout: Callable[[Model, Path], None]
         conv1d = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
         assert torch.equal(parameter, there.t() if conv1d else there), name
     assert (ours.lm_head.weight is ours.wte.weight) == tied
-    ids = random_ids(2, 30, 257)
+    ids = random_ids(257, 2, 30)
     close(ours(ids), theirs(ids).logits)
 
 
@@ -137,7 +138,7 @@ def test_weights_of_low_precision_are_computed_in_float32(dtype: torch.dtype, tm
     theirs.save_pretrained(tmp_path)
     ours = gptlab.load(tmp_path).model
     assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
-    ids = random_ids(2, 30, 257)
+    ids = random_ids(257, 2, 30)
     close(ours(ids), theirs.float()(ids).logits)
 
 
@@ -205,7 +206,7 @@ def test_a_configuration_means_what_transformers_takes_it_for(changes: dict[str,
             values[name] = change["value"]
     path.write_text(json.dumps(values))
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()  # from the very same directory
-    ids = random_ids(2, 30, 257)
+    ids = random_ids(257, 2, 30)
     close(gptlab.load(tmp_path).model(ids), theirs(ids).logits)
 
 
@@ -216,7 +217,7 @@ def test_what_models_of_other_tasks_save_is_their_language_model(kind: str, tmp_
     other = getattr(transformers, kind)(theirs.config).eval()
     (other if kind == "GPT2Model" else other.transformer).load_state_dict(theirs.transformer.state_dict())
     other.save_pretrained(tmp_path)
-    ids = random_ids(2, 30, 257)
+    ids = random_ids(257, 2, 30)
     with contextlib.nullcontext() if kind == "GPT2Model" else pytest.warns(UserWarning, match="is left aside"):
         ours = gptlab.load(tmp_path).model
     close(ours(ids), theirs(ids).logits)
@@ -227,5 +228,5 @@ def test_a_setting_that_changes_rounding_only_is_honoured(tmp_path: Path) -> Non
     theirs = judge(reorder_and_upcast_attn=True)
     theirs.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["reorder_and_upcast_attn"]
-    ids = random_ids(2, 30, 257)
+    ids = random_ids(257, 2, 30)
     close(gptlab.load(tmp_path).model(ids), theirs(ids).logits)

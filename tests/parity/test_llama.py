@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from judge import assert_computes_the_same, assert_generates_the_same, close, random_ids
+from helpers.judge import assert_computes_the_same, assert_generates_the_same
+from helpers.models import close, random_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -134,7 +135,7 @@ def test_our_cache_and_our_padding_give_their_logits(name: str, tmp_path: Path) 
     theirs = judge(THEIRS[name][0], **THEIRS[name][1])
     theirs.save_pretrained(tmp_path)
     ours = gptlab.load(tmp_path).model
-    ids = random_ids(2, 120, 257)
+    ids = random_ids(257, 2, 120)
     expected = theirs(ids).logits
     cache = ours.make_cache(2, 120, chunk=40)
     parts = [ours(part, cache=cache) for part in ids.split([40, 1, 1, 38, 40], dim=1)]  # past the window of 24
@@ -151,7 +152,7 @@ def test_our_cache_and_our_padding_give_their_logits(name: str, tmp_path: Path) 
 def test_the_gradients_are_theirs(name: str, tmp_path: Path) -> None:
     theirs = judge(THEIRS[name][0], **THEIRS[name][1])
     theirs.save_pretrained(tmp_path)
-    ours, ids = gptlab.load(tmp_path).model, random_ids(2, 60, 257)
+    ours, ids = gptlab.load(tmp_path).model, random_ids(257, 2, 60)
     for logits in (theirs(ids).logits, ours(ids)):
         F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     # Named and stacked as weights are.

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from judge import close, greedy_until_unclear, judge, positions_of, random_ids
+from helpers.judge import greedy_until_unclear, judge, positions_of
+from helpers.models import close, random_ids
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -70,14 +71,14 @@ def test_a_variant_is_a_function_of_its_own(name: str) -> None:
     # These have the shapes of the plain one: were they the same function, agreement on them would show nothing.
     plain, changed = judge(), judge(**VARIANTS[name])
     plain.load_state_dict(changed.state_dict())
-    ids = random_ids(2, 30, 257)
+    ids = random_ids(257, 2, 30)
     assert (plain(ids).logits - changed(ids).logits).abs().max() > 1e-4  # ten times the tolerance
 
 
 @torch.no_grad()
 def test_logits(variant: Pair) -> None:
     theirs, ours = variant
-    ids = random_ids(3, 40, theirs.config.vocab_size)
+    ids = random_ids(theirs.config.vocab_size, 3, 40)
     expected = theirs(ids).logits
     assert expected.std() > 0.5  # near zero, anything would agree
     close(ours(ids), expected)
@@ -86,7 +87,7 @@ def test_logits(variant: Pair) -> None:
 @torch.no_grad()
 def test_every_blocks_output_and_attention(variant: Pair) -> None:
     theirs, ours = variant
-    ids = random_ids(2, 20, theirs.config.vocab_size)
+    ids = random_ids(theirs.config.vocab_size, 2, 20)
     outputs: dict[str, list[Tensor]] = {"theirs": [], "ours": []}
     for who, blocks in (("theirs", theirs.transformer.h), ("ours", ours.h)):
         for block in blocks:
@@ -106,7 +107,7 @@ def test_every_blocks_output_and_attention(variant: Pair) -> None:
 
 def test_gradients_of_the_loss(variant: Pair) -> None:
     theirs, ours = variant
-    ids = random_ids(3, 40, theirs.config.vocab_size)
+    ids = random_ids(theirs.config.vocab_size, 3, 40)
     expected_loss = theirs(ids, labels=ids).loss
     loss = F.cross_entropy(ours(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     close(loss, expected_loss)
@@ -126,7 +127,7 @@ ROWS = [1, 9, 30, 17]
 
 def padded_batch(left: bool) -> tuple[Tensor, Tensor]:
     """Ids of rows of different lengths, and which of them are real."""
-    ids = random_ids(len(ROWS), max(ROWS), 257)
+    ids = random_ids(257, len(ROWS), max(ROWS))
     at = torch.arange(max(ROWS))
     real = torch.stack([(at >= max(ROWS) - n) if left else (at < n) for n in ROWS])
     return ids, real
@@ -207,7 +208,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def test_logits_at_124m_at_positions_from_first_to_last(full: Pair) -> None:
     theirs, ours = full
     assert sum(p.numel() for p in ours.parameters()) == 124_439_808
-    ids = random_ids(1, 128, 50257)
+    ids = random_ids(50257, 1, 128)
     positions = torch.linspace(0, 1023, 128).long()[None]
     # Without a mask they would take every jump in the positions for the start of another document.
     mask = torch.ones_like(ids)
@@ -220,7 +221,7 @@ def test_logits_at_124m_at_positions_from_first_to_last(full: Pair) -> None:
 @pytest.mark.slow
 def test_logits_at_124m_over_the_full_context(full: Pair) -> None:
     theirs, ours = full
-    ids = random_ids(1, 1024, 50257)
+    ids = random_ids(50257, 1, 1024)
     close(ours(ids), theirs(ids, use_cache=False).logits, 1e-4)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from judge import close
+from helpers.models import close
 from safetensors.torch import load_file
 from torch import Tensor
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from judge import close, judge, random_ids
+from helpers.judge import judge
+from helpers.models import close, random_ids
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,7 +34,7 @@ def test_gradients_and_one_step_of_adamw(micro: int | None, most: float) -> None
     with torch.no_grad():
         for name, p in ours.named_parameters():
             p.copy_(to_ours(name, named[name]))
-    ids = random_ids(3, 61, 257)
+    ids = random_ids(257, 3, 61)
     batch = Batch(ids[:, :-1], ids[:, 1:], None, torch.arange(3))
 
     expected = F.cross_entropy(theirs(batch.ids).logits.flatten(0, 1), batch.targets.flatten())

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import transformers
+from helpers.models import disturb
 from torch import Tensor
 
 import gptlab
@@ -19,12 +20,7 @@ def ours(**overrides: object) -> gptlab.GPT:
     config = gptlab.ModelConfig(
         vocab_size=VOCAB, context_length=CONTEXT, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, **overrides
     )
-    model = gptlab.GPT(config, seed=5).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # biases and norms that are not 0 and 1, scores that are not flat
-        for parameter in model.parameters():
-            parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return disturb(gptlab.GPT(config, seed=5).eval(), 0.15)
 
 
 def ids(length: int, batch: int = 2) -> Tensor:

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import studies
-import torch
+from helpers import studies
 
 from gptlab.study import measure
 from gptlab.study.results import Peaks
@@ -13,12 +11,8 @@ from gptlab.training import loop
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are faster on one core, much faster where the other cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def always_one_thread(one_thread: None) -> None:
+    """Every test here has one thread."""
 
 
 @pytest.fixture

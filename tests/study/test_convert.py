@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from studies import no_timings, requested, small
+from helpers.studies import finished_study, no_timings, requested, small
 
 import gptlab
 from gptlab.config import ModelConfig
@@ -56,12 +56,7 @@ VARIANTS = [BASE, *MADE]
 @pytest.fixture(scope="module")
 def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that nothing happened to."""
-    out = tmp_path_factory.mktemp("whole") / "study"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "measure", no_timings)
-        torch.set_num_threads(1)
-        run_study(requested(corpus, variant=VARIANTS, uptrain=UPTRAIN), out)
-    return out
+    return finished_study(corpus, tmp_path_factory.mktemp("whole") / "study", variant=VARIANTS, uptrain=UPTRAIN)
 
 
 def asked(corpus: Path, *changes: str, **values: Any) -> Request:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from studies import GRID, MEASURE, RECIPE, no_timings, requested, settings, small
+from helpers.studies import GRID, MEASURE, RECIPE, finished_study, no_timings, requested, settings, small
 
 import gptlab
 from gptlab.config import ModelConfig
@@ -51,12 +51,7 @@ VARIANTS: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that nothing happened to: three variants, two seeds."""
-    out = tmp_path_factory.mktemp("whole") / "study"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "measure", no_timings)
-        torch.set_num_threads(1)
-        run_study(requested(corpus, variant=VARIANTS, seeds=[0, 1]), out)
-    return out
+    return finished_study(corpus, tmp_path_factory.mktemp("whole") / "study", variant=VARIANTS, seeds=[0, 1])
 
 
 class Stop(BaseException):

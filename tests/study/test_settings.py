@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies import GRID, settings, small
+from helpers.studies import GRID, settings, small
 
 from gptlab.checkpoints.hub import built_in
 from gptlab.config import ModelConfig

@@ -5,20 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from trainings import RECIPE, Commands, make_dataset, sentences, serve
+from helpers.trainings import RECIPE, Commands, make_dataset, sentences, serve
 
 from gptlab.text.shards import Dataset
 from gptlab.training import loop
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are faster on one core, much faster where the other cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def always_one_thread(one_thread: None) -> None:
+    """Every test here has one thread."""
 
 
 @pytest.fixture(autouse=True, scope="module")

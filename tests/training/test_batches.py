@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trainings import make_dataset
+from helpers.trainings import make_dataset
 
 import gptlab
 from gptlab.text.datasets import Shard, Split

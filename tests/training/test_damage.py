@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.trainings import Commands, assert_same_run, checkpoints, make_dataset, sentences, small
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from trainings import Commands, assert_same_run, checkpoints, make_dataset, sentences, small
 
 import gptlab
 from gptlab.text.shards import Dataset

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.trainings import RECIPE, Commands, assert_same_run, curve, make_dataset, sentences, small
 from test_distributed import assert_same_curve, two
 from test_resume import Crash, crash_at
 from torch import Tensor
 from torch.nn import functional as F
-from trainings import RECIPE, Commands, assert_same_run, curve, make_dataset, sentences, small
 
 import gptlab
 from gptlab.text.shards import Dataset

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.trainings import RECIPE, Commands, checkpoints, curve, small
 from safetensors.torch import load_file
-from trainings import RECIPE, Commands, checkpoints, curve, small
 
 import gptlab
 from gptlab.text.shards import Dataset
@@ -136,7 +136,7 @@ def test_muon_on_two_processes(data: Dataset, twenty: Path, tmp_path: Path, para
 
 @pytest.mark.slow
 def test_torchrun_prepares_the_corpus_once(twenty: Path, tmp_path: Path) -> None:
-    from trainings import sentences
+    from helpers.trainings import sentences
 
     (tmp_path / "text.txt").write_text(sentences(300))
     run = tmp_path / "run"

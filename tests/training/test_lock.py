@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainings import Commands, assert_same_run, small
-from trainings import curve as curve_of
+from helpers.trainings import Commands, assert_same_run, small
+from helpers.trainings import curve as curve_of
 
 from gptlab.errors import GptlabError
 from gptlab.text.shards import Dataset

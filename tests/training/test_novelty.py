@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainings import RECIPE, make_dataset, small
+from helpers.trainings import RECIPE, make_dataset, small
 
 import gptlab
 from gptlab.text.shards import Dataset

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.trainings import small
 from torch import Tensor
-from trainings import small
 
 import gptlab
 from gptlab.text.shards import Dataset

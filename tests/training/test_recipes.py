@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from trainings import small
+from helpers.trainings import small
 
 import gptlab
 from gptlab.training.budget import with_count

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from trainings import RECIPE, Command, Commands, assert_same_run, checkpoints, curve, small
+from helpers.trainings import RECIPE, Command, Commands, assert_same_run, checkpoints, curve, small
 
 import gptlab
 from gptlab.text.shards import Dataset

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.trainings import RECIPE, Commands, assert_same_run, checkpoints, make_dataset, small
 from test_distributed import assert_same_curve, two
 from test_resume import Crash, crash_at
-from trainings import RECIPE, Commands, assert_same_run, checkpoints, make_dataset, small
 
 import gptlab
 from gptlab.checkpoints.runs import best, model_of, run_checkpoints

@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from helpers.trainings import RECIPE, assert_same_run, checkpoints, curve, make_dataset, sentences, small
 from safetensors.torch import load_file
-from trainings import RECIPE, assert_same_run, checkpoints, curve, make_dataset, sentences, small
 
 import gptlab
 from gptlab.text.shards import Dataset, open_dataset

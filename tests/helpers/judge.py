@@ -8,6 +8,7 @@ import transformers
 from torch import Tensor
 
 import gptlab
+from helpers.models import random_ids
 
 UNCLEAR = 1e-4
 """Two best logits closer than this may change places by rounding alone."""
@@ -34,18 +35,9 @@ def judge(seed: int = 0, noise: float = 0.1, **overrides: Any) -> transformers.G
     return model
 
 
-def random_ids(batch: int, length: int, vocab_size: int, seed: int = 0) -> Tensor:
-    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
 def positions_of(real: Tensor) -> Tensor:
     """(B, T) bool -> positions that count real tokens only, -1 for padding."""
     return torch.where(real, real.cumsum(1) - 1, -1)
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    """The same shape and dtype, and no element further apart than the tolerance."""
-    torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance)
 
 
 @torch.no_grad()
@@ -68,7 +60,7 @@ def greedy_until_unclear(model: transformers.GPT2LMHeadModel, prompt: list[int],
 @torch.no_grad()
 def assert_computes_the_same(ours: gptlab.GPT, theirs: Any) -> None:
     """Whole, cached past any window, and left-padded, on as many tokens as the learned positions and 200 allow."""
-    text = random_ids(2, 200, ours.config.vocab_size, seed=1)
+    text = random_ids(ours.config.vocab_size, 2, 200, seed=1)
     mask = torch.ones_like(text)
     expected = ours(text)
     assert expected.std() > 0.5  # near zero, anything would agree
@@ -89,7 +81,7 @@ def assert_computes_the_same(ours: gptlab.GPT, theirs: Any) -> None:
 
 def assert_generates_the_same(lm: gptlab.LanguageModel, theirs: Any) -> None:
     """Greedy, with their cache, far past every window."""
-    prompt = random_ids(1, 10, lm.config.vocab_size, seed=1)
+    prompt = random_ids(lm.config.vocab_size, 1, 10, seed=1)
     made = theirs.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),

@@ -7,6 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
+from gptlab.study import run
 from gptlab.study.directory import Request
 from gptlab.study.results import Machine, Peaks, Timings, VariantTimings
 from gptlab.study.settings import StudySettings, make_study
@@ -84,3 +88,12 @@ def no_timings(configs: Iterable[str], *_: Any, **__: Any) -> Timings:
         peaks=Peaks(bandwidth_bytes_per_second=1e10, flops={"float32": 1e11}, how="not measured"),
         variants=dict.fromkeys(configs, nothing),
     )
+
+
+def finished_study(corpus: Path, out: Path, **values: Any) -> Path:
+    """Do a study that nothing happens to, without its timings; return its directory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "measure", no_timings)
+        torch.set_num_threads(1)
+        run.run_study(requested(corpus, **values), out)
+    return out
