@@ -43,6 +43,9 @@ FLOORS = {
     "cli": 9,
     "__main__": 10,
 }
+LONGEST_FUNCTION = 60
+"""Lines of a body, docstring and blank lines aside."""
+
 READ_IN_ONE_SITTING = ["gpt.py", "attention.py", "masks.py", "rope.py"]
 
 
@@ -116,6 +119,17 @@ def test_nothing_is_unpickled(path: Path) -> None:
             assert [ast.unparse(value) for value in safe] == ["True"]
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
             assert ast.unparse(node.value) == "False"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids(MODULES))
+def test_functions_fit_on_a_screen(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]  # parameters do not count
+            body = [line for line in lines[first.lineno - 1 : node.end_lineno] if line.strip()]
+            assert len(body) <= LONGEST_FUNCTION, node.name
 
 
 def test_the_model_can_be_read_in_one_sitting() -> None:
