@@ -54,6 +54,20 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
 
 
 @pytest.fixture
+def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what takes seconds for each variant: processes of their own, and the machine's peaks."""
+    from gptlab.study import measure
+    from gptlab.study.results import Peaks
+    from gptlab.training import loop
+
+    monkeypatch.setattr(loop, "peak_flops", lambda device, dtype: (1e9, "not measured"))
+    monkeypatch.setattr(measure, "peak_memory", lambda asked: {"training": 2000, "decoding": 1000})
+    flops = {"float32": 1e11, "bfloat16": 2e11}
+    peaks = Peaks(bandwidth_bytes_per_second=1e10, flops=flops, how="not measured")
+    monkeypatch.setattr(measure, "peaks", lambda device: peaks)
+
+
+@pytest.fixture
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw nothing in reports: the tests of the text need not wait for it."""
     from gptlab.plotting import heads, lines, points

@@ -13,18 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
-from gptlab.cli import main
 from gptlab.cli.study import StudyProgress, plan
 from gptlab.cli.study_tables import difference, notes, summary
 from gptlab.report import page as report
-from gptlab.study import measure
 from gptlab.study import run as running
-from gptlab.study.results import Interval, Peaks, read_results, read_timings
+from gptlab.study.results import Interval, read_results, read_timings
 from gptlab.study.runs import Interrupted
-from gptlab.training import loop
 
 STUDY = """
 title = "A small study"
@@ -77,28 +73,10 @@ Gptlab = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def gptlab(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Gptlab:
-    """Run the command in this process; return its exit code, output and errors. What is slow is left out."""
-    monkeypatch.setattr(loop, "peak_flops", lambda device, dtype: (1e9, "not measured"))
-    monkeypatch.setattr(measure, "peak_memory", lambda asked: {"training": 2000, "decoding": 1000})
-    flops = {"float32": 1e11, "bfloat16": 2e11}
-    peaks = Peaks(bandwidth_bytes_per_second=1e10, flops=flops, how="not measured")
-    monkeypatch.setattr(measure, "peaks", lambda device: peaks)
+def gptlab(run: Gptlab, monkeypatch: pytest.MonkeyPatch, one_thread: None, no_measuring: None) -> Gptlab:
+    """Run the command in this process; what is slow is left out."""
     monkeypatch.setattr(report, "write_report", write_report)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gptlab", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capfd.readouterr()
-
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 def test_a_study_ends_with_a_table_and_the_path_of_its_report(gptlab: Gptlab, file: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 import gptlab
 from gptlab.text.datasets import open_dataset
 from gptlab.text.tokenizers import byte_tokenizer
-from gptlab.training import loop
 
 RECIPE = """
 [model]
@@ -48,16 +47,8 @@ evaluate_every = 5
 
 Run = Callable[..., tuple[int, str, str]]
 DISK_MEGABYTES = 4
+pytestmark = pytest.mark.usefixtures("one_thread", "no_measuring")
 Refused = Callable[..., str]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(loop, "peak_flops", lambda device, dtype: (1e9, "not measured"))  # takes a second
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

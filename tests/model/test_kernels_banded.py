@@ -6,17 +6,15 @@ import importlib
 
 import pytest
 import torch
-from helpers.models import close
+from helpers.attention import assert_agrees, random_case, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from gptlab.model import Tokens, Visibility, kernels
 from gptlab.model.attention import attend
-from gptlab.model.kernels import Inputs, banded, reference
+from gptlab.model.kernels import Inputs, reference
 
 banded_module = importlib.import_module("gptlab.model.kernels.banded")  # the package's name `banded` is the function
-H, D = 6, 8
 
 
 @pytest.fixture
@@ -29,29 +27,6 @@ def written_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"):
         monkeypatch.setattr(torch.ops.aten, name, forbidden)
-
-
-def case(
-    batch: int, length: int, n_kv_head: int, documents: bool, own_queries: bool, seed: int = 0
-) -> tuple[list[Tensor], Tokens]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(batch, H, length, D), *[(batch, n_kv_head, length, D)] * 2, *[(batch, H, length, D)] * own_queries]
-    tensors = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-    numbers = torch.randint(0, 2, (batch, length), generator=generator).cumsum(1) if documents else None
-    return tensors, Tokens(torch.arange(length).expand(batch, -1), numbers, plain=not documents, in_order=True)
-
-
-def assert_agrees(rule: Visibility, tensors: list[Tensor], tokens: Tokens) -> None:
-    """Forward within 1e-5 of the reference, gradients within 1e-4."""
-    results = []
-    for compute in (reference, banded):
-        q, k, v, *q_sinks = tensors
-        out = compute(Inputs(q, k, v, rule, tokens, tokens, 0.0, *q_sinks))
-        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device)
-        results.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), tensors)])
-    close(results[1][0], results[0][0], 1e-5)
-    for actual, expected in zip(results[1][1:], results[0][1:], strict=True):
-        close(actual, expected, 1e-4)
 
 
 W = 5
@@ -71,7 +46,7 @@ def test_without_the_fused_operators_banded_is_the_reference(length: int, n_kv_h
     for rule in RULES:
         for documents in (False, True):
             for own_queries in {False, rule.sinks > 0}:
-                assert_agrees(rule, *case(2, length, n_kv_head, documents, own_queries))
+                assert_agrees("banded", rule, *random_case(2, length, n_kv_head, documents, own_queries))
 
 
 @settings(max_examples=60, deadline=None)
@@ -99,21 +74,18 @@ def test_without_the_fused_operators_banded_is_the_reference_on_anything(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(banded_module, "_fused", lambda q: False)
         patch.setattr(banded_module, "BLOCK", block)
-        assert_agrees(rule, *case(batch, length, n_kv_head, documents, own_queries and rule.sinks > 0, seed))
+        assert_agrees(
+            "banded", rule, *random_case(batch, length, n_kv_head, documents, own_queries and rule.sinks > 0, seed)
+        )
 
 
 @pytest.mark.usefixtures("written_out")
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_without_the_fused_operators_bfloat16_stays_within_its_rounding(rule: Visibility) -> None:
-    tensors, tokens = case(2, 200, 2, documents=False, own_queries=rule.sinks > 0)
+    tensors, tokens = random_case(2, 200, 2, sinks=rule.sinks > 0)
     rounded = [t.detach().bfloat16().requires_grad_() for t in tensors]
-    results = []
-    for compute, inputs in ((reference, [t.detach().float().requires_grad_() for t in rounded]), (banded, rounded)):
-        q, k, v, *q_sinks = inputs
-        out = compute(Inputs(q, k, v, rule, tokens, tokens, 0.0, *q_sinks))
-        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device)
-        results.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), inputs)])
-    for expected, actual in zip(*results, strict=True):
+    exact = results("reference", [t.detach().float().requires_grad_() for t in rounded], rule, tokens)
+    for expected, actual in zip(exact, results("banded", rounded, rule, tokens), strict=True):
         assert actual.dtype == torch.bfloat16
         # A bfloat16 is off by 2^-9; a handful of such roundings follow one another.
         assert (actual.float() - expected).norm() / expected.norm() < 0.01
@@ -123,7 +95,7 @@ def test_without_the_fused_operators_bfloat16_stays_within_its_rounding(rule: Vi
 @pytest.mark.parametrize("n_kv_head", [6, 2])
 @pytest.mark.parametrize("rule", [Visibility(), Visibility(40), Visibility(40, sinks=3)], ids=str)
 def test_compiled_training_in_bfloat16_takes_it_on_the_cpu(rule: Visibility, n_kv_head: int) -> None:
-    tensors, tokens = case(2, 300, n_kv_head, documents=False, own_queries=rule.sinks > 0)
+    tensors, tokens = random_case(2, 300, n_kv_head, sinks=rule.sinks > 0)
     rounded = [t.detach().bfloat16().requires_grad_() for t in tensors]
     with pytest.MonkeyPatch.context() as patch:
         # Whatever else is called instead of it fails.
@@ -146,7 +118,7 @@ def test_compiled_training_in_bfloat16_takes_it_on_the_cpu(rule: Visibility, n_k
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_banded_is_the_reference() -> None:
     for rule in RULES:
-        tensors, tokens = case(2, 300, 2, documents=True, own_queries=rule.sinks > 0)
+        tensors, tokens = random_case(2, 300, 2, documents=True, sinks=rule.sinks > 0)
         on_gpu = [t.detach().cuda().requires_grad_() for t in tensors]
         assert tokens.documents is not None
         there = Tokens(tokens.positions.cuda(), tokens.documents.cuda(), in_order=True)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from helpers.attention import D, H, assert_agrees, random_case, results
 from helpers.models import close
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,6 @@ from gptlab.model.kernels import KERNELS, Inputs, attention_weights, reference, 
 
 banded_module = importlib.import_module("gptlab.model.kernels.banded")  # the package's name `banded` is the function
 OTHERS = [name for name in KERNELS if name != "reference"]
-H, D = 6, 8
 
 
 def may_see(q: int, k: int, rule: Visibility, same_document: bool = True) -> bool:
@@ -128,18 +128,6 @@ def test_one_slot_less_than_the_capacity_would_lose_a_key() -> None:
 # Kernels
 
 
-def random_case(
-    batch: int, length: int, n_kv_head: int, documents: bool = False, sinks: bool = False, seed: int = 0
-) -> tuple[list[Tensor], Tokens]:
-    """q, k, v and, where sinks see queries of their own, q_sinks; tokens of whole sequences."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(batch, H, length, D), (batch, n_kv_head, length, D), (batch, n_kv_head, length, D)]
-    shapes += [(batch, H, length, D)] * sinks
-    tensors = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-    numbers = torch.randint(0, 2, (batch, length), generator=generator).cumsum(1) if documents else None
-    return tensors, Tokens(torch.arange(length).expand(batch, -1), numbers, plain=not documents, in_order=True)
-
-
 def by_hand(tensors: list[Tensor], rule: Visibility, tokens: Tokens) -> Tensor:
     """Query by query in float64, keys chosen by `may_see`."""
     q, k, v = (t.double() for t in tensors[:3])
@@ -154,14 +142,6 @@ def by_hand(tensors: list[Tensor], rule: Visibility, tokens: Tokens) -> Tensor:
                 scores = [k[b, g, j] @ (q_sinks if j < rule.sinks else q)[b, h, i] / math.sqrt(D) for j in keys]
                 rows.append(torch.softmax(torch.stack(scores), 0) @ v[b, g, keys])
     return torch.stack(rows).view_as(q)
-
-
-def results(kernel: str, tensors: list[Tensor], rule: Visibility, tokens: Tokens) -> list[Tensor]:
-    """The output and the gradients."""
-    q, k, v, *q_sinks = tensors
-    out = KERNELS[kernel](Inputs(q, k, v, rule, tokens, tokens, 0.0, *q_sinks))
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    return [out.detach(), *torch.autograd.grad((out * upstream).sum(), tensors)]
 
 
 W = 5
@@ -181,14 +161,6 @@ def test_the_reference_is_the_formula_forward_and_backward(length: int, n_kv_hea
         close(actual[0], expected.detach().float())
         for one, other in zip(actual[1:], gradients, strict=True):
             close(one, other, 1e-5)
-
-
-def assert_agrees(kernel: str, rule: Visibility, tensors: list[Tensor], tokens: Tokens) -> None:
-    expected, actual = results("reference", tensors, rule, tokens), results(kernel, tensors, rule, tokens)
-    close(actual[0], expected[0], 1e-5)
-    for one, other in zip(actual[1:], expected[1:], strict=True):
-        assert torch.isfinite(one).all()
-        close(one, other, 1e-4)
 
 
 @pytest.mark.parametrize("kernel", OTHERS)
