@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import gptlab
 from gptlab import checkpoints
-from gptlab.checkpoints import Checkpoint, gguf
+from gptlab.checkpoints import Checkpoint, gguf, huggingface
 from gptlab.text.tokenizers import train_bpe
 
 SECONDS, MEGABYTES = 2.0, 500
@@ -50,6 +50,9 @@ def make_sources(root: Path) -> list[Path]:
     (root / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
     torch.save(theirs, root / "bin" / "pytorch_model.bin")
     torch.save(theirs, root / "old" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    llama = {"norm": "rms", "mlp": "swiglu", "bias": False, "position": "rope", "n_inner": None}
+    gated = gptlab.GPT(gptlab.ModelConfig.from_dict({**config.to_dict(), **llama}))
+    huggingface.write(root / "llama", Checkpoint(gated.config, gated.tensors(), tokenizer))
     (root / "nanogpt").mkdir()
     settings = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 16, "bias": True, "vocab_size": config.vocab_size}
     torch.save({"model": plain, "model_args": settings, "iter_num": 3}, root / "nanogpt" / "ckpt.pt")

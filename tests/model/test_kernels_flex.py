@@ -256,6 +256,7 @@ MODELS: list[dict[str, Any]] = [
     {"position": "rope", "n_kv_head": 2, "window": 5},
     {"position": "rope", "n_kv_head": 2, "window": 5, "sinks": 2, "dilation": 2},
     {"position": "learned", "n_kv_head": 1, "window": (3, None)},
+    {"position": "rope", "n_kv_head": 2, "window": 5, "norm": "rms", "mlp": "swiglu", "bias": False},
 ]
 
 

@@ -80,7 +80,9 @@ def _prefix(path: Path) -> Path:
     indices = sorted(path.glob("*.index"))
     if (path / "checkpoint").is_file():
         try:
-            latest = re.search(r'^model_checkpoint_path: *"([^"\0]+)"', (path / "checkpoint").read_text("utf-8"), re.M)
+            latest = re.search(
+                r'^model_checkpoint_path: *"([^"\x00-\x1f]+)"', (path / "checkpoint").read_text("utf-8"), re.M
+            )
         except (OSError, ValueError):
             raise GptlabError(f"{path / 'checkpoint'} cannot be read; restore it, or remove it") from None
         if latest:
