@@ -52,3 +52,11 @@ def same_state(one: GPT, other: GPT) -> bool:
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     """The same shape and dtype, and no element further apart than the tolerance."""
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance)
+
+
+def near(actual: Tensor | None, expected: Tensor, relative: float) -> None:
+    """Within a share of the largest element expected, which is of float64."""
+    assert actual is not None
+    assert actual.shape == expected.shape
+    scale = expected.abs().max().item() or 1.0
+    assert (actual.detach().double() - expected).abs().max().item() <= relative * scale

@@ -97,3 +97,29 @@ def finished_study(corpus: Path, out: Path, **values: Any) -> Path:
         torch.set_num_threads(1)
         run.run_study(requested(corpus, **values), out)
     return out
+
+
+class Stop(BaseException):
+    """Ends a study as a power cut would, as far as its files are concerned."""
+
+
+def do_with_stops(request: Request, out: Path, fewest: int, most: int) -> None:
+    """Do a study that is stopped after so many events, goes on, and is stopped again; at other moments every time."""
+    draw, stops = random.Random(), 0
+    left = [0]
+
+    def report(row: dict[str, Any]) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise Stop
+
+    while stops < 100:
+        left[0] = draw.randint(fewest, most)
+        try:
+            run.run_study(request, out, report=report)
+        except Stop:
+            stops += 1
+            continue
+        assert stops
+        return
+    raise AssertionError("a hundred stops, and the study is not done")

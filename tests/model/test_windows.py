@@ -52,15 +52,19 @@ def brute(rule: Visibility, queries: Tokens, keys: Tokens) -> Tensor:
 @settings(deadline=None)
 @given(st.data(), rules, st.booleans())
 def test_visible_is_the_rule_for_every_pair(data: st.DataObject, rule: Visibility, with_documents: bool) -> None:
+    batch = data.draw(st.integers(1, 3))
+
     def some() -> Tokens:
-        n = data.draw(st.integers(1, 7))
+        n = data.draw(st.integers(1, 8))
         row = st.lists(st.integers(PADDING, 30), min_size=n, max_size=n)
-        numbers = st.lists(st.integers(0, 1), min_size=n, max_size=n)
-        positions, documents = (torch.tensor([data.draw(one), data.draw(one)]) for one in (row, numbers))
+        numbers = st.lists(st.integers(0, 2), min_size=n, max_size=n)
+        positions, documents = (torch.tensor([data.draw(one) for _ in range(batch)]) for one in (row, numbers))
         return Tokens(positions, documents if with_documents else None)
 
     queries, keys = some(), some()
-    assert torch.equal(rule.visible(queries, keys), brute(rule, queries, keys))
+    visible = rule.visible(queries, keys)
+    assert visible.dtype == torch.bool
+    assert torch.equal(visible, brute(rule, queries, keys))
 
 
 def plain(first: int, end: int) -> Tokens:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.studies import finished_study, no_timings, requested, small
+from helpers.studies import do_with_stops, finished_study, no_timings, requested, small
 
 import gptlab
 from gptlab.config import ModelConfig
@@ -154,26 +153,8 @@ def test_a_shorter_run_with_the_base_for_its_teacher(whole: Path) -> None:
 
 def test_stopped_at_any_moment(whole: Path, corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(running, "measure", no_timings)
-
-    class Stop(BaseException):
-        pass
-
-    draw, stops, out = random.Random(), 0, tmp_path / "study"
-    while True:
-        left = [draw.randint(5, 40)]
-
-        def report(row: dict[str, Any], left: list[int] = left) -> None:
-            left[0] -= 1
-            if not left[0]:
-                raise Stop
-
-        try:
-            run_study(asked(corpus), out, report=report)
-            break
-        except Stop:
-            stops += 1
-        assert stops < 100
-    assert stops
+    out = tmp_path / "study"
+    do_with_stops(asked(corpus), out, 5, 40)
     assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
 
 

@@ -11,13 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.studies import GRID, MEASURE, RECIPE, finished_study, no_timings, requested, settings, small
+from helpers.studies import GRID, MEASURE, RECIPE, do_with_stops, finished_study, no_timings, requested, settings, small
 
 import gptlab
 from gptlab.config import ModelConfig
@@ -52,22 +51,6 @@ VARIANTS: list[dict[str, Any]] = [
 def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that nothing happened to: three variants, two seeds."""
     return finished_study(corpus, tmp_path_factory.mktemp("whole") / "study", variant=VARIANTS, seeds=[0, 1])
-
-
-class Stop(BaseException):
-    """Ends a study as a power cut would, as far as its files are concerned."""
-
-
-def stop_at(n: int) -> Callable[[dict[str, Any]], None]:
-    """Return a report that stops the study at its n-th event."""
-    count = [0]
-
-    def report(row: dict[str, Any]) -> None:
-        count[0] += 1
-        if count[0] == n:
-            raise Stop
-
-    return report
 
 
 def test_results_hold_what_was_asked_for(whole: Path, corpus: Path) -> None:
@@ -209,15 +192,7 @@ def test_stopped_at_any_moment_and_in_another_order(
 ) -> None:
     monkeypatch.setattr(running, "measure", no_timings)
     asked, out = requested(corpus, variant=VARIANTS, seeds=[0, 1]), tmp_path / "study"
-    draw, stops = random.Random(), 0  # other moments every time
-    while True:
-        try:
-            run_study(asked, out, report=stop_at(draw.randint(2, 25)))
-            break
-        except Stop:
-            stops += 1
-        assert stops < 100
-    assert stops
+    do_with_stops(asked, out, 2, 25)
     assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
     # The order of the file is that of the results, and decides nothing else.
     reversed_results, _ = run_study(requested(corpus, variant=VARIANTS[::-1], seeds=[0, 1]), out)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import near
 from helpers.trainings import RECIPE, Commands, assert_same_run, curve, make_dataset, sentences, small
 from test_distributed import assert_same_curve, two
 from test_resume import Crash, crash_at
@@ -67,14 +68,6 @@ def exact(
     return total.detach(), nats.detach(), *torch.autograd.grad(total, (x, w))
 
 
-def assert_near(actual: Tensor | None, expected: Tensor, relative: float) -> None:
-    """Within a share of the largest element expected."""
-    assert actual is not None
-    assert actual.shape == expected.shape
-    scale = expected.abs().max().item() or 1.0
-    assert (actual.detach().double() - expected).abs().max().item() <= relative * scale
-
-
 CHUNK = 64
 
 
@@ -99,10 +92,10 @@ def test_loss_and_gradients_are_pytorchs(
     assert not nats.requires_grad
     expected = exact(hidden, weight, targets, taught, teacher)
     (total * 0.25).backward()
-    assert_near(total, expected[0], 1e-5)
-    assert_near(nats, expected[1], 1e-5)
-    assert_near(hidden.grad, expected[2] / 4, 1e-5)
-    assert_near(weight.grad, expected[3] / 4, 1e-5)
+    near(total, expected[0], 1e-5)
+    near(nats, expected[1], 1e-5)
+    near(hidden.grad, expected[2] / 4, 1e-5)
+    near(weight.grad, expected[3] / 4, 1e-5)
     assert hidden.grad is not None
     assert not hidden.grad[targets == IGNORED].any()
 
@@ -120,7 +113,7 @@ def test_bfloat16_stays_within_its_rounding() -> None:
     ):
         assert actual is not None
         assert actual.dtype == torch.float32
-        assert_near(actual, wanted, by)
+        near(actual, wanted, by)
     assert (total.detach() - expected[0]).abs() > 0  # autocast was honoured
 
 
@@ -205,7 +198,7 @@ def test_compiling_changes_rounding_only(data: Dataset, dtype: torch.dtype) -> N
     torch.testing.assert_close(actual, expected, rtol=by, atol=by)
     for p, q in zip(again.parameters(), student.parameters(), strict=True):
         assert q.grad is not None
-        assert_near(p.grad, q.grad.double(), by)
+        near(p.grad, q.grad.double(), by)
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------

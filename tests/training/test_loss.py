@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.models import near
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,13 +29,6 @@ def exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     x, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
     total = F.cross_entropy(x @ w.T, targets, reduction="sum", ignore_index=IGNORED)
     return total.detach(), *torch.autograd.grad(total, (x, w))
-
-
-def assert_near(actual: Tensor, expected: Tensor, relative: float) -> None:
-    """Within a share of the largest element expected."""
-    assert actual.shape == expected.shape
-    scale = expected.abs().max().item() or 1.0
-    assert (actual.double() - expected).abs().max().item() <= relative * scale
 
 
 CHUNKS = 64
@@ -68,9 +62,9 @@ def test_loss_and_gradients_are_pytorchs(n_tokens: int, ignored: slice | list[in
     total.backward()
     assert hidden.grad is not None
     assert weight.grad is not None
-    assert_near(total.detach(), expected, 1e-5)
-    assert_near(hidden.grad, dhidden, 1e-5)
-    assert_near(weight.grad, dweight, 1e-5)
+    near(total.detach(), expected, 1e-5)
+    near(hidden.grad, dhidden, 1e-5)
+    near(weight.grad, dweight, 1e-5)
     assert not hidden.grad[targets == IGNORED].any()
 
 
@@ -80,8 +74,8 @@ def test_batches_of_rows_and_the_gradient_that_comes_from_above() -> None:
     _, dhidden, dweight = exact(hidden, weight, targets)
     assert hidden.grad is not None
     assert weight.grad is not None
-    assert_near(hidden.grad, dhidden / 4, 1e-5)
-    assert_near(weight.grad, dweight / 4, 1e-5)
+    near(hidden.grad, dhidden / 4, 1e-5)
+    near(weight.grad, dweight / 4, 1e-5)
 
 
 def test_a_weight_that_is_used_twice_collects_both_gradients() -> None:
@@ -93,7 +87,7 @@ def test_a_weight_that_is_used_twice_collects_both_gradients() -> None:
     expected = F.cross_entropy(double[ids] @ double.T, targets, reduction="sum")
     (gradient,) = torch.autograd.grad(expected, double)
     assert weight.grad is not None
-    assert_near(weight.grad, gradient, 1e-5)
+    near(weight.grad, gradient, 1e-5)
 
 
 def test_huge_logits_neither_overflow_nor_lose_their_gradient() -> None:
@@ -102,8 +96,8 @@ def test_huge_logits_neither_overflow_nor_lose_their_gradient() -> None:
     expected, _, dweight = exact(hidden * 300, weight, targets)
     total.backward()
     assert weight.grad is not None
-    assert_near(total.detach(), expected, 1e-5)
-    assert_near(weight.grad, dweight, 1e-5)
+    near(total.detach(), expected, 1e-5)
+    near(weight.grad, dweight, 1e-5)
 
 
 def test_bfloat16_stays_within_its_rounding() -> None:
@@ -117,9 +111,9 @@ def test_bfloat16_stays_within_its_rounding() -> None:
     assert hidden.grad is not None
     assert weight.grad is not None
     assert total.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
-    assert_near(total.detach(), expected, 1e-3)
-    assert_near(hidden.grad, dhidden, 1e-2)
-    assert_near(weight.grad, dweight, 1e-2)
+    near(total.detach(), expected, 1e-3)
+    near(hidden.grad, dhidden, 1e-2)
+    near(weight.grad, dweight, 1e-2)
     assert (total.detach() - expected).abs() > 0  # autocast was honoured
 
 
@@ -147,5 +141,5 @@ def test_the_size_of_a_chunk_changes_rounding_only(monkeypatch: pytest.MonkeyPat
         assert weight.grad is not None
         results.append((total.detach().double(), weight.grad.double()))
     for total, gradient in results[1:]:
-        assert_near(total, results[0][0], 1e-6)
-        assert_near(gradient, results[0][1], 1e-6)
+        near(total, results[0][0], 1e-6)
+        near(gradient, results[0][1], 1e-6)
