@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from markdown_it import MarkdownIt
 
 NOISE = "within noise"
+REQUIRED = "a report needs markdown-it-py, matplotlib and jinja2; install them: pip install 'gptlab[report]'"
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,7 @@ def _parser() -> MarkdownIt:
     try:
         from markdown_it import MarkdownIt
     except ImportError:
-        raise GptlabError(
-            "a report needs markdown-it-py, matplotlib and jinja2; install them: pip install 'gptlab[report]'"
-        ) from None
+        raise GptlabError(REQUIRED) from None
     # Emphasis, code and escapes; whatever else a text holds is text.
     return MarkdownIt("zero").enable(["emphasis", "backticks", "escape"])
 

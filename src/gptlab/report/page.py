@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from gptlab.checkpoints.files import write_files
 from gptlab.errors import GptlabError
 from gptlab.plotting.style import encode, inline
-from gptlab.report.blocks import Block, Calculator, Picture, Pictures, Section, literal, to_html, to_plain
+from gptlab.report.blocks import REQUIRED, Block, Calculator, Picture, Pictures, Section, literal, to_html, to_plain
 from gptlab.report.changes import changes
 from gptlab.report.claims import claims
 from gptlab.report.conversion import conversion
@@ -133,9 +133,7 @@ def _environment(escaped: bool) -> jinja2.Environment:
         import jinja2
         from markupsafe import Markup
     except ImportError:
-        raise GptlabError(
-            "a report needs markdown-it-py, matplotlib and jinja2; install them: pip install 'gptlab[report]'"
-        ) from None
+        raise GptlabError(REQUIRED) from None
     loader = jinja2.FunctionLoader(template_of)
     environment = jinja2.Environment(
         loader=loader, autoescape=escaped, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
