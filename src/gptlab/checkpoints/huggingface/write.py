@@ -204,6 +204,7 @@ def _tokenizer_files(tokenizer: Tokenizer | None, config: ModelConfig, tokens: M
         "clean_up_tokenization_spaces": False,
         "model_max_length": config.context_length if config.has_table else 10**30,
         **{name: content for name, content in special.items() if content is not None},
+        **({} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template}),
     }
     files["tokenizer_config.json"] = _json(about)
     return files

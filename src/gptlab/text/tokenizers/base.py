@@ -25,6 +25,7 @@ class Tokenizer(ABC):
         splits_as_gpt2: texts are cut into words by GPT-2's pattern, or into something smaller, before anything else.
         before: ids that belong before a prompt, where the tokenizer has a template that says so.
         after: ids that belong after it.
+        chat_template: how the messages of a conversation become a text, in Jinja's language, or None.
     """
 
     vocab_size: int
@@ -33,6 +34,7 @@ class Tokenizer(ABC):
     splits_as_gpt2: bool
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
+    chat_template: str | None = None
     _start: int | None = None
     _ends: frozenset[int] | None = None
 
@@ -137,16 +139,20 @@ class Tokenizer(ABC):
         """Return the contents of the files that `read_tokenizer` reads, by name."""
 
     def _border_files(self) -> dict[str, bytes]:
-        """Return what `files` adds to `tokenizer.json` where texts do not simply begin and end at ``<|endoftext|>``."""
+        """Return what `files` adds to `tokenizer.json`.
+
+        That is the chat template, and where texts begin and end, unless it is simply at ``<|endoftext|>``.
+        """
+        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
         if self._start is None and self._ends is None:
-            return {}
+            return {"tokenizer_config.json": _json(template)} if template else {}
         names = {token: content for content, token in self.special_tokens.items()}
         named = {"bos_token": self.start_of_text, "eos_token": self.end_of_text}
         config = {name: names[token] for name, token in named.items() if token in names}
         ends = sorted(self.ends)
         generation = {"bos_token_id": self.start_of_text, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
         return {
-            "tokenizer_config.json": _json({**config, "tokenizer_class": "PreTrainedTokenizerFast"}),
+            "tokenizer_config.json": _json({**config, **template, "tokenizer_class": "PreTrainedTokenizerFast"}),
             "generation_config.json": _json(generation),
         }
 

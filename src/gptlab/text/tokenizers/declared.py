@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ class Declared:
         starts: ids from which a text without a prompt starts, the first that there is.
         ends: ids that end a text.
         rows: of the model's embedding, where a configuration says so.
+        chat_template: see `Tokenizer`; in a file of its own, or in `tokenizer_config.json`.
     """
 
     added: dict[str, tuple[int, dict[str, bool]]] = field(default_factory=dict)
@@ -46,6 +48,7 @@ class Declared:
     starts: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     rows: int | None = None
+    chat_template: str | None = None
 
 
 def read_declared(directory: Path) -> Declared:
@@ -75,8 +78,19 @@ def read_declared(directory: Path) -> Declared:
     declared.add_bos, declared.add_eos = config.get("add_bos_token") is True, config.get("add_eos_token") is True
     prefix = config.get("add_prefix_space")
     declared.add_prefix_space = prefix if isinstance(prefix, bool) else None
+    declared.chat_template = _chat_template(directory, config.get("chat_template"))
     _read_borders(directory, declared)
     return declared
+
+
+def _chat_template(directory: Path, stated: Any) -> str | None:
+    """Return the template in a file of its own, else the stated one; of several under names the default one."""
+    with contextlib.suppress(OSError, ValueError):
+        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    if isinstance(stated, list):
+        named = {each.get("name"): each.get("template") for each in stated if isinstance(each, dict)}
+        stated = named.get("default")
+    return stated if isinstance(stated, str) else None
 
 
 def _read_borders(directory: Path, declared: Declared) -> None:

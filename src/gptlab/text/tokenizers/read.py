@@ -22,6 +22,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "tokenizer_config.json",
     "generation_config.json",
+    "chat_template.jinja",
 )
 """All files that `read_tokenizer` looks at, `config.json` aside."""
 
@@ -60,6 +61,7 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GptlabError(f"the tokenizer in {directory} cannot be read ({reason}); restore its files") from None
     _set_borders(tokenizer, declared)
+    tokenizer.chat_template = declared.chat_template
     if lost := sorted(set(declared.ends) - _known(tokenizer, declared)):
         warnings.warn(
             f"{directory} has eos_token_id {', '.join(map(str, lost))} in its configuration, for which the tokenizer"
