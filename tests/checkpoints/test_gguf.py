@@ -202,6 +202,57 @@ def test_tokenizers_come_back(tmp_path: Path, tokenizer: Tokenizer) -> None:
         assert loaded.encode(TEXTS[2], special=True) == one.encode(TEXTS[2], special=True)
 
 
+def test_a_chat_template_comes_back(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    ours.write(tmp_path / "m.gguf", make(tokenizer))
+    assert checkpoints.read(tmp_path).tokenizer.chat_template is None  # type: ignore[union-attr]
+    rewrite(tmp_path / "m.gguf", **{"tokenizer.chat_template": "{{ messages[0].content }}!"})
+    lm = gptlab.load(tmp_path)
+    assert lm.chat_ids("the cat") == lm.needs_tokenizer().encode("the cat!")
+    ours.write(tmp_path / "m.gguf", Checkpoint(lm.config, lm.model.tensors(), lm.tokenizer))
+    assert gptlab.load(tmp_path).chat_ids("the cat") == lm.chat_ids("the cat")
+
+
+@pytest.mark.parametrize("kind", ["smollm", "llama-bpe", "qwen2"])
+def test_ways_to_cut_words_come_back(tmp_path: Path, tokenizer: Tokenizer, kind: str) -> None:
+    with_words(tmp_path / "m.gguf", tokenizer, kind)
+    lm = gptlab.load(tmp_path)
+    ours.write(tmp_path / "again.gguf", Checkpoint(lm.config, lm.model.tensors(), lm.tokenizer))
+    assert open_gguf(tmp_path / "again.gguf")[0]["tokenizer.ggml.pre"] == kind
+    again = gptlab.load(tmp_path / "again.gguf").needs_tokenizer()
+    assert again.files() == lm.needs_tokenizer().files()
+    digits = {"smollm": 4, "llama-bpe": 2, "qwen2": 4}[kind]
+    assert len(again.encode("1212")) == digits  # three digits are a word of the vocabulary
+
+
+def with_words(path: Path, tokenizer: Tokenizer, kind: str) -> None:
+    """A model whose vocabulary holds a word of three digits, with a way to cut texts into words."""
+    values = json.loads(tokenizer.files()["tokenizer.json"])["model"]
+    merges = ["1 2", "12 1", *(" ".join(pair) for pair in values["merges"])]
+    tokens = sorted(values["vocab"], key=values["vocab"].get)
+    tokens += [token for token in ("<|endoftext|>",) if token not in tokens] + ["12", "121"]
+    ours.write(path, make(tokenizer, vocab_size=len(tokens)))
+    types = [3 if token == "<|endoftext|>" else 1 for token in tokens]
+    rewrite(
+        path,
+        **{
+            "tokenizer.ggml.pre": kind,
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.merges": merges,
+        },
+    )
+
+
+def test_a_tokenizer_beside_a_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    ours.write(tmp_path / "m.gguf", make(tokenizer))
+    rewrite(tmp_path / "m.gguf", **{"tokenizer.ggml.pre": "of-its-own"})
+    with pytest.raises(gptlab.GptlabError, match=r"of the kinds gpt-2, .*: put the model's tokenizer.json beside the"):
+        gptlab.load(tmp_path)
+    for name, content in tokenizer.files().items():
+        (tmp_path / name).write_bytes(content)
+    assert gptlab.load(tmp_path / "m.gguf").needs_tokenizer().encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
+
+
 def test_a_padded_vocabulary_and_none(tmp_path: Path, tokenizer: Tokenizer) -> None:
     ours.write(tmp_path / "m.gguf", make(tokenizer, vocab_size=320))
     loaded = gptlab.load(tmp_path)
@@ -390,6 +441,17 @@ def test_llama_cpp_runs_a_llama(tmp_path: Path, shared: Path) -> None:
         reference = read.model(torch.tensor([ids + found]))[0].numpy()
     assert np.abs(scores - reference).max() / reference.std() < 1e-2
     assert reference[len(ids) - 1 : -1].argmax(-1).tolist() == found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["smollm", "llama-bpe", "qwen2"])
+def test_llama_cpp_cuts_the_same_words(tmp_path: Path, tokenizer: Tokenizer, kind: str, shared: Path) -> None:
+    path = tmp_path / "m.gguf"
+    with_words(path, tokenizer, kind)
+    text = (shared / "data" / "enwiki.txt").read_text(encoding="utf-8")[:20_000]
+    texts = [*TEXTS[:2], "HE'S 1212\r\n\r\n  x=12121;\n\t\u2028 I'Ll", text]
+    words, _, _ = in_llama_cpp(path, 64, 1, [1], texts)
+    assert words == gptlab.load(path).needs_tokenizer().encode_batch(texts)
 
 
 @pytest.mark.slow

