@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import tiny_lm
 
 import gptlab
 from gptlab import checkpoints, exporting
 from gptlab.exporting import export
 from gptlab.formatting import readable
-from gptlab.text.tokenizers import byte_tokenizer, char_tokenizer
+from gptlab.text.tokenizers import char_tokenizer
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    config = gptlab.ModelConfig.preset("tiny", vocab_size=257, n_kv_head=2)
-    gptlab.save(gptlab.LanguageModel(gptlab.GPT(config, seed=1), byte_tokenizer()), tmp_path / "model")
+    gptlab.save(tiny_lm(1, n_kv_head=2), tmp_path / "model")
     return tmp_path / "model"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import tiny_lm
 
 import gptlab
 from gptlab import language_model, verification
@@ -259,7 +260,8 @@ def test_a_model_that_knows_nothing_needs_the_bits_of_a_die(text: str) -> None:
 
 
 def test_every_token_of_the_text_counts_once() -> None:
-    lm = gptlab.LanguageModel(gptlab.GPT(gptlab.ModelConfig.preset("tiny", vocab_size=257)).eval(), byte_tokenizer())
+    lm = tiny_lm()
+    lm.model.eval()
     text = "The quick brown fox jumps over the lazy dog, and again, and again, and once more after that."
     ids = lm.needs_tokenizer().encode(text)
     nats = 0.0

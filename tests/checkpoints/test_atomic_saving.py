@@ -12,15 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import tiny_lm
 
 import gptlab
 from gptlab.checkpoints import files, native
-from gptlab.text.tokenizers import byte_tokenizer
-
-
-def make(seed: int, **overrides: Any) -> gptlab.LanguageModel:
-    config = gptlab.ModelConfig.preset("tiny", vocab_size=257, **overrides)
-    return gptlab.LanguageModel(gptlab.GPT(config, seed=seed), byte_tokenizer())
 
 
 def assert_holds(directory: Path, expected: gptlab.LanguageModel) -> None:
@@ -31,27 +26,27 @@ def assert_holds(directory: Path, expected: gptlab.LanguageModel) -> None:
 
 
 def test_a_full_disk_leaves_the_old_model(small_disk: Path) -> None:
-    old = make(0)
+    old = tiny_lm(0)
     gptlab.save(old, small_disk / "model")
     with pytest.raises(gptlab.GptlabError, match="the disk is full; what was there before is unchanged"):
-        gptlab.save(make(1, n_embd=256, n_layer=4), small_disk / "model")  # 13 MB
+        gptlab.save(tiny_lm(1, n_embd=256, n_layer=4), small_disk / "model")  # 13 MB
     assert_holds(small_disk / "model", old)
 
 
 def test_a_disk_with_room_for_the_first_files_only(small_disk: Path) -> None:
     # The tokenizer and config.json still fit, the weights do not: none of the three may move.
-    old = make(0)
+    old = tiny_lm(0)
     gptlab.save(old, small_disk / "model")
     free = os.statvfs(small_disk)
     (small_disk / "filler").write_bytes(b"x" * (free.f_bavail * free.f_bsize - 60_000))
     with pytest.raises(gptlab.GptlabError, match="the disk is full"):
-        gptlab.save(make(1, norm_eps=1e-3), small_disk / "model")
+        gptlab.save(tiny_lm(1, norm_eps=1e-3), small_disk / "model")
     assert_holds(small_disk / "model", old)
 
 
 @pytest.mark.parametrize("failing", ["weights", "config.json"])
 def test_a_writer_that_runs_out_of_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
-    old = make(0)
+    old = tiny_lm(0)
     gptlab.save(old, tmp_path)
 
     def full(*args: Any, **kwargs: Any) -> None:
@@ -65,7 +60,7 @@ def test_a_writer_that_runs_out_of_space(tmp_path: Path, monkeypatch: pytest.Mon
             Path, "write_bytes", lambda path, data: full() if path.name.startswith(".config") else write(path, data)
         )
     with pytest.raises(gptlab.GptlabError, match="the disk is full"):
-        gptlab.save(make(1), tmp_path)
+        gptlab.save(tiny_lm(1), tmp_path)
     monkeypatch.undo()
     assert_holds(tmp_path, old)
 
@@ -76,24 +71,24 @@ def test_data_is_synced_before_anything_moves(tmp_path: Path, monkeypatch: pytes
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(files.os, "fsync", lambda fd: (events.append("sync"), fsync(fd)))
     monkeypatch.setattr(files.os, "replace", lambda a, b: (events.append("move"), replace(a, b)))
-    gptlab.save(make(0), tmp_path)
+    gptlab.save(tiny_lm(0), tmp_path)
     assert events == ["sync"] * 3 + ["move"] * 3 + ["sync"]  # the last is the directory itself
 
 
 def test_a_path_below_a_file_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(gptlab.GptlabError, match="cannot write to"):
-        gptlab.save(make(0), tmp_path / "file" / "model")
+        gptlab.save(tiny_lm(0), tmp_path / "file" / "model")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
 def test_a_directory_without_permission(tmp_path: Path) -> None:
-    gptlab.save(make(0), tmp_path / "model")
+    gptlab.save(tiny_lm(0), tmp_path / "model")
     (tmp_path / "model").chmod(0o500)
     try:
         with pytest.raises(gptlab.GptlabError, match="Permission denied"):
-            gptlab.save(make(1), tmp_path / "model")
-        assert_holds(tmp_path / "model", make(0))
+            gptlab.save(tiny_lm(1), tmp_path / "model")
+        assert_holds(tmp_path / "model", tiny_lm(0))
     finally:
         (tmp_path / "model").chmod(0o700)
 
@@ -101,7 +96,7 @@ def test_a_directory_without_permission(tmp_path: Path) -> None:
 def test_permissions_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        gptlab.save(make(0), tmp_path / "model")
+        gptlab.save(tiny_lm(0), tmp_path / "model")
     finally:
         os.umask(before)
     assert {oct(p.stat().st_mode & 0o777) for p in (tmp_path / "model").iterdir()} == {"0o640"}

@@ -16,19 +16,18 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import tiny_lm
 from helpers.refusals import Payload
 from safetensors.torch import load_file, save_file
 
 import gptlab
 from gptlab.cli import main
-from gptlab.text.tokenizers import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny") / "model"
-    model = gptlab.GPT(gptlab.ModelConfig.preset("tiny", vocab_size=257))
-    gptlab.save(gptlab.LanguageModel(model, byte_tokenizer()), directory)
+    gptlab.save(tiny_lm(), directory)
     return directory
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.models import tiny_lm
 
 import gptlab
 from gptlab.cli.prompts import read_prompt, repair, unescape
@@ -23,8 +24,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny") / "model"
-    model = gptlab.GPT(gptlab.ModelConfig.preset("tiny", vocab_size=257, position="rope"))
-    gptlab.save(gptlab.LanguageModel(model, byte_tokenizer()), directory)
+    gptlab.save(tiny_lm(position="rope"), directory)
     return directory
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.models import tiny_lm
 from safetensors.torch import load_file
 
 import gptlab
@@ -349,8 +350,7 @@ def test_a_share_and_a_text_to_hold_out(refused: Refused, text: Path, tmp_path: 
 
 
 def test_a_base_with_another_tokenizer(refused: Refused, run: Run, text: Path, tmp_path: Path) -> None:
-    model = gptlab.GPT(gptlab.ModelConfig.preset("tiny", vocab_size=257))
-    gptlab.save(gptlab.LanguageModel(model, byte_tokenizer()), tmp_path / "base")
+    gptlab.save(tiny_lm(), tmp_path / "base")
     assert run("prepare", text, "--tokenizer", "chars", "--held-out", 0.1, "--out", tmp_path / "data")[0] == 0
     base = tmp_path / "base"
     said = refused("finetune", "--from", base, "--data", tmp_path / "data", "--out", tmp_path / "out")

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from gptlab.config import ModelConfig
+from gptlab.language_model import LanguageModel
 from gptlab.model import GPT
 from gptlab.model.cache import Cache
+from gptlab.text.tokenizers import byte_tokenizer
 
 LLAMA: dict[str, Any] = {"position": "rope", "norm": "rms", "mlp": "swiglu", "bias": False}
 
@@ -26,6 +28,12 @@ def disturb(model: GPT, noise: float, seed: int = 0) -> GPT:
 def noisy(seed: int = 0, noise: float = 0.1, **overrides: Any) -> GPT:
     """A tiny model in eval mode, with weights and biases large enough for errors to show."""
     return disturb(GPT(ModelConfig.preset("tiny", **overrides), seed=seed).eval(), noise, seed)
+
+
+def tiny_lm(seed: int = 0, **overrides: Any) -> LanguageModel:
+    """A tiny model whose text is bytes."""
+    config = ModelConfig.preset("tiny", **{"vocab_size": 257, **overrides})
+    return LanguageModel(GPT(config, seed=seed), byte_tokenizer())
 
 
 lively = functools.partial(noisy, noise=0.2)

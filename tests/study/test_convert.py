@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import tiny_lm
 from helpers.studies import do_with_stops, finished_study, no_timings, requested, small
 
 import gptlab
-from gptlab.config import ModelConfig
 from gptlab.conversion.heads import regroup
 from gptlab.errors import GptlabError
 from gptlab.evaluation.scoring import token_logprobs
@@ -25,7 +25,6 @@ from gptlab.study.results import read_results
 from gptlab.study.run import run_study
 from gptlab.study.variants import Converted, Trained, choose, continued_base, read_variants, reference
 from gptlab.text.documents import open_documents
-from gptlab.text.tokenizers import byte_tokenizer
 
 pytestmark = pytest.mark.usefixtures("no_measuring")
 
@@ -234,8 +233,7 @@ def test_a_blend_ends_with_rotary_positions_and_a_longer_context_is_read(
 
 def test_seeds_of_a_base_that_is_loaded(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(running, "measure", no_timings)
-    config = ModelConfig.preset("tiny", vocab_size=257, context_length=32)
-    gptlab.save(LanguageModel(gptlab.GPT(config), byte_tokenizer()), tmp_path / "model")
+    gptlab.save(tiny_lm(context_length=32), tmp_path / "model")
     variants = [{"name": "base", "load": str(tmp_path / "model")}, MADE[0], MADE[2], MADE[4]]
     settings = {**UPTRAIN, "shares": [0, 0.1]}
     request_of = lambda **more: asked(  # noqa: E731

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import tiny_lm
 from helpers.studies import GRID, MEASURE, RECIPE, do_with_stops, finished_study, no_timings, requested, settings, small
 
 import gptlab
@@ -149,8 +150,7 @@ def test_by_position_all_models_read_the_same_tokens(tmp_path: Path) -> None:
     pieces = [stream[i : i + 49] for i in (0, 48)]
     protocols = set()
     for position, length, reach in (("learned", 16, 16), ("learned", 32, 32), ("learned", 64, 48), ("rope", 16, 48)):
-        config = ModelConfig.preset("tiny", vocab_size=257, context_length=length, position=position)
-        lm = LanguageModel(gptlab.GPT(config), byte_tokenizer())
+        lm = tiny_lm(context_length=length, position=position)
         by_position = ask.by_position(lm, model_key(lm))
         assert by_position is not None
         assert (by_position.buckets[0][0], by_position.buckets[-1][1]) == (1, reach)
@@ -344,8 +344,7 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models with bytes for tokens, one of them with a card."""
     directory = tmp_path_factory.mktemp("shipped")
     for name in ("learned", "rope"):
-        config = ModelConfig.preset("tiny", vocab_size=257, context_length=32, position=name)
-        gptlab.save(LanguageModel(gptlab.GPT(config), byte_tokenizer()), directory / name)
+        gptlab.save(tiny_lm(context_length=32, position=name), directory / name)
     (directory / "learned/card.json").write_text('{"tokens_trained": 123}')
     return directory
 
@@ -504,7 +503,7 @@ def test_a_text_that_is_too_short_for_positions(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("ten bytes.")
     study = small(tmp_path)
     ask = Evaluator(tmp_path / "text.txt", "text", study.evaluate, 64, tmp_path)
-    lm = LanguageModel(gptlab.GPT(ModelConfig.preset("tiny", vocab_size=257)), byte_tokenizer())
+    lm = tiny_lm()
     assert ask.by_position(lm, model_key(lm)) is None
     assert ask.attention_map(lm, model_key(lm), 7, 0, 10) is None
 
