@@ -84,8 +84,7 @@ class Full:
             raise GptlabError("documents= and cache= cannot be combined: a cache continues one document a row")
         first, n_new = self.seen, k.shape[2]
         self.check_room(n_new)
-        if missing := self.missing(n_new):
-            self._grow(missing)
+        self.make_room(n_new)
         self.seen += n_new
         self.plain &= tokens.plain
         k, v = k.to(self.k.dtype), v.to(self.v.dtype)
@@ -115,10 +114,11 @@ class Full:
         slots, needed = self.k.shape[2], min(self.seen + n, self.capacity)
         return 0 if needed <= slots else min(max(needed, 2 * slots), self.capacity) - slots
 
-    def _grow(self, n: int) -> None:
-        """Add ``n`` empty slots. Until all are there a ring has not come round: no token moves."""
-        self.k, self.v = (F.pad(x, (0, 0, 0, n)) for x in (self.k, self.v))
-        self.positions = F.pad(self.positions, (0, n), value=PADDING)
+    def make_room(self, n: int) -> None:
+        """Add the slots that are `missing`. Until all are there a ring has not come round: no token moves."""
+        if more := self.missing(n):
+            self.k, self.v = (F.pad(x, (0, 0, 0, more)) for x in (self.k, self.v))
+            self.positions = F.pad(self.positions, (0, more), value=PADDING)
 
     def _slots(self, numbers: Tensor) -> Tensor:
         """Where the tokens of these running numbers live."""
@@ -286,6 +286,17 @@ class Cache:
         """Raise a `GptlabError` when ``n`` more tokens do not fit, before any layer has taken them."""
         for layer in self.layers:
             layer.check_room(n)
+
+    def make_room(self, n: int) -> None:
+        """Add the slots that ``n`` more tokens need, in every layer."""
+        for layer in self.layers:
+            layer.make_room(n)
+
+    def advance(self, n: int) -> None:
+        """Count ``n`` tokens in every row that a decoder has stored in the slots itself."""
+        for layer in self.layers:
+            layer.seen += n
+            layer.counts += n
 
     def growth(self, n: int) -> int:
         """Return the bytes that must be free before ``n`` more tokens can be stored: mostly 0."""

@@ -1,0 +1,87 @@
+"""Builds the C++ of this directory once, for this processor, and loads it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from gptlab.errors import GptlabError
+
+_HERE = Path(__file__).parent
+_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math")
+
+
+class NoLibraryError(GptlabError):
+    """There is no compiled step here; its text says why."""
+
+
+def cache_directory() -> Path:
+    """Where compiled steps are kept: ``$GPTLAB_CACHE``, or ``~/.cache/gptlab``."""
+    return Path(os.environ.get("GPTLAB_CACHE") or Path.home() / ".cache" / "gptlab") / "compiled"
+
+
+def find_compiler() -> str | None:
+    """Return a C++ compiler: ``$CXX``, or the first of c++, g++ and clang++ that is there."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Return the compiled step, built when this processor has none yet (about ten seconds).
+
+    Raises:
+        NoLibraryError: no compiler, or one that fails.
+    """
+    if os.environ.get("GPTLAB_COMPILED") == "0":
+        raise NoLibraryError("GPTLAB_COMPILED=0 switches the compiled step off")
+    sources = sorted(_HERE.glob("*.cpp")) + sorted(_HERE.glob("*.h"))
+    compiler = find_compiler()
+    digest = hashlib.sha256("\0".join([*_FLAGS, _processor(), *(file.read_text() for file in sources)]).encode())
+    target = cache_directory() / f"step-{digest.hexdigest()[:16]}.so"
+    if not target.exists():
+        if compiler is None:
+            raise NoLibraryError("there is no C++ compiler (install g++ or clang++)")
+        _build(compiler, _HERE / "step.cpp", target)
+    try:
+        loaded = ctypes.CDLL(str(target))
+    except OSError as error:
+        raise NoLibraryError(f"{target} cannot be loaded ({error}); delete it") from None
+    loaded.gptlab_step.restype = None
+    return loaded
+
+
+def _build(compiler: str, source: Path, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            built = Path(scratch) / target.name
+            for processor in ("-march=native", "-mcpu=native", None):  # each compiler knows one of the first two
+                options = [*_FLAGS, *([processor] if processor else [])]
+                made = subprocess.run(
+                    [compiler, *options, str(source), "-o", str(built)], capture_output=True, text=True, check=False
+                )
+                if made.returncode == 0:
+                    os.replace(built, target)
+                    return
+    except OSError as error:
+        raise NoLibraryError(f"{target} cannot be written ({error.strerror}); set GPTLAB_CACHE") from None
+    raise NoLibraryError(f"{compiler} does not compile it ({made.stderr.strip().splitlines()[-1]:.200})")
+
+
+def _processor() -> str:
+    """What the code is compiled for: a cache may be shared by machines with processors of different abilities."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()}"

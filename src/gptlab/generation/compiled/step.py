@@ -1,0 +1,90 @@
+"""Decoding by the C++ step: sequences that share nothing but the reading of the weights."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptlab.generation.compiled.layout import KINDS, Layout
+from gptlab.generation.compiled.library import library
+from gptlab.model.cache import Cache
+from gptlab.model.gpt import GPT
+
+SLOTS = np.dtype([("k", "u8"), ("v", "u8"), ("positions", "u8"), ("stride", "i8"), ("capacity", "i8")])
+"""A layer of a cache as step.cpp has it."""
+
+
+class Text:
+    """One growing sequence with a cache of its own.
+
+    Attributes:
+        cache: of one row, which holds the tokens so far.
+        length: how many they are.
+        slots: (n_layer,) `SLOTS`, where the cache lies.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self.length = cache.layers[0].seen
+        self.slots = np.empty(len(cache.layers), SLOTS)
+        self._locate()
+
+    def _locate(self) -> None:
+        for i, layer in enumerate(self.cache.layers):
+            addresses = layer.k.data_ptr(), layer.v.data_ptr(), layer.positions.data_ptr()
+            self.slots[i] = (*addresses, layer.k.shape[2], layer.capacity)
+        strides, capacities = self.slots["stride"], self.slots["capacity"]
+        growing = strides[strides < capacities]
+        self._room = int(growing.min()) if len(growing) else 2**62
+
+    def make_room(self) -> bool:
+        """See to it that one more token fits; return whether anything has moved."""
+        if self.length < self._room:
+            return False
+        self.cache.advance(self.length - self.cache.layers[0].seen)
+        self.cache.make_room(1)
+        self._locate()
+        return True
+
+
+class CompiledStep:
+    """Reads one token in each of a few sequences.
+
+    Args:
+        model: on the CPU; it must not change afterwards.
+        cache: dtype of the caches that it will be given.
+    """
+
+    def __init__(self, model: GPT, cache: torch.dtype) -> None:
+        self._library = library()
+        self._layout = Layout(model, cache)
+        self._n_vocab = model.config.vocab_size
+        self._largest = int(self._library.gptlab_largest_batch())
+        self._texts: list[Text] = []
+        self._slots = np.empty((0, model.config.n_layer), SLOTS)
+
+    def __call__(self, texts: Sequence[Text], ids: Sequence[int]) -> Tensor:
+        """Return the logits (B, V) float32 that follow ``ids``, one new token of each text; the texts grow by it."""
+        moved = [text.make_room() for text in texts]
+        if any(moved) or len(texts) != len(self._texts) or any(map(lambda a, b: a is not b, texts, self._texts)):
+            self._texts = list(texts)
+            self._slots = np.stack([text.slots for text in texts])
+        rows = np.array([(token, text.length) for token, text in zip(ids, texts, strict=True)], dtype=np.int64)
+        logits = torch.empty(len(texts), self._n_vocab)
+        for first in range(0, len(texts), self._largest):
+            part = slice(first, first + self._largest)
+            self._library.gptlab_step(
+                ctypes.byref(self._layout.struct),
+                rows[part].ctypes.data_as(ctypes.c_void_p),
+                self._slots[part].ctypes.data_as(ctypes.c_void_p),
+                len(rows[part]),
+                torch.get_num_threads(),
+                ctypes.c_void_p(logits[part].data_ptr()),
+            )
+        for text in texts:
+            text.length += 1
+        return logits
