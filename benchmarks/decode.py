@@ -19,7 +19,7 @@ import torch
 import transformers
 
 import gptlab
-from gptlab.generation.engine import last_logits
+from gptlab.generation.padded import last_logits
 
 PROMPT, NEW, ROUNDS = 128, 64, 5
 

@@ -28,7 +28,7 @@ from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.evaluation.protocol import Protocol
 from gptlab.evaluation.tasks import TASKS, evaluate
-from gptlab.generation.engine import pad_left
+from gptlab.generation.padded import pad_left
 from gptlab.generation.sampling import Sampling, draw, probabilities
 from gptlab.language_model import LanguageModel
 from gptlab.model import GPT, cost, kernels

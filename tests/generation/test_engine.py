@@ -8,7 +8,8 @@ from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.generation import engine, memory
 from gptlab.generation.continuation import Continuation
-from gptlab.generation.engine import decode, last_logits, pad_left
+from gptlab.generation.engine import decode
+from gptlab.generation.padded import last_logits, pad_left
 from gptlab.generation.sampling import Sampling
 from gptlab.model.gpt import GPT
 from gptlab.text.tokenizers import Tokenizer

@@ -1,62 +1,37 @@
-"""The decoding loop: prompts in, tokens out, one forward pass a token."""
+"""The decoding loop: prompts in, tokens out."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptlab.errors import GptlabError
+from gptlab.generation.compiled.decoder import Compiled, serves
 from gptlab.generation.continuation import Continuation
 from gptlab.generation.memory import check_memory, is_shortage
+from gptlab.generation.padded import CHUNK, FEWER, Padded
 from gptlab.generation.sampling import Sampling, draw, penalised, probabilities
 from gptlab.model.cost import cache_bytes
 from gptlab.model.gpt import GPT
-from gptlab.model.linear import Linear
-from gptlab.model.masks import PADDING
-
-CHUNK = 512
-"""Tokens of a prompt that are read at once."""
-RESERVE = 64
-"""New tokens that a cache has room for from the start; it grows with the text."""
-FEWER = "continue fewer texts at a time, or shorter prompts"
 
 
-def last_logits(hidden: Tensor, lm_head: Linear) -> Tensor:
-    """A head for `GPT.forward`: logits of the last position only, (B, T, C) -> (B, V) float32."""
-    return lm_head(hidden[:, -1]).float()
+class Decoder(Protocol):
+    """What computes the logits of a batch that grows token by token."""
 
+    def read(self) -> Tensor:
+        """Read the prompts; return (B, V) float32 logits of what follows."""
 
-def nothing(hidden: Tensor, lm_head: Linear) -> None:
-    """A head for reading a part of a prompt whose logits nobody needs."""
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read one more token (B,) of every row; return as `read`."""
 
-
-def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return ids (B, T) and their positions (B, T), or None for prompts of one length, which need no padding."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in prompts], device=device)
-    if all(len(row) == longest for row in prompts):
-        return ids, None
-    positions = [[PADDING] * (longest - len(row)) + list(range(len(row))) for row in prompts]
-    return ids, torch.tensor(positions, device=device)
-
-
-@contextlib.contextmanager
-def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Switch dropout off inside the ``with`` block; every module is left as it was. Cheap: it runs once a token."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    def keep(self, rows: list[int]) -> None:
+        """Go on with some rows only."""
 
 
 @contextlib.contextmanager
@@ -80,14 +55,14 @@ def check_batch(model: GPT, n_rows: int, n_tokens: int) -> None:
     Raises:
         GptlabError: too many texts or tokens, with an estimate from below of the memory that they take.
     """
-    weight, config = model.wte.weight, model.config
-    held = n_rows * cache_bytes(config, n_tokens + 1, weight.element_size(), chunk=CHUNK)
+    config = model.config
+    held = n_rows * cache_bytes(config, n_tokens + 1, model.cache_dtype.itemsize, chunk=CHUNK)
     # One chunk of the prompt passes through a layer, then the logits through the sampling, which is in float64.
     layer = n_rows * min(n_tokens, CHUNK) * (config.n_embd + config.inner * (1 + (config.mlp == "swiglu"))) * 4
     logits = n_rows * config.vocab_size * 3 * 8
     texts = "1 text" if n_rows == 1 else f"{n_rows:,} texts"
     said = f"{texts} at once, {n_tokens:,} tokens each to begin with, take{'s' * (n_rows == 1)}"
-    check_memory(held + max(layer, logits), weight.device, said, FEWER)
+    check_memory(held + max(layer, logits), model.wte.weight.device, said, FEWER)
 
 
 @torch.inference_mode()
@@ -104,8 +79,7 @@ def decode(
     """Continue all prompts together; yield (row, new text) as text appears.
 
     A row draws from a random stream of its own, made of the seed and the row's number, and finished rows leave the
-    batch: in float32 its text does not depend on the others. In bfloat16 products of other shapes round otherwise, and
-    a sampled text may part from what it is in other company (docs/generation.md).
+    batch: its text does not depend on the others (docs/generation.md has the exception).
 
     The model computes in eval mode and is left in its own after every token. The cache grows with the text.
 
@@ -131,32 +105,17 @@ def decode(
     longest = max(map(len, prompts))
     device = model.wte.weight.device
     check_batch(model, len(prompts), longest)
-    modules = list(model.modules())
-
-    def forward(ids: Tensor, positions: Tensor | None, head: Any) -> Any:
-        if more := cache.growth(ids.shape[1]):
-            said = f"going on after {cache.layers[0].seen:,} tokens takes"
-            check_memory(more, device, said, FEWER)
-        with evaluating(modules), _shortage_in_words():
-            return model(ids, positions=positions, cache=cache, head=head)
-
+    kind = Compiled if serves(model, max_new_tokens) else Padded
     with _shortage_in_words():
-        ids, positions = pad_left(prompts, device)
-        length = min(longest + max_new_tokens, limit)
-        cache = model.make_cache(len(prompts), length, chunk=CHUNK, reserve=longest + RESERVE)
+        decoder: Decoder = kind(model, prompts, min(longest + max_new_tokens, limit))
     streams = [np.random.default_rng([sampling.seed, row]) for row in range(len(prompts))]
     active = list(range(len(prompts)))
     present = _present(prompts, model.config.vocab_size, device) if sampling.repetition_penalty != 1 else None
+    chosen = torch.empty(0)
 
-    for start in range(0, longest - CHUNK, CHUNK):
-        part = slice(start, start + CHUNK)
-        forward(ids[:, part], None if positions is None else positions[:, part], nothing)
-    rest = (longest - 1) // CHUNK * CHUNK
-    ids, positions = ids[:, rest:], None if positions is None else positions[:, rest:]
-
-    for _ in range(max_new_tokens):
-        logits = forward(ids, positions, last_logits)  # (B, V)
+    for i in range(max_new_tokens):
         with _shortage_in_words():
+            logits = decoder.step(chosen) if i else decoder.read()  # (B, V)
             if present is not None:
                 logits = penalised(logits, present, sampling.repetition_penalty)
             logits = logits[:, :vocab_size]
@@ -179,8 +138,7 @@ def decode(
             active = [active[i] for i in staying]
             chosen = chosen[staying]
             present = None if present is None else present[staying]
-            cache.keep(staying)
-        ids, positions = chosen[:, None], None
+            decoder.keep(staying)
     for row in active:
         yield row, continuations[row].close("length")
 

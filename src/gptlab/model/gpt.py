@@ -164,6 +164,12 @@ class GPT(nn.Module):
         """The layers, from the embeddings up."""
         return cast(list[Block], list(self.h))
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of keys and values, unless told otherwise: the weights' own, bfloat16 where they are whole numbers."""
+        dtype = self.wte.weight.dtype
+        return dtype if dtype.is_floating_point else torch.bfloat16
+
     def tie(self) -> None:
         """Let the output head be the token embedding, where the configuration says so."""
         if self.config.tie_embeddings:
@@ -171,7 +177,7 @@ class GPT(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPT:
         """Move or cast the model, but never cast its scales: a rounded angle is far off at a distant position."""
-        scales = dict(self.named_buffers())
+        scales = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, scale in scales.items():
             setattr(self, name, scale.to(getattr(self, name).device))
@@ -211,7 +217,7 @@ class GPT(nn.Module):
             batch: number of sequences, B.
             length: tokens of the longest; costs memory only in layers without a window.
             chunk: most tokens that one call may bring; counts only in layers with a window.
-            dtype: of keys and values; None is the weights' own.
+            dtype: of keys and values; None is `cache_dtype`.
             reserve: tokens to make room for at once, the rest when it is needed; None makes room for all of ``length``.
 
         Raises:
@@ -229,9 +235,9 @@ class GPT(nn.Module):
             chunk=chunk,
             n_kv_head=self.config.kv_heads,
             head_dim=self.config.head_dim,
-            dtype=dtype or self.wte.weight.dtype,
+            dtype=dtype or self.cache_dtype,
             device=self.wte.weight.device,
-            scales=dict(self.named_buffers()),
+            scales=dict(self.named_buffers(recurse=False)),
             reserve=reserve,
         )
 

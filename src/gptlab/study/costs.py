@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gptlab.config import ModelConfig, divisors
-from gptlab.generation.engine import CHUNK
+from gptlab.generation.padded import CHUNK
 from gptlab.model import cost
 from gptlab.model.cache import Cache
 from gptlab.study.results import CacheSize, Counterpart, Flops

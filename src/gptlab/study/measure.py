@@ -23,7 +23,7 @@ import torch
 
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
-from gptlab.generation.engine import CHUNK
+from gptlab.generation.padded import CHUNK
 from gptlab.model import cost
 from gptlab.model.gpt import GPT
 from gptlab.progress import Report

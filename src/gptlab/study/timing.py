@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from gptlab.generation.engine import CHUNK, last_logits, nothing
+from gptlab.generation.padded import CHUNK, last_logits, nothing
 from gptlab.model.cache import Cache
 from gptlab.model.gpt import GPT
 from gptlab.training.data import Batch

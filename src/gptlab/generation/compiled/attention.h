@@ -37,6 +37,27 @@ static inline void add_scaled(float* y, float factor, const T* x, int64_t n) {
     for (; i < n; i++) y[i] += factor * number(x[i]);
 }
 
+// y = the sum of n rows of x, picked and weighted. A head of N vectors stays in registers.
+template <int N, class T>
+static inline void gather(float* y, const float* weights, const T* x, const int64_t* picked, int n) {
+    Vec sums[N] = {};
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < N; j++) sums[j] += load(x + picked[i] * N * WIDTH + j * WIDTH) * weights[i];
+    for (int j = 0; j < N; j++) store(y + j * WIDTH, sums[j]);
+}
+
+template <class T>
+static inline void gather(float* y, const float* weights, const T* x, const int64_t* picked, int n, int64_t head_dim) {
+    switch (head_dim) {
+        case WIDTH: return gather<1>(y, weights, x, picked, n);
+        case 2 * WIDTH: return gather<2>(y, weights, x, picked, n);
+        case 4 * WIDTH: return gather<4>(y, weights, x, picked, n);
+        case 8 * WIDTH: return gather<8>(y, weights, x, picked, n);
+    }
+    for (int64_t i = 0; i < head_dim; i++) y[i] = 0.0f;
+    for (int i = 0; i < n; i++) add_scaled(y, weights[i], x + picked[i] * head_dim, head_dim);
+}
+
 // The queries of a group that share one key head, (n_group, head_dim), over slots first to last of that head.
 // Writes for each query the largest score, the sum of exponentials against it, and the values weighted by them.
 template <class T>
@@ -67,9 +88,7 @@ static void attend(const float* q, const float* q_sinks, int n_group, int64_t he
         }
         partial[0] = most;
         partial[1] = sum(total);
-        float* values = partial + 2;
-        for (int64_t i = 0; i < head_dim; i++) values[i] = 0.0f;
-        for (int i = 0; i < n; i++) add_scaled(values, scores[i], v + seen[i] * head_dim, head_dim);
+        gather(partial + 2, scores, v, seen, n, head_dim);
     }
 }
 

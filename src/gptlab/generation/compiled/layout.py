@@ -28,7 +28,7 @@ class Product(Structure):
 
     _fields_ = (
         ("weight", c_void_p),
-        ("scales", c_void_p),
+        ("factors", c_void_p),
         ("bias", c_void_p),
         ("n_out", c_int64),
         ("n_in", c_int64),
@@ -90,10 +90,9 @@ class Layout:
 
     Args:
         model: on the CPU, its weights float32, bfloat16 or quantised.
-        cache: dtype of keys and values, float32 or bfloat16.
     """
 
-    def __init__(self, model: GPT, cache: torch.dtype) -> None:
+    def __init__(self, model: GPT) -> None:
         config = model.config
         self._kept: list[Any] = [model]
         scales = dict(model.named_buffers(recurse=False))
@@ -120,7 +119,7 @@ class Layout:
             activation=ACTIVATIONS.index(config.activation),
             eps=config.norm_eps,
             wpe_scale=float(scales.get("wpe_scale", 1.0)),
-            cache=KINDS[cache],
+            cache=KINDS[model.cache_dtype],
             wte=self._product(model.wte),
             head=self._product(model.lm_head),
             n_limits=len(limits),
@@ -153,12 +152,13 @@ class Layout:
         return Norm(self._address(norm.weight.float()), self._address(bias))
 
     def _product(self, module: nn.Module) -> Product:
-        weight = module.weight
+        weight, factors = module.weight, getattr(module, "factors", None)
         bias = getattr(module, "bias", None)
         return Product(
             weight=self._address(weight),
+            factors=self._address(factors),
             bias=None if bias is None else self._address(bias.float()),
             n_out=weight.shape[0],
-            n_in=weight.shape[1],
-            kind=KINDS[weight.dtype],
+            n_in=module.n_in if factors is not None else weight.shape[1],
+            kind=KINDS[weight.dtype] + (factors is not None and factors.dim() == 2),
         )

@@ -35,6 +35,11 @@ def find_compiler() -> str | None:
     return None
 
 
+def is_built() -> bool:
+    """Whether `library` finds a step for this processor, so that it costs nothing."""
+    return _target().exists()
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """Return the compiled step, built when this processor has none yet (about ten seconds).
@@ -44,11 +49,9 @@ def library() -> ctypes.CDLL:
     """
     if os.environ.get("GPTLAB_COMPILED") == "0":
         raise NoLibraryError("GPTLAB_COMPILED=0 switches the compiled step off")
-    sources = sorted(_HERE.glob("*.cpp")) + sorted(_HERE.glob("*.h"))
-    compiler = find_compiler()
-    digest = hashlib.sha256("\0".join([*_FLAGS, _processor(), *(file.read_text() for file in sources)]).encode())
-    target = cache_directory() / f"step-{digest.hexdigest()[:16]}.so"
+    target = _target()
     if not target.exists():
+        compiler = find_compiler()
         if compiler is None:
             raise NoLibraryError("there is no C++ compiler (install g++ or clang++)")
         _build(compiler, _HERE / "step.cpp", target)
@@ -58,6 +61,13 @@ def library() -> ctypes.CDLL:
         raise NoLibraryError(f"{target} cannot be loaded ({error}); delete it") from None
     loaded.gptlab_step.restype = None
     return loaded
+
+
+@functools.cache
+def _target() -> Path:
+    sources = sorted(_HERE.glob("*.cpp")) + sorted(_HERE.glob("*.h"))
+    digest = hashlib.sha256("\0".join([*_FLAGS, _processor(), *(file.read_text() for file in sources)]).encode())
+    return cache_directory() / f"step-{digest.hexdigest()[:16]}.so"
 
 
 def _build(compiler: str, source: Path, target: Path) -> None:

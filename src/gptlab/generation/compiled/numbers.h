@@ -3,6 +3,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int WIDTH = 16;
@@ -23,24 +27,48 @@ static inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v;
 static inline Vec splat(float x) { return Vec{} + x; }
 
 static inline float sum(Vec v) {  // in a fixed order, so that a row does not depend on its company
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float parts[WIDTH];
     store(parts, v);
     for (int n = WIDTH / 2; n > 0; n /= 2)
         for (int i = 0; i < n; i++) parts[i] += parts[i + n];
     return parts[0];
+#endif
 }
 
-static inline float largest(Vec v) {
-    float parts[WIDTH], most = -INFINITY;
-    store(parts, v);
-    for (float part : parts) most = part > most ? part : most;
-    return most;
+// Compilers widen small numbers one by one unless they are told the instruction.
+static inline IntVec widen(const int8_t* p) {
+#if defined(__AVX512F__)
+    return (IntVec)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+    return (IntVec)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+    return __builtin_convertvector(*reinterpret_cast<const ByteVec*>(p), IntVec);
+#endif
 }
 
-static inline Vec load(const uint16_t* p) {  // bfloat16 is the upper half of a float
-    IntVec bits = __builtin_convertvector(*reinterpret_cast<const HalfVec*>(p), IntVec) << 16;
-    return (Vec)bits;
+static inline IntVec widen(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return (IntVec)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+    return (IntVec)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    return __builtin_convertvector(*reinterpret_cast<const HalfVec*>(p), IntVec);
+#endif
 }
+
+static inline void narrow(int16_t* p, IntVec x) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)x));
+#else
+    for (int i = 0; i < WIDTH; i++) p[i] = static_cast<int16_t>(x[i]);
+#endif
+}
+
+static inline Vec floats(IntVec x) { return __builtin_convertvector(x, Vec); }
+static inline Vec load(const uint16_t* p) { return (Vec)(widen(p) << 16); }  // bfloat16 is the upper half of a float
 
 static inline float number(float x) { return x; }
 static inline float number(uint16_t x) {
@@ -63,8 +91,8 @@ static inline Vec exp_of(Vec x) {
     x = x > splat(88.0f) ? splat(88.0f) : x;
     Vec t = x * 1.44269504f + 0.5f;
     IntVec n = __builtin_convertvector(t, IntVec);
-    n -= (__builtin_convertvector(n, Vec) > t) & 1;  // towards minus infinity
-    Vec f = __builtin_convertvector(n, Vec);
+    n -= (floats(n) > t) & 1;  // towards minus infinity
+    Vec f = floats(n);
     Vec r = x - f * 0.693359375f + f * 2.12194440e-4f;
     Vec y = splat(1.0f / 5040);
     for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = y * r + c;
@@ -73,50 +101,98 @@ static inline Vec exp_of(Vec x) {
     return x <= splat(-87.0f) ? Vec{} : y;
 }
 
-// How the rows of a weight matrix are stored. `at` gives WIDTH weights from column k on, `one` a single one, both without
-// the factor of the row, `scale`.
+// How the rows of a weight matrix are stored. `one` gives a single weight; `floats_at` WIDTH of them from column k on, or
+// `shorts_at` PAIRS of them without their factor.
 
 struct Floats {
     const float* data;
     int64_t n_in;
-    Vec at(int64_t n, int64_t k) const { return load(data + n * n_in + k); }
+    Vec floats_at(int64_t n, int64_t k) const { return load(data + n * n_in + k); }
     float one(int64_t n, int64_t k) const { return data[n * n_in + k]; }
-    float scale(int64_t) const { return 1.0f; }
+    const void* address(int64_t n, int64_t k) const { return data + n * n_in + k; }
+    static constexpr int64_t LINE = 16;  // weights in a line of the processor's cache
 };
 
 struct BFloats {
     const uint16_t* data;
     int64_t n_in;
-    Vec at(int64_t n, int64_t k) const { return load(data + n * n_in + k); }
+    Vec floats_at(int64_t n, int64_t k) const { return load(data + n * n_in + k); }
     float one(int64_t n, int64_t k) const { return number(data[n * n_in + k]); }
-    float scale(int64_t) const { return 1.0f; }
+    const void* address(int64_t n, int64_t k) const { return data + n * n_in + k; }
+    static constexpr int64_t LINE = 32;
 };
 
-struct Bytes {  // int8, one factor a row
-    const int8_t* data;
-    const float* scales;
-    int64_t n_in;
-    Vec at(int64_t n, int64_t k) const {
-        return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const ByteVec*>(data + n * n_in + k), IntVec), Vec);
+// Whole numbers: int8 weights times activations in 16 bits. Products and sums are exact, so only the rounding of the
+// activations, to 1/32767 of the largest of their row, parts them from floats.
+
+constexpr int PAIRS = WIDTH * 2;  // weights that are multiplied at a time
+constexpr int64_t EXACT = 254 * PAIRS;  // so many products of 127 and 32767 can be added, two by two, in 32 bits
+typedef int16_t ShortVec __attribute__((vector_size(PAIRS * 2), aligned(2), may_alias));
+
+// totals + the sums of neighbouring products of PAIRS weights and activations.
+static inline IntVec add_products(IntVec totals, ShortVec weights, ShortVec x) {
+#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+    return (IntVec)_mm512_dpwssd_epi32((__m512i)totals, (__m512i)weights, (__m512i)x);
+#elif defined(__AVX512BW__)
+    return totals + (IntVec)_mm512_madd_epi16((__m512i)weights, (__m512i)x);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    return totals + (IntVec)_mm256_madd_epi16((__m256i)weights, (__m256i)x);
+#else
+    for (int i = 0; i < WIDTH; i++) totals[i] += weights[2 * i] * x[2 * i] + weights[2 * i + 1] * x[2 * i + 1];
+    return totals;
+#endif
+}
+
+static inline ShortVec shorts(const int8_t* p) {
+#if defined(__AVX512BW__)
+    return (ShortVec)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    return (ShortVec)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    ShortVec v;
+    for (int i = 0; i < PAIRS; i++) v[i] = p[i];
+    return v;
+#endif
+}
+
+// PAIRS weights of a group of 4-bit ones, from `within` on.
+static inline ShortVec halves(const int8_t* group, int64_t within) {
+#if defined(__AVX512BW__)
+    __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(group)), mask = _mm_set1_epi8(15);
+    __m256i both = _mm256_set_m128i(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask), _mm_and_si128(bytes, mask));
+    return (ShortVec)_mm512_cvtepi8_epi16(_mm256_sub_epi8(both, _mm256_set1_epi8(8)));
+#else
+    ShortVec v;
+    for (int i = 0; i < PAIRS; i++) {
+        int bits = group[(within + i) % 16];
+        v[i] = (within + i < 16 ? bits & 15 : bits >> 4 & 15) - 8;
     }
-    float one(int64_t n, int64_t k) const { return data[n * n_in + k]; }
-    float scale(int64_t n) const { return scales[n]; }
+    return v;
+#endif
+}
+
+struct Bytes {  // one factor per row
+    const int8_t* data;
+    const float* factors;
+    int64_t n_in;
+    ShortVec shorts_at(int64_t n, int64_t k) const { return shorts(data + n * n_in + k); }
+    float one(int64_t n, int64_t k) const { return data[n * n_in + k] * factors[n]; }
+    float factor(int64_t n, int64_t) const { return factors[n]; }
+    const void* address(int64_t n, int64_t k) const { return data + n * n_in + k; }
+    static constexpr int64_t LINE = 64, SAME_FACTOR = EXACT;
 };
 
-struct Nibbles {  // 4 bits, one factor per group of 32: byte i of a group holds weight i (low) and weight i + 16 (high), plus 8
+struct Nibbles {  // one factor per 32 weights; byte i of such a group holds weight i (low half) and weight i + 16, both plus 8
     const int8_t* data;
-    const float* scales;
+    const float* factors;
     int64_t n_in;
-    Vec at(int64_t n, int64_t k) const {
-        int64_t group = (n * n_in + k) / 32, within = k % 32;
-        IntVec bytes = __builtin_convertvector(*reinterpret_cast<const ByteVec*>(data + group * 16 + within % 16), IntVec);
-        bytes = within < 16 ? bytes & 15 : bytes >> 4 & 15;
-        return __builtin_convertvector(bytes - 8, Vec) * scales[group];
-    }
+    ShortVec shorts_at(int64_t n, int64_t k) const { return halves(data + (n * n_in + k) / 32 * 16, k % 32); }
     float one(int64_t n, int64_t k) const {
         int64_t group = (n * n_in + k) / 32, within = k % 32;
         int bits = data[group * 16 + within % 16];
-        return ((within < 16 ? bits & 15 : bits >> 4 & 15) - 8) * scales[group];
+        return ((within < 16 ? bits & 15 : bits >> 4 & 15) - 8) * factors[group];
     }
-    float scale(int64_t) const { return 1.0f; }
+    float factor(int64_t n, int64_t k) const { return factors[(n * n_in + k) / 32]; }
+    const void* address(int64_t n, int64_t k) const { return data + (n * n_in + k) / 2; }
+    static constexpr int64_t LINE = 128, SAME_FACTOR = PAIRS;
 };

@@ -1,17 +1,19 @@
 // y = W x + b for a few rows x at once. Every weight is read from memory once, whatever the number of rows.
 #pragma once
-#include <type_traits>
+#include <algorithm>
+#include <vector>
 
 #include "numbers.h"
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
 
 struct Product {
-    const void* weight;   // (n_out, n_in), or nothing where there is no such product
-    const float* scales;  // INT8: (n_out); INT4: (n_out, n_in / 32)
-    const float* bias;    // (n_out) or nothing
+    const void* weight;    // (n_out, n_in), or nothing where there is no such product
+    const float* factors;  // INT8: (n_out); INT4: (n_out, n_in / 32)
+    const float* bias;     // (n_out), or nothing
     int64_t n_out, n_in;
     Kind kind;
+    bool whole() const { return kind >= INT8; }
 };
 
 template <class F>
@@ -20,72 +22,135 @@ static inline void with_weights(const Product& p, F&& f) {
     switch (p.kind) {
         case FLOAT32: return f(Floats{static_cast<const float*>(p.weight), p.n_in});
         case BFLOAT16: return f(BFloats{static_cast<const uint16_t*>(p.weight), p.n_in});
-        case INT8: return f(Bytes{bytes, p.scales, p.n_in});
-        case INT4: return f(Nibbles{bytes, p.scales, p.n_in});
+        case INT8: return f(Bytes{bytes, p.factors, p.n_in});
+        case INT4: return f(Nibbles{bytes, p.factors, p.n_in});
     }
 }
 
 constexpr int MAX_BATCH = 64;
 constexpr int ROWS = 4;  // of weights at a time: times four rows of x they are as many sums as registers hold
 
-// R rows of weights from n on, times B rows of x: y[b * ldy + r]. Each sum runs over k in the same order for every R and
-// B, so that a row of x gives the same numbers alone and in a batch.
+// Round a row to 16-bit numbers times a factor, which is returned.
+static float round_row(const float* x, int64_t n, int16_t* y) {
+    Vec most = {};
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) {
+        Vec v = load(x + i);
+        v = v < 0.0f ? -v : v;
+        most = v > most ? v : most;
+    }
+    float largest = 0.0f;
+    for (int j = 0; j < WIDTH; j++) largest = std::max(largest, most[j]);
+    for (; i < n; i++) largest = std::max(largest, std::fabs(x[i]));
+    const float inverse = largest > 0.0f ? 32767.0f / largest : 0.0f, shift = 12582912.0f;  // 1.5 * 2^23: what is added is rounded
+    for (i = 0; i + WIDTH <= n; i += WIDTH) narrow(y + i, __builtin_convertvector((load(x + i) * inverse + shift) - shift, IntVec));
+    for (; i < n; i++) y[i] = static_cast<int16_t>(std::nearbyint(x[i] * inverse));
+    return largest / 32767.0f;
+}
+
+// The rows that are multiplied: floats, or for weights that are whole numbers also 16-bit ones times a factor per row.
+struct Operand {
+    const float* x;
+    int64_t stride;
+    int batch;
+    std::vector<int16_t> rounded;
+    std::vector<float> factors;
+
+    void set(const float* rows, int64_t n, int n_rows, bool whole) {
+        x = rows, stride = n, batch = n_rows;
+        if (!whole) return;
+        rounded.resize(std::max<size_t>(rounded.size(), n * n_rows));
+        factors.resize(MAX_BATCH);
+        for (int b = 0; b < batch; b++) factors[b] = round_row(x + b * n, n, rounded.data() + b * n);
+    }
+};
+
+// Each tile multiplies R rows of weights from n on by B rows of x from b on, y[b][r]. The sums run over k in the same
+// order for every R and B, so that a row of x gives the same numbers alone and in a batch.
+
 template <int R, int B, class W>
-static inline void tile(const W& w, int64_t n, int64_t n_in, const float* x, int64_t ldx, float (*y)[ROWS]) {
+static inline void float_tile(const W& w, int64_t n, const Operand& o, int b, float (*y)[ROWS]) {
+    const float* x = o.x + b * o.stride;
     Vec sums[R][B] = {};
     int64_t k = 0;
-    for (; k + WIDTH <= n_in; k += WIDTH) {
+    for (; k + WIDTH <= w.n_in; k += WIDTH) {
         Vec xs[B];
-        for (int b = 0; b < B; b++) xs[b] = load(x + b * ldx + k);
+        for (int i = 0; i < B; i++) xs[i] = load(x + i * o.stride + k);
         for (int r = 0; r < R; r++) {
-            Vec weights = w.at(n + r, k);
-            for (int b = 0; b < B; b++) sums[r][b] += weights * xs[b];
+            if (k % W::LINE == 0) __builtin_prefetch(w.address(n + R + r, k));
+            Vec weights = w.floats_at(n + r, k);
+            for (int i = 0; i < B; i++) sums[r][i] += weights * xs[i];
         }
     }
     for (int r = 0; r < R; r++)
-        for (int b = 0; b < B; b++) {
-            float total = sum(sums[r][b]);
-            for (int64_t i = k; i < n_in; i++) total += w.one(n + r, i) * x[b * ldx + i];
-            y[b][r] = total;
+        for (int i = 0; i < B; i++) {
+            y[b + i][r] = sum(sums[r][i]);
+            for (int64_t j = k; j < w.n_in; j++) y[b + i][r] += w.one(n + r, j) * x[i * o.stride + j];
         }
 }
 
+template <int R, int B, class W>
+static inline void whole_tile(const W& w, int64_t n, const Operand& o, int b, float (*y)[ROWS]) {
+    const int16_t* x = o.rounded.data() + b * o.stride;
+    Vec sums[R][B] = {};
+    int64_t k = 0, end = w.n_in - w.n_in % PAIRS;
+    while (k < end) {
+        int64_t first = k, until = std::min(end, k + W::SAME_FACTOR);
+        IntVec totals[R][B] = {};
+        for (; k < until; k += PAIRS) {
+            ShortVec xs[B];
+            for (int i = 0; i < B; i++) xs[i] = *reinterpret_cast<const ShortVec*>(x + i * o.stride + k);
+            for (int r = 0; r < R; r++) {
+                if (k % W::LINE == 0) __builtin_prefetch(w.address(n + R + r, k));
+                ShortVec weights = w.shorts_at(n + r, k);
+                for (int i = 0; i < B; i++) totals[r][i] = add_products(totals[r][i], weights, xs[i]);
+            }
+        }
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < B; i++) sums[r][i] += floats(totals[r][i]) * w.factor(n + r, first);
+    }
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < B; i++) {
+            float total = sum(sums[r][i]);
+            for (int64_t j = end; j < w.n_in; j++) total += w.one(n + r, j) * x[i * o.stride + j];
+            y[b + i][r] = total * o.factors[b + i];
+        }
+}
+
+template <int R, int B, class W>
+static inline void tile(const W& w, int64_t n, const Operand& o, int b, float (*y)[ROWS]) {
+    if constexpr (requires { w.floats_at(0, 0); }) float_tile<R, B>(w, n, o, b, y);
+    else whole_tile<R, B>(w, n, o, b, y);
+}
+
 template <int R, class W>
-static inline void rows(const W& w, int64_t n, int64_t n_in, const float* x, int64_t ldx, int batch, float (*y)[ROWS]) {
-    for (; batch >= 4; batch -= 4, x += 4 * ldx, y += 4) tile<R, 4>(w, n, n_in, x, ldx, y);
-    switch (batch) {
-        case 3: return tile<R, 3>(w, n, n_in, x, ldx, y);
-        case 2: return tile<R, 2>(w, n, n_in, x, ldx, y);
-        case 1: return tile<R, 1>(w, n, n_in, x, ldx, y);
+static inline void tiles(const W& w, int64_t n, const Operand& o, float (*y)[ROWS]) {
+    int b = 0;
+    for (; b + 4 <= o.batch; b += 4) tile<R, 4>(w, n, o, b, y);
+    switch (o.batch - b) {
+        case 3: return tile<R, 3>(w, n, o, b, y);
+        case 2: return tile<R, 2>(w, n, o, b, y);
+        case 1: return tile<R, 1>(w, n, o, b, y);
     }
 }
 
-// Compute outputs first <= n < last of all rows of x, and give each to out(row, n, value).
+// Compute outputs first <= n < last of all rows, and give each to out(row, n, value).
 template <class Out>
-static void multiply(const Product& p, int64_t first, int64_t last, const float* x, int64_t ldx, int batch, float* scratch, Out&& out) {
+static void multiply(const Product& p, int64_t first, int64_t last, const Operand& o, Out&& out) {
     with_weights(p, [&](auto w) {
-        for (int64_t n = first; n < last; n += ROWS) {
-            int count = last - n < ROWS ? static_cast<int>(last - n) : ROWS;
-            float y[MAX_BATCH][ROWS];
-            if (batch > 4 && count == ROWS && !std::is_same_v<decltype(w), Floats>) {  // convert once for all the tiles
-                for (int r = 0; r < ROWS; r++) {
-                    int64_t k = 0;
-                    for (; k + WIDTH <= p.n_in; k += WIDTH) store(scratch + r * p.n_in + k, w.at(n + r, k));
-                    for (; k < p.n_in; k++) scratch[r * p.n_in + k] = w.one(n + r, k);
-                }
-                rows<ROWS>(Floats{scratch, p.n_in}, 0, p.n_in, x, ldx, batch, y);
-            } else if (count == ROWS) {
-                rows<ROWS>(w, n, p.n_in, x, ldx, batch, y);
-            } else {
-                for (int r = 0; r < count; r++) {
-                    float one[MAX_BATCH][ROWS];
-                    rows<1>(w, n + r, p.n_in, x, ldx, batch, one);
-                    for (int b = 0; b < batch; b++) y[b][r] = one[b][0];
-                }
-            }
-            for (int b = 0; b < batch; b++)
-                for (int r = 0; r < count; r++)
-                    out(b, n + r, y[b][r] * w.scale(n + r) + (p.bias ? p.bias[n + r] : 0.0f));
+        float y[MAX_BATCH][ROWS];
+        auto give = [&](int64_t n, int count) {
+            for (int b = 0; b < o.batch; b++)
+                for (int r = 0; r < count; r++) out(b, n + r, p.bias ? y[b][r] + p.bias[n + r] : y[b][r]);
+        };
+        int64_t n = first;
+        for (; n + ROWS <= last; n += ROWS) {
+            tiles<ROWS>(w, n, o, y);
+            give(n, ROWS);
+        }
+        for (; n < last; n++) {
+            tiles<1>(w, n, o, y);
+            give(n, 1);
         }
     });
 }

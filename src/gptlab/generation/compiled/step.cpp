@@ -42,7 +42,8 @@ namespace {
 
 struct Workspace {  // one step is computed at a time
     std::vector<float> residual, heads, inner, partials, angles;
-    std::vector<std::vector<float>> normed, converted;  // one per thread
+    std::vector<std::vector<float>> rows;  // one per thread
+    std::vector<Operand> operands;
     std::vector<int64_t> first_block;
     std::unique_ptr<std::atomic<int64_t>[]> handed_out;
     int64_t n_stages = 0;
@@ -123,16 +124,15 @@ class Step {
             w.handed_out = std::make_unique<std::atomic<int64_t>[]>(w.n_stages);
         }
         for (int64_t i = 0; i < w.n_stages; i++) w.handed_out[i].store(0, std::memory_order_relaxed);
-        w.normed.resize(pool.size);
-        w.converted.resize(pool.size);
+        w.rows.resize(pool.size);
+        w.operands.resize(pool.size);
     }
 
     // What each thread does. Threads share the outputs of every product; norms are so cheap that each thread computes
     // them all for itself.
     void run(int thread) {
-        int64_t widest = std::max(m.n_embd, m.n_inner);
-        float* x = room(w.normed[thread], batch * m.n_embd);
-        float* scratch = room(w.converted[thread], ROWS * widest);
+        float* x = room(w.rows[thread], batch * m.n_embd);
+        Operand& operand = w.operands[thread];
         if (thread == 0) embed();
         pool.meet();
         for (int64_t l = 0; l < m.n_layer; l++) {
@@ -140,26 +140,27 @@ class Step {
             std::atomic<int64_t>* next = &w.handed_out[STAGES * l];
             auto add = [&](int b, int64_t n, float y) { residual[b * m.n_embd + n] += y; };
             norms(layer.before_attention, x);
+            operand.set(x, m.n_embd, batch, layer.qkv.whole());
             share(next[0], layer.qkv.n_out, [&](int64_t first, int64_t last) {
-                multiply(layer.qkv, first, last, x, m.n_embd, batch, scratch, [&](int b, int64_t n, float y) { heads[b * width + n] = y; });
+                multiply(layer.qkv, first, last, operand, [&](int b, int64_t n, float y) { heads[b * width + n] = y; });
             });
             if (m.cache == FLOAT32) attention<float>(l, next[1]);
             else attention<uint16_t>(l, next[1]);
             for (int b = 0; b < batch; b++)
                 for (int64_t h = 0; h < m.n_head; h++)
                     merge(partial(l, b, h), blocks(l, b), m.head_dim, x + b * m.n_embd + h * m.head_dim);
-            share(next[2], m.n_embd, [&](int64_t first, int64_t last) {
-                multiply(layer.out, first, last, x, m.n_embd, batch, scratch, add);
-            });
+            operand.set(x, m.n_embd, batch, layer.out.whole());
+            share(next[2], m.n_embd, [&](int64_t first, int64_t last) { multiply(layer.out, first, last, operand, add); });
             norms(layer.before_mlp, x);
-            share(next[3], m.n_inner, [&](int64_t first, int64_t last) { widen(layer, first, last, x, scratch); });
-            share(next[4], m.n_embd, [&](int64_t first, int64_t last) {
-                multiply(layer.down, first, last, inner, m.n_inner, batch, scratch, add);
-            });
+            operand.set(x, m.n_embd, batch, layer.up.whole());
+            share(next[3], m.n_inner, [&](int64_t first, int64_t last) { widen(layer, first, last, operand); });
+            operand.set(inner, m.n_inner, batch, layer.down.whole());
+            share(next[4], m.n_embd, [&](int64_t first, int64_t last) { multiply(layer.down, first, last, operand, add); });
         }
         norms(m.last, x);
+        operand.set(x, m.n_embd, batch, m.head.whole());
         share(w.handed_out[STAGES * m.n_layer], m.head.n_out, [&](int64_t first, int64_t last) {
-            multiply(m.head, first, last, x, m.n_embd, batch, scratch, [&](int b, int64_t n, float y) { logits[b * m.head.n_out + n] = y; });
+            multiply(m.head, first, last, operand, [&](int b, int64_t n, float y) { logits[b * m.head.n_out + n] = y; });
         });
     }
 
@@ -198,7 +199,7 @@ class Step {
         for (int b = 0; b < batch; b++) {
             float* x = residual + b * m.n_embd;
             with_weights(m.wte, [&](auto table) {
-                for (int64_t i = 0; i < m.n_embd; i++) x[i] = table.one(rows[b].id, i) * table.scale(rows[b].id);
+                for (int64_t i = 0; i < m.n_embd; i++) x[i] = table.one(rows[b].id, i);
             });
             if (m.wpe.weight)
                 with_weights(m.wpe, [&](auto table) {
@@ -262,12 +263,12 @@ class Step {
     }
 
     // The first half of the feed-forward network, with its activation.
-    void widen(const Layer& layer, int64_t first, int64_t last, const float* x, float* scratch) {
+    void widen(const Layer& layer, int64_t first, int64_t last, const Operand& operand) {
         auto to = [&](float* y) { return [=, this](int b, int64_t n, float value) { y[b * m.n_inner + n] = value; }; };
         float* gates = inner + batch * m.n_inner;
         float* active = layer.gate.weight ? gates : inner;
-        multiply(layer.up, first, last, x, m.n_embd, batch, scratch, to(inner));
-        if (layer.gate.weight) multiply(layer.gate, first, last, x, m.n_embd, batch, scratch, to(gates));
+        multiply(layer.up, first, last, operand, to(inner));
+        if (layer.gate.weight) multiply(layer.gate, first, last, operand, to(gates));
         for (int b = 0; b < batch; b++) {
             float* y = inner + b * m.n_inner;
             activate(m.activation, active + b * m.n_inner + first, last - first);

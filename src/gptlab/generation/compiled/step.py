@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gptlab.generation.compiled.layout import KINDS, Layout
+from gptlab.generation.compiled.layout import Layout
 from gptlab.generation.compiled.library import library
-from gptlab.model.cache import Cache
+from gptlab.model.cache import Cache, Ring
 from gptlab.model.gpt import GPT
 
 SLOTS = np.dtype([("k", "u8"), ("v", "u8"), ("positions", "u8"), ("stride", "i8"), ("capacity", "i8")])
@@ -37,15 +38,29 @@ class Text:
         for i, layer in enumerate(self.cache.layers):
             addresses = layer.k.data_ptr(), layer.v.data_ptr(), layer.positions.data_ptr()
             self.slots[i] = (*addresses, layer.k.shape[2], layer.capacity)
-        strides, capacities = self.slots["stride"], self.slots["capacity"]
-        growing = strides[strides < capacities]
-        self._room = int(growing.min()) if len(growing) else 2**62
+        # A ring that has all its slots comes round for ever.
+        ends = [
+            layer.k.shape[2]
+            for layer in self.cache.layers
+            if not isinstance(layer, Ring) or layer.k.shape[2] < layer.capacity
+        ]
+        self._room = min(ends, default=None)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a layer must grow before one more token fits."""
+        return self.length == self._room
 
     def make_room(self) -> bool:
-        """See to it that one more token fits; return whether anything has moved."""
-        if self.length < self._room:
+        """See to it that one more token fits; return whether anything has moved.
+
+        Raises:
+            GptlabError: the cache must not become any longer.
+        """
+        if not self.is_full:
             return False
         self.cache.advance(self.length - self.cache.layers[0].seen)
+        self.cache.check_room(1)
         self.cache.make_room(1)
         self._locate()
         return True
@@ -56,12 +71,11 @@ class CompiledStep:
 
     Args:
         model: on the CPU; it must not change afterwards.
-        cache: dtype of the caches that it will be given.
     """
 
-    def __init__(self, model: GPT, cache: torch.dtype) -> None:
+    def __init__(self, model: GPT) -> None:
         self._library = library()
-        self._layout = Layout(model, cache)
+        self._layout = Layout(model)
         self._n_vocab = model.config.vocab_size
         self._largest = int(self._library.gptlab_largest_batch())
         self._texts: list[Text] = []
@@ -70,7 +84,7 @@ class CompiledStep:
     def __call__(self, texts: Sequence[Text], ids: Sequence[int]) -> Tensor:
         """Return the logits (B, V) float32 that follow ``ids``, one new token of each text; the texts grow by it."""
         moved = [text.make_room() for text in texts]
-        if any(moved) or len(texts) != len(self._texts) or any(map(lambda a, b: a is not b, texts, self._texts)):
+        if any(moved) or len(texts) != len(self._texts) or any(map(operator.is_not, texts, self._texts)):
             self._texts = list(texts)
             self._slots = np.stack([text.slots for text in texts])
         rows = np.array([(token, text.length) for token, text in zip(ids, texts, strict=True)], dtype=np.int64)

@@ -1,0 +1,110 @@
+"""A batch by the compiled step: every prompt is read alone, then all take their steps together."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gptlab.generation.compiled.library import NoLibraryError, is_built, library
+from gptlab.generation.compiled.step import CompiledStep, Text
+from gptlab.generation.memory import check_memory
+from gptlab.generation.padded import CHUNK, FEWER, RESERVE, evaluating, last_logits, nothing
+from gptlab.generation.quantised import QuantisedEmbedding, QuantisedLinear
+from gptlab.model.attention import CausalSelfAttention
+from gptlab.model.gpt import GPT, MLP, Block, LayerNorm
+from gptlab.model.linear import Linear
+
+KNOWN = {GPT, Block, CausalSelfAttention, MLP, LayerNorm, Linear, QuantisedLinear, QuantisedEmbedding}
+"""The modules that the step computes, besides PyTorch's embeddings, dropout and containers."""
+WORTH_BUILDING = 1e10
+"""Weights times tokens from which on the seconds of building the step are soon saved."""
+
+_log = logging.getLogger(__name__)
+
+
+def serves(model: GPT, n_tokens: int) -> bool:
+    """Say whether the compiled step is to compute ``n_tokens`` for this model.
+
+    It is where all is on the CPU in float32, bfloat16 or quantised, nothing of the model has been replaced or hooked,
+    and the step is built already, or worth it. Where it would be and cannot, a line in the log says why.
+    """
+    if model.wte.weight.device.type != "cpu" or model.wte.weight.dtype in (torch.float16, torch.float64):
+        return False
+    for module in model.modules():
+        plain = (nn.Embedding, nn.Dropout, nn.ModuleList)
+        if type(module) not in KNOWN and not isinstance(module, plain) or _hooked(module):
+            return False
+    if not is_built():
+        n_weights = sum(tensor.numel() for tensor in model.tensors().values())
+        if n_weights * n_tokens < WORTH_BUILDING:
+            return False
+        _log.info("compiling the decoding step for this processor, once; it takes about ten seconds")
+    try:
+        library()
+    except NoLibraryError as error:
+        _log.warning("decoding in plain PyTorch, which is slower: %s", error)
+        return False
+    return True
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+class Compiled:
+    """Decodes on the CPU.
+
+    A row's logits are the same to the last bit whatever the other rows are.
+
+    Args:
+        model: what `serves` approves of.
+        prompts: token ids of each row.
+        length: most tokens that a row will have.
+    """
+
+    def __init__(self, model: GPT, prompts: Sequence[Sequence[int]], length: int) -> None:
+        self._model, self._prompts, self._length = model, prompts, length
+        self._step = CompiledStep(model)
+        self._texts: list[Text] = []
+
+    def read(self) -> Tensor:
+        """Read the prompts; return (B, V) float32 logits of what follows."""
+        seen: dict[tuple[int, ...], tuple[Text, Tensor]] = {}
+        logits = []
+        for prompt in map(tuple, self._prompts):
+            if prompt not in seen:
+                text, after = read_prompt(self._model, prompt, self._length)
+                seen[prompt] = text, after
+            else:
+                text, after = Text(copy.deepcopy(seen[prompt][0].cache)), seen[prompt][1]
+            self._texts.append(text)
+            logits.append(after)
+        return torch.cat(logits)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read one more token (B,) of every row; return as `read`."""
+        more = sum(text.cache.growth(1) for text in self._texts if text.is_full)
+        if more:
+            said = f"going on after {max(text.length for text in self._texts):,} tokens takes"
+            check_memory(more, tokens.device, said, FEWER)
+        return self._step(self._texts, tokens.tolist())
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with some rows only."""
+        self._texts = [self._texts[row] for row in rows]
+
+
+def read_prompt(model: GPT, prompt: Sequence[int], length: int) -> tuple[Text, Tensor]:
+    """Read a prompt, a chunk at a time; return it with a cache of its own and the logits (1, V) float32 that follow."""
+    cache = model.make_cache(1, length, chunk=CHUNK, reserve=len(prompt) + RESERVE)
+    ids = torch.tensor([prompt])
+    rest = (len(prompt) - 1) // CHUNK * CHUNK
+    with evaluating(list(model.modules())):
+        for start in range(0, rest, CHUNK):
+            model(ids[:, start : start + CHUNK], cache=cache, head=nothing)
+        logits = model(ids[:, rest:], cache=cache, head=last_logits)
+    return Text(cache), logits

@@ -1,0 +1,124 @@
+"""Weights in 8 or 4 bits: what `Linear` and the embedding become, and the way there.
+
+int8 has one factor per row of a weight matrix (per output), int4 one per 32 weights of a row; weights are whole numbers
+times their factor, symmetric about 0. Biases, norms and positions stay as they are. What it costs in loss is measured:
+docs/performance.md.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gptlab.model.gpt import GPT
+from gptlab.model.linear import Linear
+
+Bits = Literal[8, 4]
+GROUP = 32
+"""Weights that share a factor in 4 bits."""
+
+
+def quantise(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
+    """Round a weight matrix to whole numbers times factors.
+
+    Args:
+        weight: (n_out, n_in).
+        bits: 8, or 4 where ``n_in`` is a multiple of `GROUP`.
+
+    Returns:
+        int8 (n_out, n_in) and float32 (n_out,); or for 4 bits int8 (n_out, n_in / 2), byte i of each 16 holding weight
+        i of a group plus 8 in its lower half, weight i + 16 plus 8 in its upper, and float32 (n_out, n_in / 32).
+    """
+    weight = weight.float()
+    if bits == 8:
+        factors = weight.abs().amax(1) / 127
+        return (weight / factors.clamp(min=1e-30)[:, None]).round().to(torch.int8), factors
+    groups = weight.unflatten(1, (-1, GROUP))
+    factors = _best_factors(groups)
+    whole = (groups / factors[..., None]).round().clamp(-8, 7).to(torch.int16) + 8
+    return (whole[..., :16] | whole[..., 16:] << 4).to(torch.uint8).view(torch.int8).flatten(1), factors
+
+
+def _best_factors(groups: Tensor) -> Tensor:
+    """Return the factor (..., 1 per group) with the least squared error among those that use most of -8 ... 7."""
+    # The largest weight becomes -8, which is one step more than 7, so its sign decides the factor's.
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    best, least = torch.ones_like(extreme[..., 0]), torch.full_like(extreme[..., 0], torch.inf)
+    for end in (-8.0, -7.6, -7.2, -6.8, -6.4):
+        factors = extreme / end
+        factors = torch.where(factors == 0, torch.ones_like(factors), factors)
+        error = ((groups / factors).round().clamp(-8, 7) * factors - groups).square().sum(-1)
+        better = error < least
+        best, least = torch.where(better, factors[..., 0], best), torch.where(better, error, least)
+    return best
+
+
+def dequantise(weight: Tensor, factors: Tensor) -> Tensor:
+    """Return the float32 (n_out, n_in) that `quantise`'s result stands for."""
+    if factors.dim() == 1:
+        return weight.float() * factors[:, None]
+    halves = weight.view(torch.uint8).unflatten(1, (-1, GROUP // 2)).to(torch.int16)
+    groups = torch.cat([halves & 15, halves >> 4], dim=-1) - 8  # (n_out, n_in / 32, 32)
+    return (groups.float() * factors[..., None]).flatten(1)
+
+
+class _Quantised(nn.Module):
+    weight: Tensor
+    factors: Tensor
+
+    def __init__(self, weight: Tensor, factors: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("factors", factors)
+
+    @property
+    def n_in(self) -> int:
+        """Columns of the matrix that the weights stand for."""
+        return self.weight.shape[1] if self.factors.dim() == 1 else 2 * self.weight.shape[1]
+
+
+class QuantisedLinear(_Quantised):
+    """`Linear` with its weights in whole numbers; in plain PyTorch they become floats again for every product.
+
+    Attributes:
+        weight, factors: as `quantise` returns them.
+        bias: (n_out,) or None.
+    """
+
+    def __init__(self, weight: Tensor, factors: Tensor, bias: nn.Parameter | None = None) -> None:
+        super().__init__(weight, factors)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(x.float(), dequantise(self.weight, self.factors), bias)
+
+
+class QuantisedEmbedding(_Quantised):
+    """The token embedding, in the same whole numbers as an output head that is tied to it."""
+
+    def forward(self, ids: Tensor) -> Tensor:  # (...) -> (..., C) float32
+        return dequantise(self.weight[ids.flatten()], self.factors[ids.flatten()]).unflatten(0, ids.shape)
+
+
+def quantise_model(model: GPT, bits: Bits) -> None:
+    """Replace the weights of every projection, of the output head and of the token embedding.
+
+    In 4 bits, a matrix whose rows are no multiple of `GROUP` is kept in 8.
+    """
+
+    def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+        return quantise(weight, bits if weight.shape[1] % GROUP == 0 else 8)
+
+    with torch.no_grad():
+        for block in model.blocks:
+            for parent, name in ((block.attn, "c_attn"), (block.attn, "c_proj"), (block.mlp, "c_fc"), (block.mlp, "c_proj")):
+                linear = cast(Linear, getattr(parent, name))
+                setattr(parent, name, QuantisedLinear(*rounded(linear.weight), linear.bias))
+        head = rounded(model.lm_head.weight)
+        wte = head if model.config.tie_embeddings else rounded(model.wte.weight)
+        model.wte = cast(nn.Embedding, QuantisedEmbedding(*wte))
+        model.lm_head = cast(Linear, QuantisedLinear(*head))
