@@ -66,9 +66,7 @@ class Padded:
         longest = max(map(len, prompts))
         self._model, self._modules = model, list(model.modules())
         self._ids, self._positions = pad_left(prompts, model.wte.weight.device)
-        self._cache = model.make_cache(
-            len(prompts), length, chunk=CHUNK, reserve=longest + RESERVE
-        )
+        self._cache = model.make_cache(len(prompts), length, chunk=CHUNK, reserve=longest + RESERVE)
 
     def read(self) -> Tensor:
         """Read the prompts; return (B, V) float32 logits of what follows."""

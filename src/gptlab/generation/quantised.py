@@ -114,10 +114,10 @@ def quantise_model(model: GPT, bits: Bits) -> None:
         return quantise(weight, bits if weight.shape[1] % GROUP == 0 else 8)
 
     with torch.no_grad():
-        for block in model.blocks:
-            for parent, name in ((block.attn, "c_attn"), (block.attn, "c_proj"), (block.mlp, "c_fc"), (block.mlp, "c_proj")):
-                linear = cast(Linear, getattr(parent, name))
-                setattr(parent, name, QuantisedLinear(*rounded(linear.weight), linear.bias))
+        for parent in [part for block in model.blocks for part in (block.attn, block.mlp)]:
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, Linear):
+                    setattr(parent, name, QuantisedLinear(*rounded(linear.weight), linear.bias))
         head = rounded(model.lm_head.weight)
         wte = head if model.config.tie_embeddings else rounded(model.wte.weight)
         model.wte = cast(nn.Embedding, QuantisedEmbedding(*wte))

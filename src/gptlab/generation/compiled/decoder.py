@@ -15,10 +15,11 @@ from gptlab.generation.memory import check_memory
 from gptlab.generation.padded import CHUNK, FEWER, RESERVE, evaluating, last_logits, nothing
 from gptlab.generation.quantised import QuantisedEmbedding, QuantisedLinear
 from gptlab.model.attention import CausalSelfAttention
-from gptlab.model.gpt import GPT, MLP, Block, LayerNorm
+from gptlab.model.gpt import GPT, MLP, Block, LayerNorm, RMSNorm, SwiGLU
 from gptlab.model.linear import Linear
 
-KNOWN = {GPT, Block, CausalSelfAttention, MLP, LayerNorm, Linear, QuantisedLinear, QuantisedEmbedding}
+_MODEL = {GPT, Block, CausalSelfAttention, LayerNorm, RMSNorm, MLP, SwiGLU, Linear}
+KNOWN = _MODEL | {QuantisedLinear, QuantisedEmbedding}
 """The modules that the step computes, besides PyTorch's embeddings, dropout and containers."""
 WORTH_BUILDING = 1e10
 """Weights times tokens from which on the seconds of building the step are soon saved."""

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from gptlab.config import RopeConfig
-from gptlab.model.gpt import GPT, LayerNorm
+from gptlab.model.gpt import GPT, LayerNorm, RMSNorm, SwiGLU
 from gptlab.model.rope import frequencies
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+INT4 = 3
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu")
 
 
@@ -103,6 +104,8 @@ class Layout:
             layer.before_attention, layer.before_mlp = self._norm(block.ln_1), self._norm(block.ln_2)
             layer.qkv, layer.out = self._product(block.attn.c_attn), self._product(block.attn.c_proj)
             layer.up, layer.down = self._product(mlp.c_fc), self._product(mlp.c_proj)
+            if isinstance(mlp, SwiGLU):
+                layer.gate = self._product(mlp.c_gate)
             layer.span, layer.sinks, layer.dilation = sight.span or 0, sight.sinks, sight.dilation
             layer.score_factor = block.attn.score_factor
             if config.has_rotation and at_most is not None:
@@ -116,7 +119,8 @@ class Layout:
             n_kv_head=config.kv_heads,
             head_dim=config.head_dim,
             n_inner=config.inner,
-            activation=ACTIVATIONS.index(config.activation),
+            activation=ACTIVATIONS.index("silu" if config.mlp == "swiglu" else config.activation),
+            rms=config.norm == "rms",
             eps=config.norm_eps,
             wpe_scale=float(scales.get("wpe_scale", 1.0)),
             cache=KINDS[model.cache_dtype],
@@ -147,18 +151,20 @@ class Layout:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def _norm(self, norm: LayerNorm) -> Norm:
-        bias = None if norm.bias is None else norm.bias.float()
-        return Norm(self._address(norm.weight.float()), self._address(bias))
+    def _norm(self, norm: LayerNorm | RMSNorm) -> Norm:
+        return Norm(self._address(norm.weight.float()), self._bias(norm))
+
+    def _bias(self, module: nn.Module) -> int | None:
+        bias = getattr(module, "bias", None)
+        return None if bias is None else self._address(bias.float())
 
     def _product(self, module: nn.Module) -> Product:
         weight, factors = module.weight, getattr(module, "factors", None)
-        bias = getattr(module, "bias", None)
         return Product(
             weight=self._address(weight),
             factors=self._address(factors),
-            bias=None if bias is None else self._address(bias.float()),
+            bias=self._bias(module),
             n_out=weight.shape[0],
-            n_in=module.n_in if factors is not None else weight.shape[1],
-            kind=KINDS[weight.dtype] + (factors is not None and factors.dim() == 2),
+            n_in=weight.shape[1] if factors is None else module.n_in,
+            kind=KINDS[weight.dtype] if factors is None or factors.dim() == 1 else INT4,
         )

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <new>
+#include <vector>
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
@@ -21,6 +23,17 @@ typedef int32_t IntVec __attribute__((vector_size(WIDTH * 4)));
 typedef float LooseVec __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
 typedef uint16_t HalfVec __attribute__((vector_size(WIDTH * 2), aligned(2), may_alias));
 typedef int8_t ByteVec __attribute__((vector_size(WIDTH), aligned(1), may_alias));
+
+// Memory that begins at a line of the processor's cache: loads that cross a line take twice as long.
+template <class T>
+struct Aligned {
+    typedef T value_type;
+    T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+    void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+    bool operator==(const Aligned&) const { return true; }
+};
+template <class T>
+using Buffer = std::vector<T, Aligned<T>>;
 
 static inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
 static inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }

@@ -1,7 +1,6 @@
 // y = W x + b for a few rows x at once. Every weight is read from memory once, whatever the number of rows.
 #pragma once
 #include <algorithm>
-#include <vector>
 
 #include "numbers.h"
 
@@ -53,7 +52,7 @@ struct Operand {
     const float* x;
     int64_t stride;
     int batch;
-    std::vector<int16_t> rounded;
+    Buffer<int16_t> rounded;
     std::vector<float> factors;
 
     void set(const float* rows, int64_t n, int n_rows, bool whole) {
@@ -65,11 +64,11 @@ struct Operand {
     }
 };
 
-// Each tile multiplies R rows of weights from n on by B rows of x from b on, y[b][r]. The sums run over k in the same
+// Each tile multiplies R rows of weights from n on by B rows of x from b on: y[i][r]. The sums run over k in the same
 // order for every R and B, so that a row of x gives the same numbers alone and in a batch.
 
 template <int R, int B, class W>
-static inline void float_tile(const W& w, int64_t n, const Operand& o, int b, float (*y)[ROWS]) {
+static inline void float_tile(const W& w, int64_t n, const Operand& o, int b, int64_t ahead, float (*y)[R]) {
     const float* x = o.x + b * o.stride;
     Vec sums[R][B] = {};
     int64_t k = 0;
@@ -77,20 +76,20 @@ static inline void float_tile(const W& w, int64_t n, const Operand& o, int b, fl
         Vec xs[B];
         for (int i = 0; i < B; i++) xs[i] = load(x + i * o.stride + k);
         for (int r = 0; r < R; r++) {
-            if (k % W::LINE == 0) __builtin_prefetch(w.address(n + R + r, k));
+            if (ahead && k % W::LINE == 0) __builtin_prefetch(w.address(n + ahead + r, k));
             Vec weights = w.floats_at(n + r, k);
             for (int i = 0; i < B; i++) sums[r][i] += weights * xs[i];
         }
     }
     for (int r = 0; r < R; r++)
         for (int i = 0; i < B; i++) {
-            y[b + i][r] = sum(sums[r][i]);
-            for (int64_t j = k; j < w.n_in; j++) y[b + i][r] += w.one(n + r, j) * x[i * o.stride + j];
+            y[i][r] = sum(sums[r][i]);
+            for (int64_t j = k; j < w.n_in; j++) y[i][r] += w.one(n + r, j) * x[i * o.stride + j];
         }
 }
 
 template <int R, int B, class W>
-static inline void whole_tile(const W& w, int64_t n, const Operand& o, int b, float (*y)[ROWS]) {
+static inline void whole_tile(const W& w, int64_t n, const Operand& o, int b, int64_t ahead, float (*y)[R]) {
     const int16_t* x = o.rounded.data() + b * o.stride;
     Vec sums[R][B] = {};
     int64_t k = 0, end = w.n_in - w.n_in % PAIRS;
@@ -101,7 +100,7 @@ static inline void whole_tile(const W& w, int64_t n, const Operand& o, int b, fl
             ShortVec xs[B];
             for (int i = 0; i < B; i++) xs[i] = *reinterpret_cast<const ShortVec*>(x + i * o.stride + k);
             for (int r = 0; r < R; r++) {
-                if (k % W::LINE == 0) __builtin_prefetch(w.address(n + R + r, k));
+                if (ahead && k % W::LINE == 0) __builtin_prefetch(w.address(n + ahead + r, k));
                 ShortVec weights = w.shorts_at(n + r, k);
                 for (int i = 0; i < B; i++) totals[r][i] = add_products(totals[r][i], weights, xs[i]);
             }
@@ -113,44 +112,42 @@ static inline void whole_tile(const W& w, int64_t n, const Operand& o, int b, fl
         for (int i = 0; i < B; i++) {
             float total = sum(sums[r][i]);
             for (int64_t j = end; j < w.n_in; j++) total += w.one(n + r, j) * x[i * o.stride + j];
-            y[b + i][r] = total * o.factors[b + i];
+            y[i][r] = total * o.factors[b + i];
         }
 }
 
 template <int R, int B, class W>
-static inline void tile(const W& w, int64_t n, const Operand& o, int b, float (*y)[ROWS]) {
-    if constexpr (requires { w.floats_at(0, 0); }) float_tile<R, B>(w, n, o, b, y);
-    else whole_tile<R, B>(w, n, o, b, y);
+static inline void tile(const W& w, int64_t n, const Operand& o, int b, int64_t ahead, float (*y)[R]) {
+    if constexpr (requires { w.floats_at(0, 0); }) float_tile<R, B>(w, n, o, b, ahead, y);
+    else whole_tile<R, B>(w, n, o, b, ahead, y);
 }
 
-template <int R, class W>
-static inline void tiles(const W& w, int64_t n, const Operand& o, float (*y)[ROWS]) {
-    int b = 0;
-    for (; b + 4 <= o.batch; b += 4) tile<R, 4>(w, n, o, b, y);
-    switch (o.batch - b) {
-        case 3: return tile<R, 3>(w, n, o, b, y);
-        case 2: return tile<R, 2>(w, n, o, b, y);
-        case 1: return tile<R, 1>(w, n, o, b, y);
-    }
-}
-
-// Compute outputs first <= n < last of all rows, and give each to out(row, n, value).
+// Compute outputs first <= n < last of all rows, and give each to out(row, n, value). Few enough outputs that their weights
+// stay in the processor's cache while one tile of rows after the other is multiplied.
 template <class Out>
 static void multiply(const Product& p, int64_t first, int64_t last, const Operand& o, Out&& out) {
+    const int rounds = (o.batch + 3) / 4;
     with_weights(p, [&](auto w) {
-        float y[MAX_BATCH][ROWS];
-        auto give = [&](int64_t n, int count) {
-            for (int b = 0; b < o.batch; b++)
-                for (int r = 0; r < count; r++) out(b, n + r, p.bias ? y[b][r] + p.bias[n + r] : y[b][r]);
+        auto some = [&]<int R, int B>(int64_t n, int b) {
+            // Meanwhile weights are fetched from memory: the next tile's, or with several rounds over the rows those of as
+            // many outputs as these, a part of them in each round.
+            int64_t ahead = rounds == 1 ? R : (n - first) / ROWS % rounds == b / 4 ? last - first : 0;
+            float y[B][R];
+            tile<R, B>(w, n, o, b, ahead, y);
+            for (int i = 0; i < B; i++)
+                for (int r = 0; r < R; r++) out(b + i, n + r, p.bias ? y[i][r] + p.bias[n + r] : y[i][r]);
         };
-        int64_t n = first;
-        for (; n + ROWS <= last; n += ROWS) {
-            tiles<ROWS>(w, n, o, y);
-            give(n, ROWS);
-        }
-        for (; n < last; n++) {
-            tiles<1>(w, n, o, y);
-            give(n, 1);
+        auto outputs = [&]<int B>(int b) {
+            int64_t n = first;
+            for (; n + ROWS <= last; n += ROWS) some.template operator()<ROWS, B>(n, b);
+            for (; n < last; n++) some.template operator()<1, B>(n, b);
+        };
+        int b = 0;
+        for (; b + 4 <= o.batch; b += 4) outputs.template operator()<4>(b);
+        switch (o.batch - b) {
+            case 3: return outputs.template operator()<3>(b);
+            case 2: return outputs.template operator()<2>(b);
+            case 1: return outputs.template operator()<1>(b);
         }
     });
 }

@@ -41,15 +41,15 @@ struct Row {
 namespace {
 
 struct Workspace {  // one step is computed at a time
-    std::vector<float> residual, heads, inner, partials, angles;
-    std::vector<std::vector<float>> rows;  // one per thread
+    Buffer<float> residual, heads, inner, partials, angles;
+    std::vector<Buffer<float>> rows;  // one per thread
     std::vector<Operand> operands;
     std::vector<int64_t> first_block;
     std::unique_ptr<std::atomic<int64_t>[]> handed_out;
     int64_t n_stages = 0;
 };
 
-float* room(std::vector<float>& v, int64_t n) {
+float* room(Buffer<float>& v, int64_t n) {
     if (static_cast<int64_t>(v.size()) < n) v.resize(n);
     return v.data();
 }
@@ -228,7 +228,7 @@ class Step {
     void attention(int64_t l, std::atomic<int64_t>& next) {
         const Layer& layer = m.layers[l];
         const int64_t d = m.head_dim, group = m.n_head / m.n_kv_head, *first = blocks_of(l);
-        std::vector<float> q(2 * group * d), found(group * (d + 2));
+        Buffer<float> q(2 * group * d), found(group * (d + 2));
         share(next, first[batch] * m.n_kv_head, [&](int64_t item, int64_t) {
             int b = 0;
             while (first[b + 1] * m.n_kv_head <= item) b++;
