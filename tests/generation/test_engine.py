@@ -6,7 +6,8 @@ import torch
 
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
-from gptlab.generation import engine, memory
+from gptlab.generation import engine, memory, padded
+from gptlab.generation.compiled.library import NoLibraryError, library
 from gptlab.generation.continuation import Continuation
 from gptlab.generation.engine import decode
 from gptlab.generation.padded import last_logits, pad_left
@@ -26,6 +27,20 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, params=["padded"])
+def decoder(request, monkeypatch):
+    """Which of the two decoders computes: the plain one unless a test asks for both."""
+    monkeypatch.setattr(engine, "serves", lambda *_: request.param == "compiled")
+    if request.param == "compiled":
+        try:
+            library()
+        except NoLibraryError as error:
+            pytest.skip(str(error))
+
+
+BOTH = pytest.mark.parametrize("decoder", ["padded", "compiled"], indirect=True)
 
 
 class Numbers(Tokenizer):
@@ -291,10 +306,11 @@ SWITCHES = [
 ]
 
 
+@BOTH
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 @pytest.mark.parametrize("chunk", [8, 512])
 def test_every_variant_continues_a_ragged_batch_as_the_naive_loop(switches, chunk, monkeypatch):
-    monkeypatch.setattr(engine, "CHUNK", chunk)
+    monkeypatch.setattr(padded, "CHUNK", chunk)
     model = make_model(**switches)
     prompts = [*PROMPTS, [i % 200 for i in range(17)], [3] * 8, [4] * 16]
     assert tokens(run(model, prompts, n=25)) == [naive_greedy(model, prompt, 25) for prompt in prompts]
@@ -305,7 +321,7 @@ def test_every_variant_continues_a_ragged_batch_as_the_naive_loop(switches, chun
 
 @pytest.mark.parametrize("length", [7, 8, 9, 15, 16, 17, 64])
 def test_a_prompt_is_read_in_chunks_and_its_last_token_gives_the_first(length, monkeypatch):
-    monkeypatch.setattr(engine, "CHUNK", 8)
+    monkeypatch.setattr(padded, "CHUNK", 8)
     model = make_model(**ENDLESS)
     prompt, sizes = [i % 250 for i in range(length)], []
     model.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[1]))
@@ -315,11 +331,12 @@ def test_a_prompt_is_read_in_chunks_and_its_last_token_gives_the_first(length, m
     assert grown.tokens == naive_greedy(model, prompt, 4)
 
 
+@BOTH
 @pytest.mark.parametrize("switches", [ENDLESS, {"position": "rope"}, {"position": "none"}], ids=str)
 def test_prompts_longer_than_a_chunk_and_than_the_trained_context_go_on(switches):
     model = make_model(**switches)
     generator = np.random.default_rng(0)
-    prompts = [generator.integers(VOCAB, size=n).tolist() for n in (engine.CHUNK * 2 + 30, 65, engine.CHUNK + 1)]
+    prompts = [generator.integers(VOCAB, size=n).tolist() for n in (padded.CHUNK * 2 + 30, 65, padded.CHUNK + 1)]
     grown = run(model, prompts, n=6)
     assert tokens(grown) == [naive_greedy(model, prompt, 6) for prompt in prompts]
     assert [g.finish for g in grown] == ["length"] * 3
@@ -353,7 +370,7 @@ def test_a_cache_that_grows_gives_the_same_bits(switches, monkeypatch):
     prompts, sampling = [*PROMPTS[:3], [3] * 40], Sampling(1.0, seed=4)
     seen = {}
     for reserve in (0, 1, 64, 10**6):
-        monkeypatch.setattr(engine, "RESERVE", reserve)
+        monkeypatch.setattr(padded, "RESERVE", reserve)
         logits = seen.setdefault(reserve, [])
         hook = model.lm_head.register_forward_hook(lambda _, __, out, logits=logits: logits.append(out))
         logits.append(tokens(run(model, prompts, sampling, n=150)))
@@ -363,6 +380,7 @@ def test_a_cache_that_grows_gives_the_same_bits(switches, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(logits[:-1], seen[64][:-1], strict=True))
 
 
+@BOTH
 @pytest.mark.parametrize("n", [100_000, 10**9, 10**30])
 def test_a_long_text_that_ends_early_takes_little_memory(n, monkeypatch):
     model = make_model(position="rope")
@@ -370,7 +388,7 @@ def test_a_long_text_that_ends_early_takes_little_memory(n, monkeypatch):
     ends = tokens(run(model, [[5]], Sampling(1.0, seed=1), n=5))[0][-1]
     (grown,) = run(model, [[5]], Sampling(1.0, seed=1), n=n, tokenizer=Numbers(end_of_text=ends))
     assert grown.finish == "end_of_text"
-    assert caches[1].nbytes == 2 * 2 * (1 + engine.RESERVE) * 4 * 8 * 4  # k and v, layers, slots, heads, width, bytes
+    assert caches[1].nbytes == 2 * 2 * (1 + padded.RESERVE) * 4 * 8 * 4  # k and v, layers, slots, heads, width, bytes
 
 
 def test_a_cache_grows_seldom_and_to_at_most_twice_what_it_holds(monkeypatch):
@@ -473,6 +491,7 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@BOTH
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_rope_with_a_window_generates_for_ever_in_constant_memory(monkeypatch):
     model, n = make_model(**ENDLESS), 5500
@@ -492,10 +511,10 @@ def test_rope_with_a_window_generates_for_ever_in_constant_memory(monkeypatch):
     assert len(grown.tokens) == n
     assert grown.finish is None
     assert len(caches) == 1
-    full = sizes[engine.CHUNK // 50 + 1 :]  # until then the rings are not full, and grow
+    full = sizes[padded.CHUNK // 50 + 1 :]  # until then the rings are not full, and grow
     assert all(size == full[0] for size in full)
     assert (
-        caches[0].nbytes == 2 * 2 * (15 + engine.CHUNK + 2) * 2 * 8 * 4
+        caches[0].nbytes == 2 * 2 * (15 + padded.CHUNK + 2) * 2 * 8 * 4
     )  # k and v, layers, slots, heads, width, bytes
     slope = np.polyfit(50 * np.arange(len(memory) - 10), memory[10:], 1)[0]  # bytes per token, after warming up
     assert slope * 5000 < 8 * 2**20

@@ -7,6 +7,7 @@ docs/performance.md.
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, cast
 
 import torch
@@ -65,7 +66,15 @@ def dequantise(weight: Tensor, factors: Tensor) -> Tensor:
     return (groups.float() * factors[..., None]).flatten(1)
 
 
-class _Quantised(nn.Module):
+@functools.cache
+def _fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 faster than float32."""
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+class Quantised(nn.Module):
+    """A matrix in whole numbers: ``weight`` and ``factors`` as `quantise` returns them."""
+
     weight: Tensor
     factors: Tensor
 
@@ -80,7 +89,7 @@ class _Quantised(nn.Module):
         return self.weight.shape[1] if self.factors.dim() == 1 else 2 * self.weight.shape[1]
 
 
-class QuantisedLinear(_Quantised):
+class QuantisedLinear(Quantised):
     """`Linear` with its weights in whole numbers; in plain PyTorch they become floats again for every product.
 
     Attributes:
@@ -92,12 +101,18 @@ class QuantisedLinear(_Quantised):
         super().__init__(weight, factors)
         self.bias = bias
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out) float32
         bias = None if self.bias is None else self.bias.float()
-        return F.linear(x.float(), dequantise(self.weight, self.factors), bias)
+        if not _fast_bfloat16():
+            return F.linear(x.float(), dequantise(self.weight, self.factors), bias)
+        if self.factors.dim() == 1:  # int8 is exact in bfloat16, so the factors can wait
+            y = F.linear(x.bfloat16(), self.weight.bfloat16()).float() * self.factors
+        else:
+            y = F.linear(x.bfloat16(), dequantise(self.weight, self.factors).bfloat16()).float()
+        return y if bias is None else y + bias
 
 
-class QuantisedEmbedding(_Quantised):
+class QuantisedEmbedding(Quantised):
     """The token embedding, in the same whole numbers as an output head that is tied to it."""
 
     def forward(self, ids: Tensor) -> Tensor:  # (...) -> (..., C) float32

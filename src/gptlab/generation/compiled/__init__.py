@@ -1,0 +1,1 @@
+"""Decoding by C++ that is compiled for the processor at hand."""

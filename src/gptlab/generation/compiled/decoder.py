@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gptlab.generation import padded
 from gptlab.generation.compiled.library import NoLibraryError, is_built, library
 from gptlab.generation.compiled.step import CompiledStep, Text
 from gptlab.generation.memory import check_memory
-from gptlab.generation.padded import CHUNK, FEWER, RESERVE, evaluating, last_logits, nothing
+from gptlab.generation.padded import FEWER, evaluating, last_logits, nothing
 from gptlab.generation.quantised import QuantisedEmbedding, QuantisedLinear
 from gptlab.model.attention import CausalSelfAttention
 from gptlab.model.gpt import GPT, MLP, Block, LayerNorm, RMSNorm, SwiGLU
@@ -21,8 +22,8 @@ from gptlab.model.linear import Linear
 _MODEL = {GPT, Block, CausalSelfAttention, LayerNorm, RMSNorm, MLP, SwiGLU, Linear}
 KNOWN = _MODEL | {QuantisedLinear, QuantisedEmbedding}
 """The modules that the step computes, besides PyTorch's embeddings, dropout and containers."""
-WORTH_BUILDING = 1e10
-"""Weights times tokens from which on the seconds of building the step are soon saved."""
+WORTH_BUILDING = 3e10
+"""Weights times tokens from which on the step saves more time than it takes to build: 250 tokens of GPT-2's 124M."""
 
 _log = logging.getLogger(__name__)
 
@@ -37,11 +38,12 @@ def serves(model: GPT, n_tokens: int) -> bool:
         return False
     for module in model.modules():
         plain = (nn.Embedding, nn.Dropout, nn.ModuleList)
-        if type(module) not in KNOWN and not isinstance(module, plain) or _hooked(module):
+        if (type(module) not in KNOWN and not isinstance(module, plain)) or _hooked(module):
             return False
     if not is_built():
         n_weights = sum(tensor.numel() for tensor in model.tensors().values())
-        if n_weights * n_tokens < WORTH_BUILDING:
+        # Not every text becomes as long as it may. Quantised weights in plain PyTorch are slower than any others.
+        if n_weights * min(n_tokens, 4096) < WORTH_BUILDING and model.wte.weight.is_floating_point():
             return False
         _log.info("compiling the decoding step for this processor, once; it takes about ten seconds")
     try:
@@ -101,11 +103,11 @@ class Compiled:
 
 def read_prompt(model: GPT, prompt: Sequence[int], length: int) -> tuple[Text, Tensor]:
     """Read a prompt, a chunk at a time; return it with a cache of its own and the logits (1, V) float32 that follow."""
-    cache = model.make_cache(1, length, chunk=CHUNK, reserve=len(prompt) + RESERVE)
+    cache = model.make_cache(1, length, chunk=padded.CHUNK, reserve=len(prompt) + padded.RESERVE)
     ids = torch.tensor([prompt])
-    rest = (len(prompt) - 1) // CHUNK * CHUNK
+    rest = (len(prompt) - 1) // padded.CHUNK * padded.CHUNK
     with evaluating(list(model.modules())):
-        for start in range(0, rest, CHUNK):
-            model(ids[:, start : start + CHUNK], cache=cache, head=nothing)
+        for start in range(0, rest, padded.CHUNK):
+            model(ids[:, start : start + padded.CHUNK], cache=cache, head=nothing)
         logits = model(ids[:, rest:], cache=cache, head=last_logits)
     return Text(cache), logits

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from gptlab.config import RopeConfig
+from gptlab.generation.quantised import Quantised
 from gptlab.model.gpt import GPT, LayerNorm, RMSNorm, SwiGLU
 from gptlab.model.rope import frequencies
 
@@ -159,12 +159,12 @@ class Layout:
         return None if bias is None else self._address(bias.float())
 
     def _product(self, module: nn.Module) -> Product:
-        weight, factors = module.weight, getattr(module, "factors", None)
+        weight, factors = cast(Tensor, module.weight), getattr(module, "factors", None)
         return Product(
             weight=self._address(weight),
             factors=self._address(factors),
             bias=self._bias(module),
             n_out=weight.shape[0],
-            n_in=weight.shape[1] if factors is None else module.n_in,
+            n_in=module.n_in if isinstance(module, Quantised) else weight.shape[1],
             kind=KINDS[weight.dtype] if factors is None or factors.dim() == 1 else INT4,
         )

@@ -37,7 +37,7 @@ class Text:
     def _locate(self) -> None:
         for i, layer in enumerate(self.cache.layers):
             addresses = layer.k.data_ptr(), layer.v.data_ptr(), layer.positions.data_ptr()
-            self.slots[i] = (*addresses, layer.k.shape[2], layer.capacity)
+            self.slots[i] = (*addresses, layer.k.shape[2], min(layer.capacity, 2**62))
         # A ring that has all its slots comes round for ever.
         ends = [
             layer.k.shape[2]
