@@ -48,7 +48,8 @@ def _best_factors(groups: Tensor) -> Tensor:
     # The largest weight becomes -8, which is one step more than 7, so its sign decides the factor's.
     extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     best, least = torch.ones_like(extreme[..., 0]), torch.full_like(extreme[..., 0], torch.inf)
-    for end in (-8.0, -7.6, -7.2, -6.8, -6.4):
+    # 7 and the whole numbers below 8 are there so that what was rounded before is rounded to itself.
+    for end in (-8.0, -7.6, -7.2, -7.0, -6.8, -6.4, -6.0, 7.0, 6.0):
         factors = extreme / end
         factors = torch.where(factors == 0, torch.ones_like(factors), factors)
         error = ((groups / factors).round().clamp(-8, 7) * factors - groups).square().sum(-1)

@@ -85,7 +85,8 @@ def _build(compiler: str, source: Path, target: Path) -> None:
                     return
     except OSError as error:
         raise NoLibraryError(f"{target} cannot be written ({error.strerror}); set GPTLAB_CACHE") from None
-    raise NoLibraryError(f"{compiler} does not compile it ({made.stderr.strip().splitlines()[-1]:.200})")
+    reason = (made.stderr.strip() or f"exit code {made.returncode}").splitlines()[0]
+    raise NoLibraryError(f"{compiler} does not compile it ({reason:.200})")
 
 
 def _processor() -> str:
