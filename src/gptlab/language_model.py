@@ -26,6 +26,7 @@ from gptlab.text.tokenizers import Tokenizer
 
 Prompt = str | Sequence[int]
 """A text, or the ids of its tokens."""
+_NAMING = "gptlab.load(..., tokenizer='gpt2'), or --tokenizer gpt2 of gptlab generate and gptlab evaluate"
 
 
 class LanguageModel:
@@ -150,10 +151,10 @@ class LanguageModel:
         """
         if self.tokenizer is None:
             if self._no_tokenizer:
-                raise GptlabError(f"{self._no_tokenizer}; name another one, as in gptlab.load(..., tokenizer='gpt2')")
+                raise GptlabError(f"{self._no_tokenizer}; or name another one: {_NAMING}")
             raise GptlabError(
                 "this model came without a tokenizer, so it has no text: put its tokenizer.json (or vocab.json and"
-                " merges.txt) beside the weights, or name one, as in gptlab.load(..., tokenizer='gpt2')"
+                f" merges.txt) beside the weights, or name one: {_NAMING}"
             )
         return self.tokenizer
 

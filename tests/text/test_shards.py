@@ -264,7 +264,7 @@ def test_what_is_there_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     for name in ("empty", "file", "full"):
-        with pytest.raises(GptlabError, match=f"{name} exists already; choose another place, or add"):
+        with pytest.raises(GptlabError, match=f"{name} exists already; choose another place, remove it, or add"):
             prepare(documents, byte_tokenizer(), tmp_path / name)
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "file").read_text() == "mine"
     with pytest.raises(GptlabError, match="cannot write to"):

@@ -226,7 +226,7 @@ def test_padding_counts_nothing(names: Dataset) -> None:
 
 
 def test_an_item_that_does_not_fit(names: Dataset) -> None:
-    with pytest.raises(gptlab.GptlabError, match=r"has 4 tokens with its end, the context is 3; set model\.context_le"):
+    with pytest.raises(gptlab.GptlabError, match=r"has 4 tokens with its end, the context is 3; leave"):
         Items(names.training, 3, names.tokenizer.end_of_text)
 
 

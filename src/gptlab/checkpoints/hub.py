@@ -177,5 +177,6 @@ def _refusal(name: str, repository: str, revision: str | None, error: Exception)
     return GptlabError(
         f"{here}the Hugging Face hub cannot be reached for {wanted} ({why}); to use it offline, put config.json,"
         f" model.safetensors, vocab.json and merges.txt of {repository} into the folder {folder} and run the same"
-        f" command with ./{folder} for the model; the built-in model 'pocket' needs no network"
+        f" command with ./{folder} for the model (gptlab verify: --path {folder}); the built-in model"
+        " 'pocket' needs no network"
     )

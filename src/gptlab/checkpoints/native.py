@@ -69,7 +69,9 @@ def read(directory: Path, dtype: torch.dtype) -> Checkpoint:
     except (KeyError, TypeError, ValueError):
         raise GptlabError(f"{path} was not written by gptlab, though its config.json says so; restore it") from None
     tokenizer = read_tokenizer(directory)
-    if saved_config != json.loads(json.dumps(config.to_dict())) or saved_tokenizer != _identity(tokenizer):
+    # Where none was saved, one may be put there.
+    other = saved_tokenizer not in ("", _identity(tokenizer))
+    if other or saved_config != json.loads(json.dumps(config.to_dict())):
         raise GptlabError(
             f"the files in {directory} belong to different saves: config.json, the tokenizer and model.safetensors"
             " do not match; restore them together"

@@ -92,7 +92,10 @@ def model_of(run: str | Path, which: str = "best") -> Path:
     """
     checkpoints = run_checkpoints(run)
     if not checkpoints:
-        raise GptlabError(f"the run {run} has no checkpoint yet; wait for its first evaluation, or train it again")
+        raise GptlabError(
+            f"the run {run} has no checkpoint yet; wait for its first evaluation, or go on with it: gptlab train"
+            f" --resume {run}"
+        )
     match which:
         case "best":
             return (best(checkpoints) or checkpoints[-1]).path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,6 +76,12 @@ def convert(
     """Turn a trained model into one of another architecture, and say what that moved."""
     if no_calibration and (calibration is not None or calibration_tokens is not None):
         raise GptlabError("--no-calibration leaves --calibration and --calibration-tokens without effect; drop one")
+    if no_calibration and rotary in ("fit", "gauge"):
+        raise GptlabError(
+            f"--rotary {rotary} is fitted on a calibration text; leave --no-calibration out, or take --rotary abrupt"
+        )
+    if no_calibration and refit:
+        raise GptlabError("--refit fits on a calibration text; leave --no-calibration out, or --refit")
     if calibration_tokens is not None and calibration_tokens < 1:
         raise GptlabError(f"--calibration-tokens must be at least 1, got {calibration_tokens}")
     if out.exists():
@@ -105,7 +112,10 @@ def convert(
     changes = Changes.from_dict(asked)
     directory = hub.locate(source)
     # What is impossible is refused before any weight is read.
-    steps = plan(checkpoints.read_config(directory), changes, calibrated=not no_calibration)
+    try:
+        steps = plan(checkpoints.read_config(directory), changes, calibrated=not no_calibration)
+    except GptlabError as error:
+        raise GptlabError(_by_flags(str(error))) from None
     if not steps:
         said = f"{source} already has these settings; nothing is written"
         print(json.dumps({"source": {"name": source}, "steps": []}, indent=2) if as_json else said)
@@ -126,6 +136,13 @@ def convert(
             if step["change"] != planned.change:
                 print(f"instead of what was planned, {step['name']}: {step['change']}")
         _show(facts, source, out, new.config.position == "blend")
+
+
+def _by_flags(sentence: str) -> str:
+    """Name the flags of this command in place of the fields that a sentence advises to set or to leave out."""
+    for name in ("n_kv_head", "rope_scaling", "rope_factor"):
+        sentence = re.sub(rf"\b{name}\b(?!=)", f"--{name.replace('_', '-')}", sentence)
+    return sentence.replace("set position to 'rope'", "give --position rope").replace("set --", "give --")
 
 
 def _texts(
@@ -250,7 +267,9 @@ def _show(facts: Mapping[str, Any], source: str, out: Path, blend: bool) -> None
             f" {outputs['before']:.4f} -> {outputs['after']:.4f} nats per token ({moved:+.4f}),"
             f" KL(source || converted) {outputs['kl']:.4f}"
         )
-    settings = ["budget.share=0.05", f"distill.teacher={source}"]
+    settings = ["budget.share=0.05"]
+    if new["tokens"] <= old["tokens"]:  # beyond its own context the source can teach nothing
+        settings.append(f"distill.teacher={source}")
     if blend:
         settings.append("blend.ramp=geometric")
     if facts["source"]["tokens_trained"] is None:

@@ -41,7 +41,7 @@ def prepare(
     ],
     out: Annotated[Path, typer.Option(help="Directory for the token shards.")],
     tokenizer: Annotated[
-        str | None, typer.Option(help="gpt2 (the default), bytes, chars, bpe (trained), or a model's directory.")
+        str | None, typer.Option(help="gpt2 (the default), bytes, chars, bpe (trained), or a model by name.")
     ] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Ids of a bpe tokenizer (default 4096).")] = None,
     held_out: Annotated[float | None, typer.Option(help="Share of the text to hold out (default 0.01).")] = None,
@@ -127,15 +127,18 @@ def _tokenizer(name: str, vocab_size: int) -> Tokenizer | NewTokenizer:
         return make_tokenizer(name)
     if name in KINDS:
         return NewTokenizer(name, vocab_size)
-    from gptlab.checkpoints.hub import built_in  # brings torch, which the rest of the command does without
+    from gptlab.checkpoints.hub import built_in, locate  # brings torch, which the rest of the command does without
 
-    directory = built_in().get(name, Path(name))
-    if not directory.is_dir():
+    try:
+        directory = locate(name)
+    except GptlabError as error:
+        if "/" in name or "@" in name:
+            raise
         known = [*KINDS, *built_in()]
         raise GptlabError(
-            f"unknown tokenizer {name!r}{nearest(name, known)}; there are {', '.join(known)}, and any model directory"
-        )
-    tokenizer = read_tokenizer(directory)
+            f"unknown tokenizer {name!r}{nearest(name, known)}; there are {', '.join(known)}, and that of any model"
+        ) from error
+    tokenizer = read_tokenizer(directory) if directory.is_dir() else None
     if tokenizer is None:
         raise GptlabError(f"{directory} holds no tokenizer.json; name a model directory with one")
     return tokenizer

@@ -150,7 +150,8 @@ def finish_blend(model: GPT) -> GPT:
     if not bool((model.rope_scale == 1).all()) or model.wpe_scale != 0:
         raise GptlabError(
             f"the blend is not at its end: rope_scale is {model.rope_scale.min():.3g} to {model.rope_scale.max():.3g}"
-            f" and wpe_scale {model.wpe_scale:.3g}, not 1 and 0; train it to there (gptlab train uptrain)"
+            f" and wpe_scale {model.wpe_scale:.3g}, not 1 and 0; train it to there: gptlab train uptrain --from"
+            " MODEL --data DATA --set blend.ramp=geometric"
         )
     return _without_table(model, model.config.rope)
 

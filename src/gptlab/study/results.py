@@ -463,14 +463,18 @@ def _read(path: Path, kind: str, model: type[_File]) -> _File:
             f"{path.parent} has no {path.name}; finish its study first: gptlab study --resume --out {path.parent}"
         ) from None
     except (OSError, ValueError) as error:
-        raise GptlabError(f"{path} cannot be read ({error}); make it again by gptlab study --resume") from None
+        raise GptlabError(f"{path} cannot be read ({error}); {_again(path)}") from None
     stated = (values.get("format"), values.get("version")) if isinstance(values, dict) else None
     if stated != (kind, VERSION):
-        raise GptlabError(f"{path} is not a {kind} of version {VERSION}; make it again by gptlab study --resume")
+        raise GptlabError(f"{path} is not a {kind} of version {VERSION}; {_again(path)}")
     try:
         return model.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        raise GptlabError(f"{path} is damaged: {explain(error)}; make it again by gptlab study") from None
+        raise GptlabError(f"{path} is damaged: {explain(error)}; {_again(path)}") from None
+
+
+def _again(path: Path) -> str:
+    return f"make it again: gptlab study --resume --out {path.parent}"
 
 
 def explain(error: ValidationError) -> str:

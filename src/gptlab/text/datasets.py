@@ -204,7 +204,7 @@ def open_dataset(path: str | Path) -> Dataset:
         return _open_nanogpt(path)
     if any(path.glob("*_train*.bin")) or any(path.glob("*_val*.bin")):
         return _open_llmc(path)
-    raise GptlabError(f"{path} is not a dataset: it has no {INDEX}; make one with gptlab prepare TEXTS --out {path}")
+    raise GptlabError(f"{path} is not a dataset: it has no {INDEX}; make one with gptlab prepare TEXTS --out DIR")
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -82,7 +82,9 @@ def prepare(
     if not 0 < held_out < 1:
         raise GptlabError(f"the share to hold out must be between 0 and 1, got {held_out}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise GptlabError(f"{out} exists already; choose another place, or add to the data there with --append")
+        raise GptlabError(
+            f"{out} exists already; choose another place, remove it, or add to the data there with --append"
+        )
     with _workplace(out, "nothing was left there") as folder:
         division, n_bytes = _divide(documents, validation, held_out, report)
         if not isinstance(tokenizer, Tokenizer):

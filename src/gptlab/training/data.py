@@ -123,6 +123,7 @@ class Items:
         if split.document_ends is None or end_of_text is None:
             raise GptlabError(
                 "data.items needs data whose items end with <|endoftext|>; prepare it with gptlab prepare --per-line"
+                " and a tokenizer that has this token"
             )
         self.split, self.length, self.end_of_text = split, length, end_of_text
         self.ends = np.asarray(split.document_ends)
@@ -131,7 +132,7 @@ class Items:
         if len(sizes) and sizes.max() > length:
             raise GptlabError(
                 f"item {int(sizes.argmax()) + 1} has {sizes.max()} tokens with its end, the context is {length};"
-                f" set model.context_length={sizes.max()}, or leave long items out"
+                f" leave long items out, or give a new model model.context_length={sizes.max()}"
             )
 
     def __len__(self) -> int:

@@ -74,8 +74,8 @@ def rows_of(dataset: Dataset, recipe: Recipe, length: int) -> tuple[Windows | It
     if recipe.data.items:
         if not dataset.items:
             raise GptlabError(
-                f"the data {dataset.name} is not a list of items; prepare it with gptlab prepare --per-line, or leave"
-                " data.items out"
+                f"the data {dataset.name} is not a list of items; prepare it with gptlab prepare --per-line, or set"
+                " data.items=false"
             )
         end = dataset.tokenizer.end_of_text
         return Items(dataset.training, length, end), Items(dataset.validation, length, end)
@@ -173,7 +173,10 @@ def _check(recipe: Recipe, group: Group, validation: Windows | Items) -> None:
     if recipe.batch.size < group.size:
         raise GptlabError(f"batch.size={recipe.batch.size} leaves some of {group.size} processes idle; raise it")
     if not validation.n_targets:
-        raise GptlabError("the validation data is empty; prepare the data again with a larger --held-out")
+        raise GptlabError(
+            "the validation data is empty; prepare the data again and hold more of it out (gptlab prepare --held-out,"
+            " or data.held_out of gptlab train --corpus)"
+        )
 
 
 @dataclass(frozen=True)

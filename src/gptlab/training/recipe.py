@@ -130,6 +130,7 @@ def read_recipe(
         GptlabError: an unknown name, section or key (with the nearest right one), or an impossible value.
     """
     values = read_toml("recipe", name_or_path, _FOLDER)
+    own = bool(values.get("model"))
     for setting in settings or []:
         _apply(values, setting)
     if model:
@@ -141,9 +142,10 @@ def read_recipe(
         recipe.model_for(recipe.tokenizer.vocab_size)  # refuse an impossible model now, not after reading the corpus
     elif recipe.model:
         fields = ", ".join(f"model.{name}" for name in recipe.model)
+        way = "take a recipe that sets nothing of the model, such as finetune" if own else "leave that out"
         raise GptlabError(
-            f"the model comes from {recipe.base}, so {fields} cannot be set; take a recipe that sets nothing of the"
-            f" model, such as finetune, or change the model first with gptlab convert {recipe.base}"
+            f"the model comes from {recipe.base}, so {fields} cannot be set; {way}, or change the model first with"
+            f" gptlab convert {recipe.base}"
         )
     return recipe
 

@@ -62,7 +62,7 @@ def plan(config: ModelConfig, *, type: str = "f32", context: int | None = None) 
     if narrow:
         raise GptlabError(
             f"llama.cpp ignores windows and would attend to everything: cap the context at the window with --context"
-            f" {min(narrow)}, or convert the model to full attention"
+            f" {min(narrow)}, or convert the model to full attention: gptlab convert MODEL --window none"
         )
     family = _family(config)
     needs_biases = family != "llama"
