@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +159,23 @@ def test_an_export_runs_in_llama_cpp(lm: gptlab.LanguageModel, tmp_path: Path) -
         reference = lm.model(torch.tensor([ids + found]))[0]
     assert (torch.from_numpy(scores) - reference).abs().max() < 1e-2 * reference.std()
     same_up_to_ties(lm, ids, found, found)
+
+
+LOADING = """
+import time
+from pathlib import Path
+import gptlab
+gptlab.load("pocket")
+status = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+before, started = status(), time.process_time()
+lm = gptlab.load("smollm2")
+print(time.process_time() - started, (status() - before) * 1024 / sum(p.nbytes for p in lm.model.parameters()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_takes_seconds_and_little_more_than_the_weights() -> None:
+    done = subprocess.run([sys.executable, "-c", LOADING], capture_output=True, text=True, check=True)
+    seconds, share = map(float, done.stdout.split())
+    assert seconds < 15
+    assert share < 1.8  # of what the model holds in the end

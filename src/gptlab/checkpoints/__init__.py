@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from gptlab.checkpoints import gguf, huggingface, nanogpt, native, tensorflow
+from gptlab.checkpoints import gguf, huggingface, llama2c, nanogpt, native, tensorflow
 from gptlab.checkpoints.diagnosis import diagnose
 from gptlab.checkpoints.files import Checkpoint
 from gptlab.config import ModelConfig
@@ -42,7 +42,7 @@ class Format(Protocol):
 
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
-    {"gptlab": native, "hf": huggingface, "openai": tensorflow, "nanogpt": nanogpt, "gguf": gguf}
+    {"gptlab": native, "hf": huggingface, "openai": tensorflow, "nanogpt": nanogpt, "gguf": gguf, "llama2c": llama2c}
 )
 """The formats by their names on the command line, in the order in which a path is shown to them."""
 
