@@ -1,6 +1,6 @@
 """SmolLM2-135M as a package on PyPI holds it (a GGUF file in Q4_1), against transformers and llama.cpp.
 
-Both judges dequantise the same file themselves.
+Both judges read the same file themselves.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints.test_gguf import in_llama_cpp
+from helpers.llama_cpp import in_llama_cpp
 
 import gptlab
 from gptlab.checkpoints import gguf as ours
 from gptlab.checkpoints import hub
 
+pytest.importorskip("gguf")
+pytest.importorskip("accelerate")  # transformers reads GGUF with it
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
