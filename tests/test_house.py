@@ -38,6 +38,7 @@ FLOORS = {
     "plotting": 7,
     "study": 7,
     "report": 8,
+    "benchmark": 8,
     "serve": 8,
     "explore": 8,
     "cli": 9,

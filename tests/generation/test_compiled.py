@@ -219,7 +219,7 @@ def test_without_a_compiler_a_warning_says_why_and_text_comes_all_the_same(envir
     for name, value in ({"GPTLAB_CACHE": str(tmp_path)} | environment).items():
         monkeypatch.setenv(name, value)
     library.library.cache_clear()
-    library._target.cache_clear()
+    library.library_path.cache_clear()
     try:
         with pytest.raises(library.NoLibraryError, match=reason):
             library.library()
@@ -232,7 +232,7 @@ def test_without_a_compiler_a_warning_says_why_and_text_comes_all_the_same(envir
     finally:
         monkeypatch.undo()
         library.library.cache_clear()
-        library._target.cache_clear()
+        library.library_path.cache_clear()
 
 
 def _one_step(connection):

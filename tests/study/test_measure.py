@@ -58,7 +58,7 @@ def test_a_decoding_step_adds_one_token_to_a_cache_that_holds_the_context(name: 
 def test_the_filled_cache_is_one_that_a_prompt_leaves() -> None:
     model = GPT(CONFIGS["all"]).eval()
     caches = [model.make_cache(2, CHUNK + 100, chunk=CHUNK) for _ in range(2)]
-    timing._fill(caches[0], 2, CHUNK + 90)
+    timing.fill(caches[0], 2, CHUNK + 90)
     for n in (CHUNK, 90):
         with torch.inference_mode():
             model(torch.zeros(2, n, dtype=torch.int64), cache=caches[1])

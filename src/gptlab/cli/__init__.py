@@ -8,6 +8,7 @@ import warnings
 
 import typer
 
+from gptlab.cli.bench import bench, compile_step
 from gptlab.cli.convert import convert
 from gptlab.cli.evaluate import evaluate
 from gptlab.cli.export import export
@@ -25,7 +26,7 @@ from gptlab.errors import GptlabError
 
 ABOUT = (
     "GPT-2 from scratch in PyTorch: generate, inspect, verify, prepare, train, convert, import, export, evaluate, plot,"
-    " study, report."
+    " study, report, compile, bench."
 )
 
 app = typer.Typer(
@@ -39,6 +40,8 @@ app = typer.Typer(
 for command in (generate, inspect, evaluate, verify, prepare, train, convert, export, plot, study, report):
     app.command()(command)
 app.command("import")(import_model)
+app.command("compile")(compile_step)
+app.add_typer(bench, name="bench")
 
 
 def version(show: bool = False) -> None:

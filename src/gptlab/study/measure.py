@@ -103,7 +103,7 @@ def measure(
     longest = max(settings.contexts) + ROUNDS + 2
     bench = _Bench(
         configs=dict(configs),
-        extended={name: _extended(config, longest) for name, config in configs.items()},
+        extended={name: extended(config, longest) for name, config in configs.items()},
         recipe=recipe,
         rows=settings.training_rows or recipe.batch.micro or recipe.batch.size,
         cache=cache,
@@ -244,7 +244,7 @@ def _turns(
     return bench.kept(what, lambda: take_turns(make(), bench.device, share), configs=configs, **settings)
 
 
-def _extended(config: ModelConfig, length: int) -> ModelConfig:
+def extended(config: ModelConfig, length: int) -> ModelConfig:
     """The same model with enough learned positions for ``length`` tokens."""
     if not config.has_table or config.context_length >= length:
         return config

@@ -30,7 +30,7 @@ def decoding_step(model: GPT, batch: int, context: int) -> Step:
     """
     cache = model.make_cache(batch, context + ROUNDS + 2, chunk=CHUNK)
     ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.wte.weight.device)
-    _fill(cache, batch, context)
+    fill(cache, batch, context)
 
     @torch.inference_mode()
     def step() -> None:
@@ -39,7 +39,8 @@ def decoding_step(model: GPT, batch: int, context: int) -> Step:
     return step
 
 
-def _fill(cache: Cache, batch: int, n: int) -> None:
+def fill(cache: Cache, batch: int, n: int) -> None:
+    """Append ``n`` tokens with random keys and values to an empty cache of ``batch`` rows."""
     like = cache.layers[0].k
     draw = torch.Generator().manual_seed(0)
     for start in range(0, n, CHUNK):

@@ -37,7 +37,7 @@ def find_compiler() -> str | None:
 
 def is_built() -> bool:
     """Whether `library` finds a step for this processor, so that it costs nothing."""
-    return _target().exists()
+    return library_path().exists()
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def library() -> ctypes.CDLL:
     """
     if os.environ.get("GPTLAB_COMPILED") == "0":
         raise NoLibraryError("GPTLAB_COMPILED=0 switches the compiled step off")
-    target = _target()
+    target = library_path()
     if not target.exists():
         compiler = find_compiler()
         if compiler is None:
@@ -64,7 +64,8 @@ def library() -> ctypes.CDLL:
 
 
 @functools.cache
-def _target() -> Path:
+def library_path() -> Path:
+    """Where the step for this processor lies, or will."""
     sources = sorted(_HERE.glob("*.cpp")) + sorted(_HERE.glob("*.h"))
     digest = hashlib.sha256("\0".join([*_FLAGS, _processor(), *(file.read_text() for file in sources)]).encode())
     return cache_directory() / f"step-{digest.hexdigest()[:16]}.so"
