@@ -154,7 +154,10 @@ def test_shards_and_what_is_trained_on_them_keep_the_tokens(tmp_path: Path) -> N
     dataset = prepare(open_documents([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]), lm.tokenizer, tmp_path / "d")
     for name in ("end_of_text", "start_of_text", "ends", "special_tokens", "sha256"):
         assert getattr(dataset.tokenizer, name) == getattr(lm.tokenizer, name), name
-    assert int(dataset.training.read(0, dataset.training.n_tokens)[-1]) == lm.tokenizer.end_of_text
+    ids = dataset.training.read(0, dataset.training.n_tokens).tolist()
+    start, end = lm.tokenizer.start_of_text, lm.tokenizer.end_of_text
+    assert start != end
+    assert (ids[0], ids[-2:]) == (start, [end, start])
 
 
 def test_a_saved_model_with_another_models_ends_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import pytest
 import torch
 import transformers
 from helpers.theirs import at_once, by_windows, small, theirs
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Engine
 
 import gptlab
 from gptlab import GPT, GptlabError, ModelConfig
@@ -21,7 +23,7 @@ from gptlab.evaluation.pairs import encode_pair
 from gptlab.evaluation.paper import TABLE_3
 from gptlab.evaluation.scoring import Result
 from gptlab.evaluation.tasks import TASKS, evaluate, protocol_of
-from gptlab.text.tokenizers import Tokenizer, byte_tokenizer, char_tokenizer
+from gptlab.text.tokenizers import FileTokenizer, Tokenizer, byte_tokenizer, char_tokenizer
 from gptlab.verification import known_text
 
 ITEMS = Path(__file__).parent / "hellaswag_items.jsonl"
@@ -135,6 +137,64 @@ def test_a_long_document_is_scored_in_parts(
     by_byte = evaluate(small(), byte_tokenizer(), f"text:{path}")
     assert [s.bytes for s in by_byte.scores] == [s.bytes for s in parts.scores]
     assert [s.words for s in by_byte.scores] == [s.words for s in parts.scores]
+
+
+@pytest.fixture(scope="module")
+def odd() -> dict[str, Tokenizer]:
+    """Tokenizers whose tokens are not the bytes of the text: an unknown one in their place, ids with holes, a space."""
+    characters = {c: 7 * i for i, c in enumerate("\u0120\u010aabcdeglo,.")}
+    found: dict[str, Tokenizer] = {}
+    for name, space in (("unknown", False), ("unknown and a space in front", True)):
+        engine = Engine(models.BPE({**characters, "<unk>": 95}, [], unk_token="<unk>"))
+        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=False)
+        engine.decoder = decoders.ByteLevel()
+        engine.add_special_tokens([AddedToken("<unk>", special=True)])
+        found[name] = FileTokenizer(engine)
+    vocabulary = {c: 2 * i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    engine = Engine(models.BPE(vocabulary, []))
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    engine.decoder = decoders.ByteLevel()
+    found["holes"] = FileTokenizer(engine)
+    return found
+
+
+@pytest.mark.parametrize("name", ["unknown", "unknown and a space in front", "holes"])
+@pytest.mark.parametrize("text", ["éa", "a cold égg, a good bed.\n" * 9 + "東京" * 40, "東京" * 60 + " a"])
+@pytest.mark.parametrize("start", [None, 14])
+def test_parts_where_tokens_are_not_the_bytes_of_the_text(
+    odd: dict[str, Tokenizer],
+    name: str,
+    text: str,
+    start: int | None,
+    write: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the parts hold is what the whole holds, and no part has less than nothing."""
+    tokenizer = copy.copy(odd[name])
+    tokenizer.set_borders(end_of_text=start, start=start, ends=[])
+    model, path = small(vocab_size=600, context_length=512), write(text)
+    ids = tokenizer.encode(text)
+    monkeypatch.setattr(texts, "PART", 50)
+    parts = evaluate(model, tokenizer, f"text:{path}").scores
+    logprobs = at_once(theirs(model), [*([] if start is None else [start]), *ids])
+    assert len(parts) == math.ceil(len(text.encode()) / 50)
+    assert sum(score.nats for score in parts) == pytest.approx(-logprobs.sum().item(), abs=1e-3)
+    assert sum(score.tokens for score in parts) == len(logprobs)
+    assert sum(score.words for score in parts) == len(text.split())
+    assert all(0 <= score.bytes <= 50 for score in parts)
+    if start is not None:
+        assert sum(score.bytes for score in parts) == len(text.encode())
+    assert sum(score.bytes for score in parts) > 0
+
+
+def test_the_token_from_which_a_document_is_read_is_named(even: GPT, write: Callable[[str], Path]) -> None:
+    tokenizer = byte_tokenizer()
+    path = write("some text")
+    assert evaluate(even, tokenizer, f"text:{path}").data["from"] == "<|endoftext|>"
+    tokenizer.set_borders(end_of_text=256, start=ord("^"), ends=[256])
+    assert evaluate(even, tokenizer, f"text:{path}").data["from"] == "^"
+    tokenizer.set_borders(end_of_text=None, start=None, ends=[])
+    assert evaluate(even, tokenizer, f"text:{path}").data["from"] is None
 
 
 def test_stride_and_limit(write: Callable[[str], Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,15 @@ FILES: dict[str, dict[str, Any]] = {
                 str(BASE + 3): token("<café>", special=False, single_word=True),
             },
             "mask_token": "<mask>",
+        }
+    },
+    "named without ids": {
+        "special_tokens_map": {
+            "additional_special_tokens": ["<sep>"],
+            "mask_token": token("<mask>", lstrip=True),
+            "pad_token": "[PAD]",
+            "eos_token": END_OF_TEXT,
+            "bos_token": "<|startoftext|>",
         }
     },
     "a space in front": {"tokenizer_config": {"add_prefix_space": True}, "added_tokens": {"<sep>": BASE}},
@@ -361,6 +371,22 @@ def test_where_texts_begin_and_end(
     back = saved(tokenizer, tmp_path / "saved")
     assert (back.end_of_text, back.start_of_text, back.ends) == (between, start, ends)
     assert back.special_tokens == tokenizer.special_tokens
+
+
+@pytest.mark.parametrize("rows", [BASE, BASE + 1, BASE + 2])
+def test_a_token_named_without_an_id_needs_a_row(tmp_path: Path, bpe: dict[str, Any], rows: int) -> None:
+    named = {"pad_token": "[PAD]", "bos_token": "<|startoftext|>", "eos_token": END_OF_TEXT}
+    directory = write_old(tmp_path, bpe, special_tokens_map=named, config=config(vocab_size=rows))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        tokenizer = read(directory)
+    added = ["<|startoftext|>", "[PAD]"][: rows - BASE]
+    assert tokenizer.special_tokens == {END_OF_TEXT: END, **{content: BASE + i for i, content in enumerate(added)}}
+    assert tokenizer.vocab_size == rows
+    assert tokenizer.start_of_text == (BASE if added else END)
+    assert len(said) == (not added)
+    if not added:
+        assert "names '<|startoftext|>' as its bos_token, which has no id" in str(said[0].message)
 
 
 def test_no_end_of_text_is_invented(tmp_path: Path, bpe: dict[str, Any]) -> None:

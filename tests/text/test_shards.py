@@ -31,6 +31,7 @@ from gptlab.text.tokenizers import (
     read_tokenizer,
     train_bpe,
 )
+from gptlab.training.data import Items
 
 TEXTS = [f"document {i}: naïve café 東京 🙂 <|endoftext|> they'll\n\n  sit {i * i}\n" * (1 + i % 4) for i in range(60)]
 
@@ -541,3 +542,40 @@ def test_a_long_line_without_white_space_between_words(tmp_path: Path, unit: str
 def test_shards_hands_out_the_reading_side_too() -> None:
     assert shards.open_dataset is open_dataset
     assert (shards.Dataset, shards.Split) == (Dataset, Split)
+
+
+@pytest.mark.parametrize("items", [False, True])
+def test_a_document_that_begins_otherwise_than_it_ends(tmp_path: Path, items: bool) -> None:
+    bos, eos = 1, 256
+    tokenizer = byte_tokenizer()
+    tokenizer.set_borders(end_of_text=eos, start=bos, ends=[eos])
+    texts = [f"document {i}" for i in range(60)]
+    out = tmp_path / "data"
+    prepare(documents_of("d", texts[:40], items=items), tokenizer, out, held_out=0.3)
+    data = append(documents_of("e", texts[40:], items=items), out)
+    assert json.loads((out / "index.json").read_text())["version"] == 3
+    found: list[str] = []
+    for split in (data.training, data.validation):
+        documents = [ids.tolist() for ids in split.documents()]
+        stream = [bos, *(token for ids in documents for token in (*ids, eos, bos))]
+        assert split.read(0, len(split)).tolist() == stream
+        owners = [i for i, ids in enumerate(documents) for _ in range(len(ids) + 2)]
+        assert split.owners(np.arange(len(owners))).tolist() == owners  # the one that ends a text is part of it
+        rows = Items(split, 16, bos)
+        batch = rows.take(np.arange(len(rows)))
+        for ids, targets, document in zip(batch.ids.tolist(), batch.targets.tolist(), documents, strict=True):
+            n = len(document) + 1
+            assert (ids[:n], targets[:n]) == ([bos, *document], [*document, eos])
+        assert batch.n_targets == rows.n_targets
+        found += map(data.tokenizer.decode, documents)
+    assert sorted(found) == sorted(texts)
+
+
+def test_data_of_before_there_were_two_marks(tmp_path: Path) -> None:
+    """A tokenizer with a beginning of its own, in data that were prepared with one mark: they go on with one."""
+    out = tmp_path / "data"
+    prepare(documents_of("d", TEXTS[:30]), byte_tokenizer(), out, held_out=0.3)
+    (out / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 256}))
+    data = append(documents_of("e", TEXTS[30:]), out)
+    assert data.tokenizer.between == (256, 1)
+    assert sorted(text for split in (data.training, data.validation) for text in texts_of(data, split)) == sorted(TEXTS)

@@ -238,8 +238,11 @@ def _conditions(result: Result) -> str:
     other = "" if data.get("official", True) else f"; {data['file']} is not the official file"
     some = "" if chosen["limit"] is None else f"; the first {chosen['limit']:,} only"
     tokens = sum(score.tokens for score in result.scores)
+    start = ""
+    if "from" in data:
+        start = f", each document from {data['from']}" if data["from"] else ", no first token of a document"
     return (
-        f"{windows}context {chosen['context']}, {chosen['dtype']}; {tokens:,} tokens scored; data"
+        f"{windows}context {chosen['context']}, {chosen['dtype']}; {tokens:,} tokens scored{start}; data"
         f" {data['sha256'][:12]}{other}{some}."
     )
 

@@ -47,12 +47,11 @@ def calibration_rows(
     """
     if n_tokens < 1:
         raise GptlabError(f"a calibration text has at least 1 token, got {n_tokens}")
-    mark = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
     ids: list[int] = []
     left = MOST_CHARACTERS
     for document in open_documents([str(source)]):
         try:
-            ids += mark + tokenizer.encode(document[:left])
+            ids += [*tokenizer.between[-1:], *tokenizer.encode(document[:left]), *tokenizer.between[:-1]]
         except GptlabError as error:
             raise GptlabError(
                 f"of the calibration text {source} {error}, or name another text (--calibration)"

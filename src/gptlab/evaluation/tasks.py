@@ -40,7 +40,7 @@ TASKS = {
         ),
         Protocol(
             "wikitext:word",
-            "WikiText-2 raw test, article by article from <|endoftext|>, de-tokenized, each last window full; loss per"
+            "WikiText-2 raw test, article by article, de-tokenized, each last window full; loss per"
             " word and byte of the original",
             texts.wikitext_word,
             "wikitext",
@@ -114,7 +114,7 @@ def protocol_of(task: str) -> Protocol:
             raise GptlabError("text: needs the path of a text after it, as in text:novel.txt")
         return Protocol(
             task,
-            "every token of the text; each document from <|endoftext|>",
+            "every token of the text, document by document",
             functools.partial(texts.text_file, variant),
             None,
             ("nats_per_token", "token_perplexity", "word_perplexity", "bits_per_byte"),

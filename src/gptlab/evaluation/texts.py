@@ -45,12 +45,13 @@ class Document:
 
 
 def text_file(source: str, model: GPT, tokenizer: Tokenizer, settings: Settings, progress: Progress | None) -> Outcome:
-    """``text:FILE``: documents, each from an end-of-text token on."""
+    """``text:FILE``: documents, each from the token on that begins a text, where the tokenizer has one."""
     corpus = open_documents([source], text_field=settings.text_field)
     texts = tuple(corpus)
     documents = [_plain(text) for text in settings.first(texts)]
     scores, hashed = _score(model, tokenizer, documents, settings, progress)
-    return _outcome(scores, {"name": corpus.name, "sha256": sha256_of_documents(texts), "ids_sha256": hashed})
+    identity = {"name": corpus.name, "sha256": sha256_of_documents(texts), "ids_sha256": hashed}
+    return _outcome(scores, {**identity, "from": start_of(tokenizer)})
 
 
 def wikitext_token(model: GPT, tokenizer: Tokenizer, settings: Settings, progress: Progress | None) -> Outcome:
@@ -74,7 +75,12 @@ def wikitext_word(model: GPT, tokenizer: Tokenizer, settings: Settings, progress
         for page in pages
     ]
     scores, hashed = _score(model, tokenizer, documents, settings, progress, full_last=True)
-    return _outcome(scores, {**source.identity(), "ids_sha256": hashed})
+    return _outcome(scores, {**source.identity(), "ids_sha256": hashed, "from": start_of(tokenizer)})
+
+
+def start_of(tokenizer: Tokenizer) -> str | None:
+    """Return the token from which each document is read, as text; None where the tokenizer has none."""
+    return None if tokenizer.start_of_text is None else tokenizer.decode([tokenizer.start_of_text])
 
 
 def _plain(text: str) -> Document:
@@ -148,7 +154,8 @@ def _parts(text: str, tokenizer: Tokenizer, ids: Sequence[int], logprobs: Tensor
     n_tokens = torch.bincount(tokens, minlength=n).tolist()
     words = np.bincount(word_starts // PART, minlength=n).tolist()
     ends = [min((i + 1) * PART, len(content)) for i in range(n)]
-    n_bytes = [end - max(i * PART, int(offsets[unscored])) for i, end in enumerate(ends)]
+    begin = min(int(offsets[unscored]), len(content) - 1)
+    n_bytes = [end - max(i * PART, begin) for i, end in enumerate(ends)]
     return [Score(*values) for values in zip(nats, n_tokens, words, n_bytes, strict=True)]
 
 

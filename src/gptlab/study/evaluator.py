@@ -202,8 +202,9 @@ class Evaluator:
 
     def _stream(self, tokenizer: Tokenizer) -> list[int]:
         """The documents one after the other, as in training."""
-        mark = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-        return [token for ids in tokenizer.encode_batch(list(self.documents)) for token in (*mark, *ids)]
+        before, after = tokenizer.between[-1:], tokenizer.between[:-1]
+        texts = tokenizer.encode_batch(list(self.documents))
+        return [token for ids in texts for token in (*before, *ids, *after)]
 
 
 def check_settings(settings: EvaluationSettings, length: int, tokenizer: Tokenizer | None) -> None:

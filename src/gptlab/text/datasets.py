@@ -27,7 +27,9 @@ from gptlab.text.tokenizers import GPT2Tokenizer, Tokenizer, read_tokenizer
 
 FORMAT = "gptlab-tokens"
 VERSION = 2
-VERSIONS = (1, 2)
+TWO_MARKS = 3
+"""The version where a document is ended by one token and the next one opened by another."""
+VERSIONS = (1, 2, TWO_MARKS)
 """Those that can be read."""
 INDEX = "index.json"
 
@@ -52,7 +54,8 @@ class Split:
         n_documents: documents; 0 where the format does not say.
         n_bytes: bytes of UTF-8 text, or None where the format does not say.
         dtype: of the ids.
-        marked: a mark (``<|endoftext|>``) follows each document.
+        marks: how many marks follow each document: none, ``<|endoftext|>``, or one that ends it and one that opens the
+            next.
         first: where the first document's text begins: 1 where a mark precedes it.
     """
 
@@ -65,13 +68,13 @@ class Split:
         n_documents: int = 0,
         n_bytes: int | None = None,
         ends: Shard | None = None,
-        marked: bool = False,
+        marks: int = 0,
         first: int = 0,
     ) -> None:
         self.shards, self.dtype, self.vocab_size = tuple(shards), dtype, vocab_size
         self.n_tokens = sum(shard.n_tokens for shard in shards)
         self.n_documents, self.n_bytes = n_documents, n_bytes
-        self.marked, self.first = marked, first
+        self.marks, self.first = marks, first
         self._ends = ends
         self._starts = np.cumsum([0, *(shard.n_tokens for shard in shards)])
         self._maps: dict[int, np.ndarray] = {}
@@ -99,7 +102,7 @@ class Split:
 
     @cached_property
     def document_ends(self) -> np.ndarray | None:
-        """The position after each document and its mark (n_documents,), int64, on disk; None where unrecorded."""
+        """The position after each document and its marks (n_documents,), int64, on disk; None where unrecorded."""
         return None if self._ends is None else _mapped(self._ends, np.dtype("<i8"))
 
     def documents(self) -> Iterator[np.ndarray]:
@@ -109,7 +112,7 @@ class Split:
             return
         start = self.first
         for end in self.document_ends.tolist():
-            yield self.read(start, end - self.marked)
+            yield self.read(start, end - self.marks)
             start = end
 
     def owners(self, places: np.ndarray) -> np.ndarray:
@@ -120,7 +123,7 @@ class Split:
         """
         if self.document_ends is None:
             raise GptlabError("the data does not say where its documents end; prepare it with gptlab prepare")
-        return np.searchsorted(self.document_ends, places + self.marked, side="right").astype(np.int64)
+        return np.searchsorted(self.document_ends, places + bool(self.marks), side="right").astype(np.int64)
 
     def verify(self) -> None:
         """Read everything and compare it with its checksums.
@@ -237,7 +240,7 @@ def _open_own(path: Path) -> Dataset:
         if _sha256(path / "tokenizer.json") != values["tokenizer"]["sha256"]:
             raise GptlabError(f"{path / 'tokenizer.json'} is not the one that made the ids; prepare the data again")
         dtype = np.dtype(values["dtype"]).newbyteorder("<")
-        splits, marked = [], tokenizer.end_of_text is not None
+        splits, marks = [], min(len(tokenizer.between), 1 + (values["version"] == TWO_MARKS))
         for split in (values["splits"][name] for name in SPLITS):
             shards = [Shard(path / s["file"], int(s["tokens"]), 0, s["sha256"]) for s in split["shards"]]
             ends = Shard(path / split["ends"]["file"], int(split["documents"]), 0, split["ends"]["sha256"])
@@ -251,8 +254,8 @@ def _open_own(path: Path) -> Dataset:
                     n_documents=int(split["documents"]),
                     n_bytes=int(split["bytes"]),
                     ends=ends,
-                    marked=marked,
-                    first=int(marked and values["version"] > 1),
+                    marks=marks,
+                    first=int(bool(marks) and values["version"] > 1),
                 )
             )
         return Dataset(

@@ -25,7 +25,7 @@ class Encoded(NamedTuple):
     """What a job gives for one split.
 
     Attributes:
-        ids: of its texts, each document followed by the mark that opens the next.
+        ids: of its texts, each document followed by the mark that opens the next (`Tokenizer.between`).
         ends: places in ``ids`` after each document that ends there, int64.
         n_bytes: of UTF-8 text.
     """
@@ -35,14 +35,16 @@ class Encoded(NamedTuple):
     n_bytes: int
 
 
-def encode(tokenizer: Tokenizer, parted: Parted, dtype: np.dtype[Any]) -> Iterator[list[Encoded]]:
-    """Encode pieces on all cores; yield the results in order, for each split of `SPLITS`."""
+def encode(
+    tokenizer: Tokenizer, parted: Parted, dtype: np.dtype[Any], marks: tuple[int, ...]
+) -> Iterator[list[Encoded]]:
+    """Encode pieces on all cores; yield the results in order, for each split of `SPLITS`; ``marks`` end documents."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pending: deque[Future[list[Encoded]]] = deque()
     pool = ThreadPoolExecutor(cores)
     try:
         for job in _jobs(parted, whole=not tokenizer.splits_as_gpt2):
-            pending.append(pool.submit(_encode, tokenizer, job, dtype))
+            pending.append(pool.submit(_encode, tokenizer, job, dtype, marks))
             if len(pending) > 2 * cores:  # enough to keep them busy while this thread reads and writes
                 yield pending.popleft().result()
         while pending:
@@ -69,9 +71,9 @@ def _jobs(parted: Parted, whole: bool) -> Iterator[Job]:
         yield job
 
 
-def _encode(tokenizer: Tokenizer, job: Job, dtype: np.dtype[Any]) -> list[Encoded]:
+def _encode(tokenizer: Tokenizer, job: Job, dtype: np.dtype[Any], marks: tuple[int, ...]) -> list[Encoded]:
     arrays = tokenizer.encode_arrays([text for text, _, _ in job])
-    end_of_text = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], dtype=np.uint32)
+    between = np.array(marks, dtype=np.uint32)
     parts: list[list[np.ndarray]] = [[np.empty(0, np.uint32)] for _ in SPLITS]
     ends: list[list[int]] = [[] for _ in SPLITS]
     n_tokens, n_bytes = [0] * len(SPLITS), [0] * len(SPLITS)
@@ -80,8 +82,8 @@ def _encode(tokenizer: Tokenizer, job: Job, dtype: np.dtype[Any]) -> list[Encode
         n_tokens[side] += len(ids)
         n_bytes[side] += len(text) if text.isascii() else len(text.encode())
         if ends_here:
-            parts[side].append(end_of_text)
-            n_tokens[side] += len(end_of_text)
+            parts[side].append(between)
+            n_tokens[side] += len(between)
             ends[side].append(n_tokens[side])
     return [
         Encoded(np.concatenate(parts[side]).astype(dtype), np.array(ends[side], dtype="<i8"), n_bytes[side])
@@ -97,7 +99,7 @@ class SplitWriter:
         name: of the split.
         dtype: of the ids.
         shard_tokens: most ids in a file.
-        mark: the id that precedes the first document, or None; it is the one that follows every document.
+        mark: the id that precedes the first document, or None; every document is followed by it.
         entry: what the index says of the split that this one continues; its shards stay where they are.
         document_ends: of that split.
     """

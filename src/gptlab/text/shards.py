@@ -23,7 +23,7 @@ import numpy as np
 
 from gptlab.errors import GptlabError
 from gptlab.progress import Report
-from gptlab.text.datasets import FORMAT, INDEX, VERSION, Dataset, Split, open_dataset, read_index
+from gptlab.text.datasets import FORMAT, INDEX, TWO_MARKS, VERSION, Dataset, Split, open_dataset, read_index
 from gptlab.text.documents import Documents
 from gptlab.text.encoding import SplitWriter, encode
 from gptlab.text.segmentation import in_pieces
@@ -64,6 +64,8 @@ def prepare(
 ) -> Dataset:
     """Turn documents into a dataset; ``<|endoftext|>`` precedes each where the tokenizer has it, and ends the last.
 
+    Where a tokenizer begins texts with another token than it ends them with, both stand between documents.
+
     Args:
         documents: read two or three times; `divide` says which are held out.
         tokenizer: one to use, or what to make: ``bpe`` is trained on the training part, the alphabet of ``chars`` is
@@ -92,11 +94,12 @@ def prepare(
         for name, content in tokenizer.files().items():
             _write_file(folder / name, content)
         dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-        writers = [SplitWriter(folder, name, dtype, shard_tokens, tokenizer.end_of_text) for name in SPLITS]
+        opening = next(reversed(tokenizer.between), None)
+        writers = [SplitWriter(folder, name, dtype, shard_tokens, opening) for name in SPLITS]
         rule = division.rule
         index = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": TWO_MARKS if len(tokenizer.between) > 1 else VERSION,
             "name": documents.name,
             "items": documents.items,
             "held_out": rule.held_out,
@@ -104,7 +107,7 @@ def prepare(
             "cut": None if rule.cut is None else {"rank": rule.cut.rank, "bytes": rule.cut.n_bytes},
             "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
             "dtype": dtype.name,
-            "splits": _write_splits(tokenizer, division, writers, dtype, n_bytes, report),
+            "splits": _write_splits(tokenizer, tokenizer.between, division, writers, dtype, n_bytes, report),
         }
         _write_file(folder / INDEX, _json(index))
         _sync(folder)
@@ -174,7 +177,8 @@ def append(
             )
             for name, split in zip(SPLITS, (old.training, old.validation), strict=True)
         ]
-        splits = _write_splits(old.tokenizer, division, writers, old.training.dtype, surveyed.n_bytes, report)
+        marks = old.tokenizer.between[: old.training.marks]  # data of before there were two have one
+        splits = _write_splits(old.tokenizer, marks, division, writers, old.training.dtype, surveyed.n_bytes, report)
         _write_file(folder / INDEX, _json({**index, "splits": splits}))
         if read_index(out) != index:
             raise GptlabError(f"{out} was changed meanwhile; run the same command again")
@@ -204,6 +208,7 @@ def _small(texts: Iterable[str]) -> Iterator[str]:
 
 def _write_splits(
     tokenizer: Tokenizer,
+    marks: tuple[int, ...],
     division: Division,
     writers: list[SplitWriter],
     dtype: np.dtype[Any],
@@ -213,7 +218,7 @@ def _write_splits(
     """Encode and write everything; return what the index is to say of the splits."""
     done = n_tokens = 0
     try:
-        for results in encode(tokenizer, division.parted(), dtype):
+        for results in encode(tokenizer, division.parted(), dtype, marks):
             for writer, encoded in zip(writers, results, strict=True):
                 writer.write(encoded)
                 done += encoded.n_bytes

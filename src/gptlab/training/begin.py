@@ -158,5 +158,5 @@ def _ids_in_texts(tokenizer: Tokenizer) -> int:
 
     Many a fine-tuned model has no row for a padding token that its tokenizer has, and no text holds one.
     """
-    unused = set(tokenizer.special_tokens.values()) - {tokenizer.end_of_text}
+    unused = set(tokenizer.special_tokens.values()) - set(tokenizer.between)
     return 1 + max(token for token in tokenizer.known_ids(tokenizer.vocab_size) if token not in unused)

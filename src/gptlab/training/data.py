@@ -108,26 +108,28 @@ class Windows:
 
 
 class Items:
-    """One short document a row: the end-of-text token, the item, the end again, and padding that counts nothing.
+    """One short document a row: the token that begins a text, the item, the one that ends it, and padding that counts
+    nothing.
 
     Args:
         split: the items, each followed by the end of text.
         length: tokens of a row, T; the longest item with its end must fit.
-        end_of_text: the token that begins each row.
+        start: the token that begins each row; None where nothing ends an item.
 
     Raises:
         GptlabError: an item that is too long, or a tokenizer without an end of text.
     """
 
-    def __init__(self, split: Split, length: int, end_of_text: int | None) -> None:
-        if split.document_ends is None or end_of_text is None:
+    def __init__(self, split: Split, length: int, start: int | None) -> None:
+        if split.document_ends is None or start is None:
             raise GptlabError(
                 "data.items needs data whose items end with <|endoftext|>; prepare it with gptlab prepare --per-line"
                 " and a tokenizer that has this token"
             )
-        self.split, self.length, self.end_of_text = split, length, end_of_text
-        self.ends = np.asarray(split.document_ends)
-        self.starts = np.concatenate([[split.first], self.ends[:-1]])
+        self.split, self.length, self.start = split, length, start
+        after = np.asarray(split.document_ends)
+        self.starts = np.concatenate([[split.first], after[:-1]])
+        self.ends = after - max(split.marks - 1, 0)  # the token that opens the next item is none of this one's
         sizes = self.ends - self.starts
         if len(sizes) and sizes.max() > length:
             raise GptlabError(
@@ -142,11 +144,11 @@ class Items:
     @property
     def n_targets(self) -> int:
         """Tokens that `in_order` predicts: those of every item and its end."""
-        return int(self.ends[-1]) - self.split.first if len(self.ends) else 0
+        return int((self.ends - self.starts[: len(self.ends)]).sum())
 
     def take(self, which: np.ndarray) -> Batch:
         """Return the items of these numbers, (B,) int64."""
-        ids = torch.full((len(which), self.length), self.end_of_text)
+        ids = torch.full((len(which), self.length), self.start)
         targets = torch.full((len(which), self.length), IGNORED)
         for row, item in enumerate(which):
             tokens = torch.from_numpy(self.split.read(int(self.starts[item]), int(self.ends[item])).astype(np.int64))

@@ -77,8 +77,8 @@ def rows_of(dataset: Dataset, recipe: Recipe, length: int) -> tuple[Windows | It
                 f"the data {dataset.name} is not a list of items; prepare it with gptlab prepare --per-line, or set"
                 " data.items=false"
             )
-        end = dataset.tokenizer.end_of_text
-        return Items(dataset.training, length, end), Items(dataset.validation, length, end)
+        start = next(reversed(dataset.tokenizer.between), None)
+        return Items(dataset.training, length, start), Items(dataset.validation, length, start)
     inside = recipe.data.documents
     return Windows(dataset.training, length, inside), Windows(dataset.validation, length, inside)
 

@@ -51,6 +51,16 @@ class Tokenizer(ABC):
         return frozenset() if self.end_of_text is None else frozenset([self.end_of_text])
 
     @property
+    def between(self) -> tuple[int, ...]:
+        """The ids between two documents: the one that ends the first, and the one that opens the next if it is another.
+
+        The last of them stands before the first document too. Empty where nothing ends a document.
+        """
+        if self.end_of_text is None:
+            return ()
+        return tuple(token for token in dict.fromkeys((self.end_of_text, self.start_of_text)) if token is not None)
+
+    @property
     def special_tokens(self) -> Mapping[str, int]:
         """The tokens that a text holds as such only when it is encoded with ``special``, with their ids."""
         return {}

@@ -18,7 +18,7 @@ from gptlab.errors import GptlabError
 from gptlab.text.tokenizers.base import END_OF_TEXT
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -36,6 +36,7 @@ class Declared:
         starts: ids from which a text without a prompt starts, the first that there is.
         ends: ids that end a text.
         rows: of the model's embedding, where a configuration says so.
+        without_id: special tokens that no file gives an id and the model no row.
         chat_template: see `Tokenizer`; in a file of its own, or in `tokenizer_config.json`.
     """
 
@@ -48,6 +49,7 @@ class Declared:
     starts: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     rows: int | None = None
+    without_id: list[str] = field(default_factory=list)
     chat_template: str | None = None
 
 
@@ -64,7 +66,7 @@ def read_declared(directory: Path) -> Declared:
     # Where the configuration lists the added tokens, it is the younger file and the special ones are named there too.
     names = config if listed else {**config, **_read(directory / "special_tokens_map.json")}
     for key, value in names.items():
-        if key in _NAMED or (key.endswith("_token") and isinstance(value, str | dict)):
+        if key in NAMED or (key.endswith("_token") and isinstance(value, str | dict)):
             for content, flags in _tokens([value]):
                 declared.special[content], declared.named[key] = flags, content
         elif key in _LISTED and isinstance(value, list | dict):

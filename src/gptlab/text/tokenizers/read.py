@@ -10,7 +10,7 @@ from typing import Any
 from gptlab.errors import GptlabError
 from gptlab.placeholders import refuse_placeholder
 from gptlab.text.tokenizers.base import END_OF_TEXT, Tokenizer
-from gptlab.text.tokenizers.declared import FLAGS, Declared, read_declared
+from gptlab.text.tokenizers.declared import FLAGS, NAMED, Declared, read_declared
 from gptlab.text.tokenizers.files import FileTokenizer, UnsupportedTokenizer
 from gptlab.text.tokenizers.gpt2 import GPT2Tokenizer, byte_alphabet, byte_level, gpt2_merges, gpt2_vocab
 
@@ -68,6 +68,13 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
             " has no token or the model no row: it is ignored",
             stacklevel=2,
         )
+    for part in ("bos_token", "eos_token"):
+        if (content := declared.named.get(part)) in declared.without_id:
+            warnings.warn(
+                f"{directory} names {content!r} as its {part}, which has no id and for which the model has no row:"
+                " it is read as text",
+                stacklevel=2,
+            )
     return tokenizer
 
 
@@ -110,6 +117,7 @@ def _complete(values: dict[str, Any], declared: Declared, new_layout: bool) -> N
         if content in tokens or content in model["vocab"]:
             known = tokens.get(content) or {**_token(content, model["vocab"][content]), **flags}
             tokens[content] = {**known, "special": True}
+    declared.without_id = _give_ids(model["vocab"], tokens, declared)
     values["added_tokens"] = _numbered(model["vocab"], tokens)
     _set_unknown(model, declared)
     splitter = values.get("pre_tokenizer") or {}
@@ -123,6 +131,21 @@ def _complete(values: dict[str, Any], declared: Declared, new_layout: bool) -> N
 
 def _token(content: str, token: int) -> dict[str, Any]:
     return {"id": token, "content": content, **dict.fromkeys(FLAGS, False)}
+
+
+def _give_ids(vocab: dict[str, int], tokens: dict[str, dict[str, Any]], declared: Declared) -> list[str]:
+    """Give special tokens that are named without an id the next ones, as transformers does; return those left without.
+
+    These are the ones that the model has no row for. ``<|endoftext|>`` is never one of them: it is the name that some
+    programs write where nobody chose one.
+    """
+    named = dict.fromkeys(declared.named[part] for part in NAMED if part in declared.named)
+    missing = [content for content in {**named, **declared.special} if content not in (*tokens, *vocab, END_OF_TEXT)]
+    following = 1 + max([*vocab.values(), *(int(token["id"]) for token in tokens.values())], default=-1)
+    rows = len(missing) if declared.rows is None else max(0, declared.rows - following)
+    for token, content in enumerate(missing[:rows], following):
+        tokens[content] = {**_token(content, token), **declared.special.get(content, {}), "special": True}
+    return missing[rows:]
 
 
 def _numbered(vocab: dict[str, int], tokens: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
