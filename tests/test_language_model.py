@@ -4,9 +4,11 @@ import torch
 import gptlab
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
+from gptlab.evaluation.scoring import token_logprobs
 from gptlab.generation.sampling import Sampling
 from gptlab.language_model import LanguageModel
 from gptlab.model.gpt import GPT
+from gptlab.model.quantised import bits_of, dequantise
 from gptlab.text.tokenizers import byte_tokenizer, char_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -364,3 +366,47 @@ def test_half_precision_generates_too(lm, tmp_path):
     texts = half.generate(PROMPTS, max_new_tokens=10, seed=1)
     assert texts == half.generate(PROMPTS, max_new_tokens=10, seed=1)
     assert all(texts)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tied", [True, False])
+def test_whole_numbers_are_saved_and_read_again_bit_for_bit(bits, tied, tmp_path):
+    model = GPT(ModelConfig.preset("tiny", tie_embeddings=tied), seed=3)
+    gptlab.save(gptlab.LanguageModel(model), tmp_path / "float")
+    lm = gptlab.load(tmp_path / "float", dtype=f"int{bits}")
+    gptlab.save(lm, tmp_path / "whole")
+    again = gptlab.load(tmp_path / "whole")
+    assert bits_of(again.model) == bits_of(lm.model) == bits
+    mine, theirs = lm.model.state_dict(), again.model.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "float")]
+    assert sizes[0] < sizes[1] * (bits + 5) / 32
+    # Asked for floats, it gives those that the whole numbers stand for.
+    floats = gptlab.load(tmp_path / "whole", dtype="float32").model
+    torch.testing.assert_close(floats.wte.weight, dequantise(lm.model.wte.weight, lm.model.wte.factors))
+    with pytest.raises(GptlabError, match="leave out dtype"):
+        gptlab.save(again, tmp_path / "other", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_whole_numbers_generate_and_are_evaluated(dtype, tmp_path):
+    lm = gptlab.load("pocket", dtype=dtype)
+    assert len(lm.generate("The city", max_new_tokens=5, seed=1)[0]) > 0
+    ids = [lm.tokenizer.encode("The city of London is the capital of England and of the United Kingdom.")]
+    exact = token_logprobs(gptlab.load("pocket").model, ids)[0].mean()
+    rounded = token_logprobs(lm.model, ids, dtype=dtype)[0].mean()
+    assert 0 < abs(exact - rounded) < {"int8": 0.02, "int4": 0.3}[dtype]
+    torch.testing.assert_close(token_logprobs(gptlab.load("pocket").model, ids, dtype=dtype)[0].mean(), rounded)
+    with pytest.raises(GptlabError, match="load it in float32"):
+        token_logprobs(lm.model, ids)
+
+
+def test_auto_is_one_of_the_precisions():
+    assert gptlab.load("pocket", dtype="auto").model.cache_dtype in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", ["int9", "auto8", torch.int8])
+def test_other_precisions_are_refused(dtype):
+    with pytest.raises(GptlabError, match="dtype must be one of"):
+        gptlab.load("pocket", dtype=dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gptlab.errors import GptlabError, nearest
 
@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Those that a model's weights may have in memory."""
+SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+BITS: dict[str, Literal[8, 4]] = {"int8": 8, "int4": 4}
+"""Whole numbers that weights may be rounded to, by name."""
 
 
 def find_device(device: Any) -> torch.device:
@@ -41,7 +44,24 @@ def find_dtype(dtype: Any) -> torch.dtype:
     import torch
 
     name = str(dtype).removeprefix("torch.")
+    name = SHORT.get(name, name)
     if name not in DTYPES or not isinstance(dtype, (str, torch.dtype)):
         raise GptlabError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{nearest(name, DTYPES)}")
     resolved: torch.dtype = getattr(torch, name)
     return resolved
+
+
+def find_precision(dtype: Any) -> tuple[torch.dtype, Literal[8, 4] | None]:
+    """Return the dtype to read weights in and the bits to round them to, if any: one of `DTYPES` or of `BITS`.
+
+    Raises:
+        GptlabError: another, or none.
+    """
+    import torch
+
+    if isinstance(dtype, str) and dtype in BITS:
+        return torch.float32, BITS[dtype]
+    names = (*DTYPES, *BITS, "auto")
+    if isinstance(dtype, str) and dtype not in (*names, *SHORT):
+        raise GptlabError(f"dtype must be one of {', '.join(names)}, got {dtype!r}{nearest(dtype, names)}")
+    return find_dtype(dtype), None

@@ -15,12 +15,14 @@ import torch
 from gptlab import checkpoints
 from gptlab.checkpoints import hub, native
 from gptlab.checkpoints.runs import is_run, model_of
-from gptlab.devices import find_device, find_dtype
+from gptlab.devices import find_device, find_dtype, find_precision
 from gptlab.errors import GptlabError
+from gptlab.generation.compiled.decoder import can_serve
 from gptlab.generation.continuation import Continuation
 from gptlab.generation.engine import decode
 from gptlab.generation.sampling import Sampling
 from gptlab.model.gpt import GPT, SCALES
+from gptlab.model.quantised import bits_of, fast_bfloat16, quantise_model, restore
 from gptlab.text.chat import render_chat
 from gptlab.text.tokenizers import Tokenizer
 
@@ -231,7 +233,7 @@ def _seed(seed: int | None) -> int:
 def load(
     name: str | Path,
     *,
-    dtype: str | torch.dtype = torch.float32,
+    dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
     tokenizer: str | Tokenizer | None = None,
 ) -> LanguageModel:
@@ -242,8 +244,10 @@ def load(
             ``smollm2`` (of an installed package), ``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl``, or
             ``owner/name`` on the Hugging Face hub. A `Path` is always a place on disk. The directory of a training run
             stands for its best checkpoint, ``"runs/a@last"`` for the last.
-        dtype: of the weights in memory, ``torch.bfloat16`` or ``"bfloat16"``; norms, softmax and logits are computed in
-            float32 in any case.
+        dtype: of the weights in memory: ``torch.bfloat16`` or ``"bfloat16"``, ``"int8"`` or ``"int4"`` for weights
+            rounded to whole numbers (`gptlab.model.quantised`), ``"auto"`` for the fastest here that keeps the quality.
+            None is float32, or what the model was saved in where that is whole numbers. Norms, softmax and logits are
+            computed in float32 in any case.
         device: where to put the model: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...
         tokenizer: ``"gpt2"``, ``"bytes"`` or a `Tokenizer`, in place of the one beside the weights.
 
@@ -254,14 +258,20 @@ def load(
     name = Path(name) if isinstance(name, os.PathLike) else name
     if not isinstance(name, (str, Path)):
         raise GptlabError(f"the model must be a name or a directory, got {type(name).__name__} {name!s:.40}")
-    dtype, device = find_dtype(dtype), find_device(device)
+    device = find_device(device)
+    read_as, bits = (None, None) if dtype is None else find_precision(_fastest(device) if dtype == "auto" else dtype)
     if isinstance(name, Path) and is_run(name):
         name = model_of(name)
-    checkpoint = checkpoints.read(name if isinstance(name, Path) else hub.locate(name), dtype)
+    checkpoint = checkpoints.read(name if isinstance(name, Path) else hub.locate(name), read_as)
     with torch.device("meta"):
         model = GPT(checkpoint.config)
-    model.load_state_dict(checkpoint.state, strict=not checkpoint.config.tie_embeddings, assign=True)
-    model.tie()
+    if checkpoint.bits is None:
+        model.load_state_dict(checkpoint.state, strict=not checkpoint.config.tie_embeddings, assign=True)
+        model.tie()
+    else:
+        restore(model, checkpoint.state)
+    if bits is not None:
+        quantise_model(model, bits)
     chosen = checkpoint.tokenizer
     if isinstance(tokenizer, str):
         from gptlab.text.tokenizers import make_tokenizer
@@ -272,6 +282,13 @@ def load(
     elif tokenizer is not None:
         raise GptlabError(f"the tokenizer must be 'gpt2', 'bytes' or a Tokenizer, got {type(tokenizer).__name__}")
     return LanguageModel(model.to(device).eval(), chosen, no_tokenizer=checkpoint.no_tokenizer)
+
+
+def _fastest(device: torch.device) -> str:
+    """What ``auto`` stands for: int8 where the compiled step multiplies it, else bfloat16 where that is fast."""
+    if device.type == "cpu":
+        return "int8" if can_serve() else "bfloat16" if fast_bfloat16() else "float32"
+    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def save(
@@ -288,7 +305,7 @@ def save(
     Args:
         lm: the model.
         directory: made when it does not exist.
-        dtype: to store the weights in; None keeps theirs.
+        dtype: to store the weights in; None keeps theirs, which may be whole numbers.
         files: to be written beside them, by name.
 
     Raises:
@@ -298,9 +315,11 @@ def save(
         raise GptlabError(f"save takes a LanguageModel, got {type(lm).__name__}; wrap a GPT in LanguageModel(model)")
     if not isinstance(directory, (str, os.PathLike)) or not str(directory):
         raise GptlabError(f"the place to save to must be the path of a directory, got {directory!r}")
-    stored = None if dtype is None else find_dtype(dtype)
+    stored, bits = None if dtype is None else find_dtype(dtype), bits_of(lm.model)
+    if stored is not None and bits is not None:
+        raise GptlabError(f"the model's weights are in {bits} bits already; leave out dtype")
     state = {
         name: tensor if stored is None or name in SCALES else tensor.to(stored)
         for name, tensor in lm.model.tensors().items()
     }
-    native.write(Path(directory), checkpoints.Checkpoint(lm.config, state, lm.tokenizer), files)
+    native.write(Path(directory), checkpoints.Checkpoint(lm.config, state, lm.tokenizer, bits=bits), files)

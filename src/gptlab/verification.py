@@ -88,7 +88,7 @@ def checks(
         raise GptlabError(f"only the original models can be verified: {', '.join(hub.ORIGINALS)}; got {model!r}")
     directory = hub.locate(model if path is None else str(path.absolute()))
     _refuse_others(model, directory)
-    lm = language_model.load(directory)
+    lm = language_model.load(directory, dtype="float32")
     if lm.tokenizer is None or lm.tokenizer.vocab_size != lm.config.vocab_size:
         lm.tokenizer = GPT2Tokenizer()
     yield _timed(lambda: original_count(model, lm))
@@ -328,7 +328,7 @@ def saved_and_loaded() -> Outcome:
     ids = _ids(lm.model, 1, 16)
     with tempfile.TemporaryDirectory() as directory:
         language_model.save(lm, directory)
-        again = language_model.load(directory)
+        again = language_model.load(directory, dtype="float32")
     same = torch.equal(lm.model(ids), again.model(ids)) and again.config == lm.config
     return "saved and loaded again", "identical logits" if same else "different", "identical logits", same
 

@@ -38,7 +38,10 @@ class Format(Protocol):
         """Read only the configuration; GptlabError where it is damaged or describes what gptlab does not compute."""
 
     def read(self, path: Path, dtype: torch.dtype) -> Checkpoint:
-        """Read all of it, every tensor in ``dtype`` and in memory of its own; GptlabError as `read_config`."""
+        """Read all of it, every tensor in ``dtype`` and in memory of its own; GptlabError as `read_config`.
+
+        gptlab's own format also takes None, for weights in whole numbers as they are.
+        """
 
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
@@ -75,13 +78,18 @@ def name_of(chosen: Format) -> str:
     return next(name for name, module in FORMATS.items() if module is chosen)
 
 
-def read(path: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
+def read(path: Path, dtype: torch.dtype | None = torch.float32) -> Checkpoint:
     """Read a model in any supported format, a directory or a file; every tensor in ``dtype``, in memory of its own.
+
+    None is float32, but leaves weights that were saved as whole numbers what they are (`Checkpoint.bits`).
 
     Raises:
         GptlabError: no checkpoint there, or one that is damaged, incomplete or of another architecture.
     """
-    return format_of(path).read(path, dtype)
+    chosen = format_of(path)
+    if dtype is None and chosen is native:
+        return native.read(path, None)
+    return chosen.read(path, dtype or torch.float32)
 
 
 def read_config(path: Path) -> ModelConfig:

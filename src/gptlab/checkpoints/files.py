@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,13 +30,15 @@ Lazy = dict[str, Callable[[], Tensor]]
 class Checkpoint(NamedTuple):
     """What a reader returns: the configuration, every parameter by name, and the tokenizer if there is one.
 
-    Where there is one of a kind that is not supported, ``no_tokenizer`` says so.
+    Where there is one of a kind that is not supported, ``no_tokenizer`` says so. ``bits`` is 8 or 4 where the weights
+    were saved as whole numbers of so many (`gptlab.model.quantised`).
     """
 
     config: ModelConfig
     state: dict[str, Tensor]
     tokenizer: Tokenizer | None
     no_tokenizer: str = ""
+    bits: Literal[8, 4] | None = None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,6 +19,7 @@ from torch import Tensor
 from gptlab.checkpoints.files import (
     Checkpoint,
     complete_state,
+    expected_shapes,
     open_safetensors,
     read_json,
     refuse_bytes,
@@ -25,12 +27,16 @@ from gptlab.checkpoints.files import (
     write_files,
 )
 from gptlab.config import ModelConfig
+from gptlab.devices import BITS
 from gptlab.errors import GptlabError
+from gptlab.model.quantised import dequantise
 from gptlab.text.tokenizers import TOKENIZER_FILES, Tokenizer, read_tokenizer
 
 ABOUT = "a directory that gptlab saved"
 FORMAT = "gptlab"
 VERSION = 1
+QUANTISED = 2
+"""The version of directories with weights in whole numbers, which earlier programs do not read."""
 
 
 def recognises(path: Path) -> bool:
@@ -45,10 +51,10 @@ def read_config(directory: Path) -> ModelConfig:
         GptlabError: it is damaged, of a later version of the format, or holds impossible settings.
     """
     values = read_json(directory / "config.json")
-    if values.get("version") != VERSION:
+    if values.get("version") not in (VERSION, QUANTISED):
         raise GptlabError(
             f"{directory} is in version {values.get('version')!r} of gptlab's format, this program reads"
-            f" version {VERSION}; install a newer gptlab"
+            f" versions {VERSION} and {QUANTISED}; install a newer gptlab"
         )
     try:
         return ModelConfig.from_dict(values["model"])
@@ -58,14 +64,18 @@ def read_config(directory: Path) -> ModelConfig:
         raise GptlabError(f"{directory / 'config.json'}: {error}") from None
 
 
-def read(directory: Path, dtype: torch.dtype) -> Checkpoint:
-    """Read a model directory that `write` made, checking every tensor against its checksum."""
+def read(directory: Path, dtype: torch.dtype | None) -> Checkpoint:
+    """Read a model directory that `write` made, checking every tensor against its checksum.
+
+    Weights in whole numbers stay what they are where ``dtype`` is None, else they become floats.
+    """
     config = read_config(directory)
     path = directory / "model.safetensors"
     lazy, metadata = open_safetensors(path)
     try:
         sums = dict(json.loads(metadata["sha256"]))
         saved_config, saved_tokenizer = json.loads(metadata["config"]), metadata["tokenizer"]
+        bits = BITS[metadata["precision"]] if "precision" in metadata else None
     except (KeyError, TypeError, ValueError):
         raise GptlabError(f"{path} was not written by gptlab, though its config.json says so; restore it") from None
     tokenizer = read_tokenizer(directory)
@@ -87,7 +97,17 @@ def read(directory: Path, dtype: torch.dtype) -> Checkpoint:
         return read_one
 
     readers = {name: checked(name, get) for name, get in lazy.items()}
-    return Checkpoint(config, complete_state(config, readers, dtype, directory), tokenizer)
+    if bits is None:
+        return Checkpoint(config, complete_state(config, readers, dtype or torch.float32, directory), tokenizer)
+    floats = {name: _floats(name, readers) for name in readers if not name.endswith(".factors")}
+    if dtype is None and floats.keys() == expected_shapes(config).keys():
+        return Checkpoint(config, {name: get() for name, get in readers.items()}, tokenizer, bits=bits)
+    return Checkpoint(config, complete_state(config, floats, dtype or torch.float32, directory), tokenizer)
+
+
+def _floats(name: str, readers: Mapping[str, Callable[[], Tensor]]) -> Callable[[], Tensor]:
+    factors = readers.get(f"{name.removesuffix('weight')}factors")
+    return readers[name] if factors is None else lambda: dequantise(readers[name](), factors())
 
 
 def write(directory: Path, checkpoint: Checkpoint, extra: Mapping[str, bytes] | None = None) -> None:
@@ -95,14 +115,15 @@ def write(directory: Path, checkpoint: Checkpoint, extra: Mapping[str, bytes] | 
 
     Args:
         directory: made when it does not exist; other files in it stay.
-        checkpoint: the configuration, every tensor of `GPT.tensors` by name in the dtype to store, and the tokenizer.
+        checkpoint: the configuration, every tensor of `GPT.tensors` by name in the dtype to store (of quantised weights
+            the whole numbers and their factors), and the tokenizer.
         extra: further files, by name.
 
     Raises:
         GptlabError: the directory cannot be written, its path is not UTF-8, or the disk is full.
     """
     refuse_bytes(directory)
-    config, state, tokenizer, _ = checkpoint
+    config, state, tokenizer, _, bits = checkpoint
     values = config.to_dict()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     metadata = {
@@ -111,7 +132,9 @@ def write(directory: Path, checkpoint: Checkpoint, extra: Mapping[str, bytes] | 
         "tokenizer": _identity(tokenizer),
         "sha256": json.dumps({name: tensor_sha256(tensor) for name, tensor in tensors.items()}),
     }
-    header = {"format": FORMAT, "version": VERSION, "model": values}
+    header: dict[str, Any] = {"format": FORMAT, "version": VERSION if bits is None else QUANTISED, "model": values}
+    if bits is not None:
+        metadata["precision"] = header["precision"] = f"int{bits}"
     files: dict[str, bytes | Callable[[Path], None]] = dict(tokenizer.files() if tokenizer else {})
     files.update(extra or {})
     files["config.json"] = json.dumps(header, indent=2).encode() + b"\n"

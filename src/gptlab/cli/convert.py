@@ -124,7 +124,7 @@ def convert(
         _show_plan(source, steps)
     import gptlab
 
-    lm = gptlab.load(source)
+    lm = gptlab.load(source, dtype="float32")
     fit, held_out, text = _texts(lm, steps, calibration, calibration_tokens, no_calibration)
     new, facts = _convert(lm, changes, fit, held_out)
     facts = {"source": _identity(lm, source, directory), "changes": changes.to_dict(), "calibration": text, **facts}

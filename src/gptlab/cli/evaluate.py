@@ -47,7 +47,7 @@ def evaluate(
         int | None, typer.Option(help="The first so many documents, passages or items only (default: all).")
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="gpt2 or bytes, for weights without a tokenizer.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, int8 or int4.")] = "float32",
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Write everything to this file, as JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
@@ -131,11 +131,11 @@ def _protocols(tasks: list[str], stride: int | None, paper_table: bool) -> list[
 def _load(name: str, dtype: str, tokenizer: str | None, device: str) -> LanguageModel:
     import gptlab
     from gptlab.errors import GptlabError, nearest
-    from gptlab.evaluation.batches import DTYPES
+    from gptlab.evaluation.batches import PRECISIONS
 
-    if dtype not in DTYPES:
-        raise GptlabError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{nearest(dtype, DTYPES)}")
-    return gptlab.load(name, dtype=DTYPES[dtype], tokenizer=tokenizer, device=device)
+    if dtype not in PRECISIONS:
+        raise GptlabError(f"--dtype must be one of {', '.join(PRECISIONS)}, got {dtype!r}{nearest(dtype, PRECISIONS)}")
+    return gptlab.load(name, dtype=dtype, tokenizer=tokenizer, device=device)
 
 
 def _paper_protocols(tasks: list[str], paths: dict[str, Path], absent: dict[str, str]) -> list[Protocol]:

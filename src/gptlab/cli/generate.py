@@ -69,7 +69,13 @@ def generate(
         ),
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="gpt2 or bytes, for weights without a tokenizer.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16, int8 or int4; auto for the fastest that keeps the quality (default: float32, or"
+            " what the model was saved in)."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
@@ -153,7 +159,7 @@ def _hint(prompt: str, lm: LanguageModel) -> None:
         print(f"note: {specials[0]} in the prompt is read as text; --special reads it as the token", file=sys.stderr)
 
 
-def _load(model: str, dtype: str, tokenizer: str | None, device: str) -> LanguageModel:
+def _load(model: str, dtype: str | None, tokenizer: str | None, device: str) -> LanguageModel:
     import gptlab
 
     return gptlab.load(model, dtype=dtype, tokenizer=tokenizer, device=device)

@@ -21,6 +21,9 @@ def import_model(
     activation: Annotated[
         str | None, typer.Option(help="Where the file does not say it, as nanoGPT's: gelu (erf) or gelu_tanh.")
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="To save the weights in: float32, bfloat16, float16, int8 or int4.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Read a model in another program's format and save it in gptlab's own."""
@@ -30,6 +33,7 @@ def import_model(
     from gptlab import checkpoints
     from gptlab.checkpoints import gguf, hub
     from gptlab.config import ModelConfig
+    from gptlab.model import cost
     from gptlab.text.tokenizers import char_tokenizer
 
     tokenizer = None if characters is None else char_tokenizer([_text(characters)], end_of_text=False)
@@ -37,7 +41,7 @@ def import_model(
     format_name = checkpoints.name_of(checkpoints.format_of(place))
     if activation is not None and format_name != "nanogpt":
         raise GptlabError(f"--activation is for nanoGPT's files, which do not state it; {source} does: leave it out")
-    lm = gptlab.load(source, tokenizer=tokenizer)
+    lm = gptlab.load(source, tokenizer=tokenizer, dtype=dtype)
     if tokenizer is not None and tokenizer.vocab_size != lm.config.vocab_size:
         raise GptlabError(
             f"{characters} holds {tokenizer.vocab_size} different characters, the model {source} knows"
@@ -55,7 +59,7 @@ def import_model(
         "source": source,
         "format": format_name,
         "model": lm.config.to_dict(),
-        "parameters": sum(parameter.numel() for parameter in lm.model.parameters()),
+        "parameters": sum(cost.parameters(lm.config).values()),
         "tokenizer": None if lm.tokenizer is None else lm.tokenizer.vocab_size,
         "out": str(out),
     }

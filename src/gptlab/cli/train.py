@@ -131,7 +131,7 @@ def _start(plan: Recipe, data: Path | None, prepare: Callable[..., Dataset], run
     # All that can be refused is, before the corpus is prepared.
     find_device(device)
     plan = with_count(plan)
-    lm = gptlab.load(plan.base) if plan.base is not None else None
+    lm = gptlab.load(plan.base, dtype="float32") if plan.base is not None else None
     if lm is not None:
         check_schedules(plan, lm.config)
     if plan.distill is not None:
@@ -165,7 +165,7 @@ def _resume(run: Path, data: Path | None, settings: list[str] | None, device: st
     recipe = change_recipe(make_recipe(about["recipe"]), settings or [])
     dataset = open_dataset(_data_of(run, Path(about["data"]["path"])) if data is None else data)
     from_start = recipe.base is not None and not run_checkpoints(run)
-    lm = gptlab.load(str(recipe.base)) if from_start else None
+    lm = gptlab.load(str(recipe.base), dtype="float32") if from_start else None
     with Progress() as progress:
         return run_training(recipe, dataset, run, base=lm, resume=True, device=device, report=progress)
 

@@ -19,14 +19,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gptlab.devices import BITS
 from gptlab.errors import GptlabError, nearest
 from gptlab.model.gpt import GPT
 from gptlab.model.linear import Linear
+from gptlab.model.quantised import bits_of, matrix, quantise_model
 
 Progress = Callable[[int, int], None]
 """Called with the tokens computed so far and the tokens in all."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = (*DTYPES, *BITS)
 BATCH_TOKENS = 1024
 """Tokens of a batch on a CPU, padding included: with more, products are no faster and activations leave the cache."""
 BATCH_TOKENS_GPU = 16_384
@@ -60,7 +63,7 @@ def score_rows(
         model: as in `gptlab.evaluation.scoring.token_logprobs`, and so for the next three.
         rows: what to read and what to score of it.
         batch_tokens: tokens to compute at once, padding included; None is `BATCH_TOKENS` or `BATCH_TOKENS_GPU`.
-        dtype: ``float32`` or ``bfloat16``.
+        dtype: one of `PRECISIONS`.
         progress: told after every batch how far it is.
         best: look for the likeliest token in each place, (n,) int64; otherwise those tensors are empty.
         never: (V,) bool, tokens that are not to be the likeliest.
@@ -69,7 +72,7 @@ def score_rows(
     total, done = sum(len(row.ids) - 1 for row in rows), 0
     with _ready(model, dtype) as model, torch.inference_mode():
         device = model.wte.weight.device
-        weight = model.lm_head.weight.float()
+        weight = matrix(model.lm_head)
         batch_tokens = batch_tokens or (BATCH_TOKENS if device.type == "cpu" else BATCH_TOKENS_GPU)
         for batch in _batches(rows, batch_tokens):
             longest = len(rows[batch[0]].ids) - 1
@@ -141,9 +144,15 @@ def _batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[int]]:
 @contextlib.contextmanager
 def _ready(model: GPT, dtype: str) -> Iterator[GPT]:
     """Give the model in the dtype asked for, a copy where it is in another, with dropout off."""
-    if dtype not in DTYPES:
-        raise GptlabError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{nearest(dtype, DTYPES)}")
-    if model.wte.weight.dtype != DTYPES[dtype]:
+    if dtype not in PRECISIONS:
+        raise GptlabError(f"dtype must be one of {', '.join(PRECISIONS)}, got {dtype!r}{nearest(dtype, PRECISIONS)}")
+    bits = bits_of(model)
+    if bits != BITS.get(dtype):
+        if bits is not None:
+            raise GptlabError(f"this model's weights have {bits} bits; evaluate it in int{bits}, or load it in {dtype}")
+        model = copy.deepcopy(model)
+        quantise_model(model, BITS[dtype])
+    elif bits is None and model.wte.weight.dtype != DTYPES[dtype]:
         model = copy.deepcopy(model).to(DTYPES[dtype])
     training = model.training
     model.eval()

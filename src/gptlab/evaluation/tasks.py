@@ -17,6 +17,7 @@ from gptlab.evaluation import hellaswag, lambada, texts
 from gptlab.evaluation.batches import Progress
 from gptlab.evaluation.protocol import Outcome, Protocol, Settings
 from gptlab.evaluation.scoring import Result, check_stride, window_length
+from gptlab.model.cost import parameters
 from gptlab.model.gpt import GPT
 from gptlab.text.records import TEXT_FIELD
 from gptlab.text.tokenizers import Tokenizer
@@ -192,11 +193,12 @@ def _metrics(outcome: Outcome, protocol: Protocol) -> dict[str, float]:
 def identity(model: GPT, name: str) -> dict[str, Any]:
     """Return what tells a model from others: name, number of parameters, sha256 of names and weights."""
     digest = hashlib.sha256()
-    for key, parameter in model.named_parameters():
+    quantised = ((key, buffer) for key, buffer in model.named_buffers() if "." in key)
+    for key, parameter in (*model.named_parameters(), *quantised):
         digest.update(f"{key} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
         digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return {
         "name": name,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": sum(parameters(model.config).values()),
         "sha256": digest.hexdigest(),
     }

@@ -100,7 +100,7 @@ def evaluate(plan: Plan, made: Mapping[tuple[str, int], Made], report: Report) -
     for i, ((name, seed), model) in enumerate(models.items()):
         what = f"{name}, seed {seed}" if plan.seeds else name
         report({"event": "phase", "phase": "evaluate", "what": what, "done": i, "of": len(models)})
-        _ask(answers[name], seed, gptlab.load(model, device=plan.device), evaluator)
+        _ask(answers[name], seed, gptlab.load(model, dtype="float32", device=plan.device), evaluator)
     courses = {}
     for entry in plan.entries:
         if entry.milestones:
@@ -131,7 +131,7 @@ def _course(plan: Plan, entry: Entry, made: Mapping[tuple[str, int], Made], eval
             of_run = seed if share else plan.base_seed(seed)
             if of_run in course.scores.setdefault(share, {}):
                 continue
-            lm = gptlab.load(model, device=plan.device)
+            lm = gptlab.load(model, dtype="float32", device=plan.device)
             key = model_key(lm)
             course.scores[share][of_run] = evaluator.score(lm, key)
             if entry.config.context_length > plan.base.config.context_length:
@@ -139,7 +139,7 @@ def _course(plan: Plan, entry: Entry, made: Mapping[tuple[str, int], Made], eval
                 course.own_context.setdefault(share, {})[of_run] = own
             source = made[plan.base.name, of_run].model if not share else None
             if source is not None:
-                base = gptlab.load(source, device=plan.device)
+                base = gptlab.load(source, dtype="float32", device=plan.device)
                 nats, course.divergence_tokens = evaluator.divergence(base, model_key(base), lm, key)
                 course.divergences.append(nats)
     return course

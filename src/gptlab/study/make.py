@@ -166,7 +166,7 @@ def conversion_key(plan: Plan, changes: Changes, seed: int) -> str:
 
 def _convert(changes: Changes, base: Model, dataset: Dataset | None, where: Path) -> None:
     """Convert a base; the training data are the calibration text, without them `DEFAULT_TEXT`."""
-    lm = gptlab.load(base)
+    lm = gptlab.load(base, dtype="float32")
     n_tokens, length = default_tokens(lm.config.n_embd), lm.config.context_length
     if dataset is None:
         rows = calibration_rows(lm.needs_tokenizer(), length, n_tokens)

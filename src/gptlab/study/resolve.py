@@ -134,7 +134,7 @@ def resolve(request: Request, out: Path, report: Report) -> Plan:
 
     base, tokenizer, base_key = variants[0], None, ""
     if isinstance(base, Loaded) and any(isinstance(variant, Converted) for variant in variants):
-        lm = gptlab.load(base.model)
+        lm = gptlab.load(base.model, dtype="float32")
         tokenizer, base_key = lm.needs_tokenizer(), model_key(lm)
     if dataset is None and recipes:
         dataset = _prepare(recipe, out / DATA, tokenizer, report)
@@ -183,7 +183,7 @@ def _check_models(variants: Sequence[Variant]) -> None:
     base = variants[0]
     made = [variant for variant in variants if isinstance(variant, Converted)]
     if made and isinstance(base, Loaded):
-        config = gptlab.load(base.model).config
+        config = gptlab.load(base.model, dtype="float32").config
     elif made and isinstance(base, Trained):
         config = base.recipe.model_for(base.recipe.tokenizer.vocab_size)
     for variant in made:
@@ -209,7 +209,7 @@ def _configs(variants: Sequence[Variant], vocab_size: int) -> dict[str, ModelCon
                 except GptlabError as error:
                     raise GptlabError(f"variant {variant.name!r} is impossible: {error}") from None
             case Loaded():
-                configs[variant.name] = gptlab.load(variant.model).config
+                configs[variant.name] = gptlab.load(variant.model, dtype="float32").config
             case Converted():
                 configs[variant.name] = converted_config(variant, configs[variants[0].name])
     return configs

@@ -137,7 +137,7 @@ def uptrain_run(
 
         def work() -> signal.Signals | None:
             _keep(where, steps)  # one that was saved just before the study was killed
-            base = gptlab.load(converted)
+            base = gptlab.load(converted, dtype="float32")
             return train(taught, dataset, where, base=base, resume=is_run(where), device=device, report=tell).stopped_by
 
         error = attempt(where, work)

@@ -93,7 +93,7 @@ def load_teacher(settings: DistillSettings, config: ModelConfig, tokenizer: Toke
     Raises:
         GptlabError: no such model, or one that cannot teach this student.
     """
-    lm = load(settings.teacher)
+    lm = load(settings.teacher, dtype="float32")
     name, model = settings.teacher, lm.model.eval().requires_grad_(False)
     if lm.tokenizer is not None and lm.tokenizer.sha256 != tokenizer.sha256:
         raise GptlabError(

@@ -14,10 +14,10 @@ from gptlab.generation.compiled.library import NoLibraryError, is_built, library
 from gptlab.generation.compiled.step import CompiledStep, Text
 from gptlab.generation.memory import check_memory
 from gptlab.generation.padded import FEWER, evaluating, last_logits, nothing
-from gptlab.generation.quantised import QuantisedEmbedding, QuantisedLinear
 from gptlab.model.attention import CausalSelfAttention
 from gptlab.model.gpt import GPT, MLP, Block, LayerNorm, RMSNorm, SwiGLU
 from gptlab.model.linear import Linear
+from gptlab.model.quantised import QuantisedEmbedding, QuantisedLinear
 
 _MODEL = {GPT, Block, CausalSelfAttention, LayerNorm, RMSNorm, MLP, SwiGLU, Linear}
 KNOWN = _MODEL | {QuantisedLinear, QuantisedEmbedding}
@@ -46,6 +46,11 @@ def serves(model: GPT, n_tokens: int) -> bool:
         if n_weights * min(n_tokens, 4096) < WORTH_BUILDING and model.wte.weight.is_floating_point():
             return False
         _log.info("compiling the decoding step for this processor, once; it takes about ten seconds")
+    return can_serve()
+
+
+def can_serve() -> bool:
+    """Say whether there is a compiled step, building it where there is none; the log tells why not."""
     try:
         library()
     except NoLibraryError as error:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gptlab.config import RopeConfig
-from gptlab.generation.quantised import Quantised
 from gptlab.model.gpt import GPT, LayerNorm, RMSNorm, SwiGLU
+from gptlab.model.quantised import Quantised
 from gptlab.model.rope import frequencies
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}

@@ -8,6 +8,7 @@ docs/performance.md.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Literal, cast
 
 import torch
@@ -48,8 +49,7 @@ def _best_factors(groups: Tensor) -> Tensor:
     # The largest weight becomes -8, which is one step more than 7, so its sign decides the factor's.
     extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     best, least = torch.ones_like(extreme[..., 0]), torch.full_like(extreme[..., 0], torch.inf)
-    # 7 and the whole numbers below 8 are there so that what was rounded before is rounded to itself.
-    for end in (-8.0, -7.6, -7.2, -7.0, -6.8, -6.4, -6.0, 7.0, 6.0):
+    for end in (-8.0, -7.6, -7.2, -6.8, -6.4):
         factors = extreme / end
         factors = torch.where(factors == 0, torch.ones_like(factors), factors)
         error = ((groups / factors).round().clamp(-8, 7) * factors - groups).square().sum(-1)
@@ -68,7 +68,7 @@ def dequantise(weight: Tensor, factors: Tensor) -> Tensor:
 
 
 @functools.cache
-def _fast_bfloat16() -> bool:
+def fast_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 faster than float32."""
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
@@ -104,7 +104,7 @@ class QuantisedLinear(Quantised):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out) float32
         bias = None if self.bias is None else self.bias.float()
-        if not _fast_bfloat16():
+        if not fast_bfloat16():
             return F.linear(x.float(), dequantise(self.weight, self.factors), bias)
         if self.factors.dim() == 1:  # int8 is exact in bfloat16, so the factors can wait
             y = F.linear(x.bfloat16(), self.weight.bfloat16()).float() * self.factors
@@ -120,21 +120,47 @@ class QuantisedEmbedding(Quantised):
         return dequantise(self.weight[ids.flatten()], self.factors[ids.flatten()]).unflatten(0, ids.shape)
 
 
+def bits_of(model: GPT) -> Bits | None:
+    """Return the bits of a quantised model, or None for one of floats."""
+    if not isinstance(model.lm_head, Quantised):
+        return None
+    whole = all(module.factors.dim() == 1 for module in model.modules() if isinstance(module, Quantised))
+    return 8 if whole else 4
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """Return the float32 weights (n_out, n_in) of a `Linear` or an embedding, quantised or not."""
+    if isinstance(module, Quantised):
+        return dequantise(module.weight, module.factors)
+    return cast(Tensor, module.weight).float()
+
+
 def quantise_model(model: GPT, bits: Bits) -> None:
-    """Replace the weights of every projection, of the output head and of the token embedding.
+    """Round the weights of every projection, of the output head and of the token embedding.
 
     In 4 bits, a matrix whose rows are no multiple of `GROUP` is kept in 8.
     """
 
-    def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    def rounded(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
         return quantise(weight, bits if weight.shape[1] % GROUP == 0 else 8)
 
     with torch.no_grad():
-        for parent in [part for block in model.blocks for part in (block.attn, block.mlp)]:
-            for name, linear in list(parent.named_children()):
-                if isinstance(linear, Linear):
-                    setattr(parent, name, QuantisedLinear(*rounded(linear.weight), linear.bias))
-        head = rounded(model.lm_head.weight)
-        wte = head if model.config.tie_embeddings else rounded(model.wte.weight)
-        model.wte = cast(nn.Embedding, QuantisedEmbedding(*wte))
-        model.lm_head = cast(Linear, QuantisedLinear(*head))
+        _replace(model, rounded)
+
+
+def restore(model: GPT, tensors: Mapping[str, Tensor]) -> None:
+    """Give a model of this configuration, on the meta device, the tensors of a quantised one (`GPT.tensors`)."""
+    _replace(model, lambda name, _: (tensors[f"{name}.weight"], tensors[f"{name}.factors"]))
+    model.load_state_dict(tensors, strict=not model.config.tie_embeddings, assign=True)
+
+
+def _replace(model: GPT, whole: Callable[[str, Tensor], tuple[Tensor, Tensor]]) -> None:
+    for name, module in list(model.named_modules()):
+        if name == "wte":
+            embedding = whole(name, model.wte.weight)
+            model.wte = cast(nn.Embedding, QuantisedEmbedding(*embedding))
+        elif isinstance(module, Linear):
+            tied = name == "lm_head" and model.config.tie_embeddings
+            parent, _, child = name.rpartition(".")
+            weights = embedding if tied else whole(name, module.weight)
+            setattr(model.get_submodule(parent), child, QuantisedLinear(*weights, module.bias))
