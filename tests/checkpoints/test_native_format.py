@@ -180,8 +180,8 @@ def test_a_lost_tokenizer_is_noticed(saved: Path) -> None:
 
 def test_a_newer_version_is_refused_with_the_way_out(saved: Path) -> None:
     values = json.loads((saved / "config.json").read_text())
-    (saved / "config.json").write_text(json.dumps({**values, "version": 2}))
-    with pytest.raises(gptlab.GptlabError, match=r"version 2 .* install a newer gptlab"):
+    (saved / "config.json").write_text(json.dumps({**values, "version": 3}))
+    with pytest.raises(gptlab.GptlabError, match=r"version 3 .* install a newer gptlab"):
         gptlab.load(saved)
 
 

@@ -17,11 +17,9 @@ from gptlab.errors import GptlabError, nearest
 from gptlab.model.kernels.banded import applies as banded_applies
 from gptlab.model.kernels.banded import banded
 from gptlab.model.kernels.flex import flex
-from gptlab.model.kernels.flex import obstacle as flex_obstacle
 from gptlab.model.kernels.inputs import Inputs
 from gptlab.model.kernels.reference import attention_weights, reference
 from gptlab.model.kernels.sdpa import sdpa
-from gptlab.model.kernels.varlen import obstacle as varlen_obstacle
 from gptlab.model.kernels.varlen import varlen
 
 __all__ = [
@@ -47,8 +45,6 @@ SPECIAL: dict[str, Kernel] = {"flex": flex, "varlen": varlen}
 
 LONG = 2
 """From this many spans of a window on, `banded` is faster than a masked `sdpa`."""
-WORTH_COMPILING = 4096
-"""Tokens of a single prefill from which on `flex` may take its seconds of compilation; not measured."""
 
 _forced: str | None = None  # a plain global: torch.compile cannot trace a ContextVar
 _log = logging.getLogger(__name__)
@@ -92,16 +88,9 @@ def _fastest(inputs: Inputs) -> str:
     if span is None or length < LONG * span:
         return "sdpa"
     # On the CPU `flex` is never chosen: it would hold back the first text by the seconds that it takes to compile, for
-    # a prefill that takes `banded` a fraction of one. On CUDA these rules follow the operators' documentation; none
-    # was timed.
+    # a prefill that takes `banded` a fraction of one. On CUDA nothing but `sdpa` is: no GPU has run the others.
     if inputs.q.device.type == "cuda":
-        if varlen_obstacle(inputs) is None:
-            return "varlen"
-        # A training step comes again thousands of times, a prefill may not.
-        often = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.tensors)
-        worth = often or length >= WORTH_COMPILING
-        if worth and flex_obstacle(inputs) is None:
-            return "flex"
+        return "sdpa"
     return "banded" if banded_applies(inputs) else "sdpa"
 
 
