@@ -28,11 +28,11 @@ from gptlab.generation.compiled.decoder import Compiled, read_prompt, serves
 from gptlab.generation.compiled.step import CompiledStep, Text
 from gptlab.generation.memory import available_memory, check_memory
 from gptlab.generation.padded import CHUNK, Padded, evaluating, last_logits
-from gptlab.generation.quantised import Bits, quantise_model
 from gptlab.language_model import load
 from gptlab.model import cost
 from gptlab.model.cache import Cache
 from gptlab.model.gpt import GPT
+from gptlab.model.quantised import Bits, quantise_model
 from gptlab.progress import Report
 from gptlab.study.measure import extended, machine
 from gptlab.study.results import Machine, Record
