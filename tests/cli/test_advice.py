@@ -32,12 +32,19 @@ Run = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src/gptlab"
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-OPTIONS = {
-    name: {text for parameter in command.params for text in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
-    for name, command in COMMANDS.items()
-}
+
+
+def options_of(command: Any) -> set[str]:
+    """The options of a command and of those below it."""
+    below = getattr(command, "commands", {}).values()
+    own = {text for parameter in command.params for text in (*parameter.opts, *parameter.secondary_opts)}
+    return own.union({"--help"}, *map(options_of, below))
+
+
+OPTIONS = {name: options_of(command) for name, command in COMMANDS.items()}
 EVERY = {"--version"}.union(*OPTIONS.values())
-HOMES = {"import_model": "import", "study_tables": "study"}  # modules of gptlab.cli that are not named as their command
+# Modules of gptlab.cli that are not named as their command; bench holds two.
+HOMES = {"import_model": "import", "study_tables": "study", "bench": ""}
 PROSE = {
     "a",
     "and",
