@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from gptlab.checkpoints import hub, native
 from gptlab.checkpoints.runs import is_run, model_of
 from gptlab.devices import find_device, find_dtype, find_precision
 from gptlab.errors import GptlabError
+from gptlab.generation import batch
 from gptlab.generation.compiled.decoder import can_serve
 from gptlab.generation.continuation import Continuation
 from gptlab.generation.engine import decode
 from gptlab.generation.sampling import Sampling
 from gptlab.model.gpt import GPT, SCALES
 from gptlab.model.quantised import bits_of, fast_bfloat16, quantise_model, restore
+from gptlab.progress import Report
 from gptlab.text.chat import render_chat
 from gptlab.text.tokenizers import Tokenizer
 
@@ -131,19 +133,64 @@ class LanguageModel:
         A prompt of None starts from the tokenizer's `start_of_text`: the beginning of a new document. ``special`` as in
         `generate`.
         """
-        tokenizer = self.needs_tokenizer()
-        if not isinstance(max_new_tokens, Integral) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
-            raise GptlabError(f"max_new_tokens must be at least 1, got {max_new_tokens!r}")
-        rows = [self._prompt_ids(tokenizer, prompt, special) for prompt in prompts]
+        self.needs_tokenizer()
+        _check_new_tokens(max_new_tokens)
+        rows = [self.prompt_ids(prompt, special=special) for prompt in prompts]
         return decode(
+            self.model, rows, continuations, sampling=sampling, max_new_tokens=max_new_tokens, **self._vocabulary()
+        )
+
+    def complete(
+        self,
+        prompts: Mapping[int, Sequence[int]],
+        sampling: Sampling,
+        max_new_tokens: int,
+        *,
+        stop: str | Sequence[str] = (),
+        slots: int | None = None,
+        done: Collection[int] = (),
+        compiled: bool | None = None,
+        report: Report = lambda row: None,
+    ) -> Iterator[tuple[int, Continuation]]:
+        """Continue thousands of prompts, a few at a time; yield (number, continuation) as texts are done.
+
+        Args:
+            prompts: ids, as `prompt_ids` and `chat_ids` return them, by a number that also chooses what is drawn.
+            sampling: how to choose tokens.
+            max_new_tokens: most tokens to add to each.
+            stop: end a text before any of these strings.
+            slots: texts at a time; None takes as many as `gptlab.generation.batch.plan` says.
+            done: numbers of texts that are there already.
+            compiled: as for `gptlab.generation.batch.complete`, which has more to say.
+            report: likewise.
+
+        Raises:
+            GptlabError: no tokenizer, a prompt that the model cannot continue, more memory needed than there is.
+        """
+        self.new_continuations(1, stop)
+        _check_new_tokens(max_new_tokens)
+        if not prompts:
+            return iter(())
+        return batch.complete(
             self.model,
-            rows,
-            continuations,
+            prompts,
+            lambda: self.new_continuations(1, stop)[0],
             sampling=sampling,
             max_new_tokens=max_new_tokens,
-            vocab_size=min(tokenizer.vocab_size, self.config.vocab_size),
-            never=[token for token in tokenizer.holes if token < self.config.vocab_size],
+            slots=batch.plan(self.model, prompts, max_new_tokens, slots).slots,
+            done=done,
+            compiled=compiled,
+            report=report,
+            **self._vocabulary(),
         )
+
+    def _vocabulary(self) -> dict[str, Any]:
+        """What `decode` is told about the ids that have a text."""
+        tokenizer = self.needs_tokenizer()
+        return {
+            "vocab_size": min(tokenizer.vocab_size, self.config.vocab_size),
+            "never": [token for token in tokenizer.holes if token < self.config.vocab_size],
+        }
 
     def needs_tokenizer(self) -> Tokenizer:
         """Return the tokenizer.
@@ -176,7 +223,18 @@ class LanguageModel:
         text = render_chat(tokenizer, messages)
         return tokenizer.encode(text, special=bool(tokenizer.special_tokens))
 
-    def _prompt_ids(self, tokenizer: Tokenizer, prompt: Prompt | None, special: bool) -> list[int]:
+    def prompt_ids(self, prompt: Prompt | None, *, special: bool = False) -> list[int]:
+        """Return the ids that `generate` begins with.
+
+        Args:
+            prompt: a text, ids, which are checked, or None for the beginning of a new document.
+            special: as in `generate`.
+
+        Raises:
+            GptlabError: no tokenizer, an empty prompt, ids that the model does not have, or a character that the
+                tokenizer cannot write.
+        """
+        tokenizer = self.needs_tokenizer()
         if prompt is None:
             if tokenizer.start_of_text is None:
                 raise GptlabError("this model's tokenizer has no <|endoftext|> to start from; give a prompt")
@@ -224,6 +282,11 @@ def _stop_strings(stop: Any) -> list[str]:
         if not isinstance(word, str):
             raise GptlabError(f"stop must be a text or a list of texts, got {type(word).__name__} {word!s:.40}")
     return words
+
+
+def _check_new_tokens(n: Any) -> None:
+    if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
+        raise GptlabError(f"max_new_tokens must be at least 1, got {n!r}")
 
 
 def _seed(seed: int | None) -> int:

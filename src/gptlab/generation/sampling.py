@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from gptlab.errors import GptlabError
+
+CANDIDATES = 511
+"""Tokens among which those of top-p are looked for first."""
 
 
 @dataclass(frozen=True)
@@ -113,3 +116,45 @@ def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     cumulative = weights.cumsum(-1)
     chosen = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
     return chosen[:, 0].clamp(max=weights.shape[-1] - 1)
+
+
+def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
+    """Return what `draw` makes of `probabilities`, sooner: (B, V) logits and (B,) uniform numbers -> (B,) int64.
+
+    Where only few tokens can be drawn, only these are put in order. A row's token does not depend on the other rows.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    k = sampling.top_k or (CANDIDATES if (sampling.top_p or 1) < 1 else 0)
+    if not 0 < k < logits.shape[-1]:
+        return draw(probabilities(logits, sampling), uniforms)
+    best, ids = logits.topk(k + 1, dim=-1)
+    if sampling.top_k:
+        weights = probabilities(best[:, :k], replace(sampling, top_k=None))
+        weights = torch.cat([weights, torch.zeros_like(weights[:, :1])], -1)
+        unsure = best[:, k] == best[:, k - 1]  # those that tie with the k-th stay as well
+    else:
+        weights, unsure = _nucleus(best, logits, sampling, sampling.top_p or 1)
+    ids, order = ids.sort(dim=-1)  # `draw` adds up in the order of the vocabulary
+    chosen = ids.gather(-1, draw(weights.gather(-1, order), uniforms)[:, None])[:, 0]
+    for row in unsure.nonzero()[:, 0].tolist():
+        one = slice(row, row + 1)
+        chosen[one] = draw(probabilities(logits[one], sampling), uniforms[one])
+    return chosen
+
+
+def _nucleus(best: Tensor, logits: Tensor, sampling: Sampling, top_p: float) -> tuple[Tensor, Tensor]:
+    """Apply top-p, and min-p, to the best logits (B, K) of all.
+
+    Returns:
+        (B, K) float64 weights, and (B,) bool: the best may not be all that can be drawn.
+    """
+    top = best[:, :1].double()
+    total = ((logits.double() - top) / sampling.temperature).exp_().sum(-1, keepdim=True)
+    weights = ((best.double() - top) / sampling.temperature).exp() / total
+    kept = weights.cumsum(-1) - weights < top_p
+    # Which of two equals is the last to stay, only the order of all tells.
+    unsure = kept[:, -1] | (kept[:, :-1] & ~kept[:, 1:] & (weights[:, :-1] == weights[:, 1:])).any(-1)
+    if sampling.min_p:
+        kept = kept & (weights >= sampling.min_p * weights[:, :1])
+    return weights.masked_fill(~kept, 0.0), unsure

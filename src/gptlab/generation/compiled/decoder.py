@@ -95,15 +95,19 @@ class Compiled:
 
     def step(self, tokens: Tensor) -> Tensor:
         """Read one more token (B,) of every row; return as `read`."""
-        more = sum(text.cache.growth(1) for text in self._texts if text.is_full)
-        if more:
-            said = f"going on after {max(text.length for text in self._texts):,} tokens takes"
-            check_memory(more, tokens.device, said, FEWER)
+        check_growth(self._texts)
         return self._step(self._texts, tokens.tolist())
 
     def keep(self, rows: list[int]) -> None:
         """Go on with some rows only."""
         self._texts = [self._texts[row] for row in rows]
+
+
+def check_growth(texts: Sequence[Text]) -> None:
+    """Raise a `GptlabError` where the memory does not suffice for one more token of each."""
+    if more := sum(text.cache.growth(1) for text in texts if text.is_full):
+        said = f"going on after {max(text.length for text in texts):,} tokens takes"
+        check_memory(more, torch.device("cpu"), said, FEWER)
 
 
 def read_prompt(model: GPT, prompt: Sequence[int], length: int) -> tuple[Text, Tensor]:

@@ -1,0 +1,241 @@
+"""Thousands of prompts: a few at a time, and each that is done makes room for the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from gptlab.errors import GptlabError
+from gptlab.formatting import memory
+from gptlab.generation.compiled.decoder import check_growth, read_prompt, serves
+from gptlab.generation.compiled.step import CompiledStep, Text
+from gptlab.generation.continuation import Continuation
+from gptlab.generation.engine import (
+    allowed,
+    check_prompt,
+    decode,
+    longest_text,
+    memory_of_text,
+    random_stream,
+    shortage_in_words,
+    tokens_of,
+)
+from gptlab.generation.memory import available_memory
+from gptlab.generation.sampling import Sampling, choose, penalised
+from gptlab.model.gpt import GPT
+from gptlab.progress import Report
+
+MOST = 32
+"""Texts at a time, unless another number is asked for: more gain little."""
+SHARE = 0.5
+"""Of the free memory that is used, unless a number of texts is asked for."""
+
+Prompts = Mapping[int, Sequence[int]]
+"""Token ids by the number of the text, which also chooses its random stream."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many texts at a time, and the memory for them.
+
+    Attributes:
+        slots: texts at a time.
+        length: tokens that the longest of all may have, its prompt among them.
+        text_bytes: of keys and values of one so long.
+        free: bytes of memory that are free, or None where nothing tells.
+    """
+
+    slots: int
+    length: int
+    text_bytes: int
+    free: int | None
+
+    def __str__(self) -> str:
+        """The plan in words."""
+        at_once = "1 text" if self.slots == 1 else f"{self.slots} texts"
+        total = "" if self.slots == 1 else f" each, {memory(self.slots * self.text_bytes)} in all"
+        free = "" if self.free is None else f"; {memory(self.free)} are free"
+        return (
+            f"{at_once} at a time, with caches of at most {memory(self.text_bytes)}{total} ({self.length:,} tokens)"
+            f"{free}"
+        )
+
+
+def plan(model: GPT, prompts: Prompts, max_new_tokens: int, slots: int | None = None) -> Plan:
+    """Say how many texts at a time `complete` should take: as many as fit into half of the free memory, at most `MOST`.
+
+    Args:
+        model: what is to generate.
+        prompts: all of them, one at least.
+        max_new_tokens: for each.
+        slots: texts at a time; then they need only fit.
+
+    Raises:
+        GptlabError: they do not, or not even one.
+    """
+    if slots is not None and slots < 1:
+        raise GptlabError(f"the batch size must be at least 1, got {slots}")
+    n_prompt = max(map(len, prompts.values()))
+    length = min(n_prompt + max_new_tokens, longest_text(model.config))
+    held, passing = memory_of_text(model, length, n_prompt)
+    free = available_memory(model.wte.weight.device)
+    most = MOST if free is None else min(MOST, int(SHARE * free) // (held + passing))
+    chosen = min(max(most, 1) if slots is None else slots, len(prompts))
+    if free is not None and chosen * (held + passing) > free:
+        texts = "1 text" if chosen == 1 else f"{chosen:,} texts"
+        way_out = "ask for fewer new tokens, or leave the longest prompts out"
+        if chosen > 1:
+            way_out = f"take at most {free // (held + passing):,} at a time, or {way_out}"
+        raise GptlabError(
+            f"{texts} at a time take{'s' * (chosen == 1)} {memory(chosen * (held + passing))} when the longest has"
+            f" {length:,} tokens, and {memory(free)} are free; {way_out}"
+        )
+    return Plan(chosen, length, held, free)
+
+
+def complete(
+    model: GPT,
+    prompts: Prompts,
+    begin: Callable[[], Continuation],
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+    vocab_size: int,
+    never: Sequence[int] = (),
+    slots: int = MOST,
+    done: Collection[int] = (),
+    compiled: bool | None = None,
+    report: Report = lambda row: None,
+) -> Iterator[tuple[int, Continuation]]:
+    """Continue many prompts, a few at a time; yield (number, continuation) as texts are done.
+
+    By the compiled step, a text that is done gives its place to the next prompt. The text of a prompt is then the
+    same, whatever others are beside it and however many. Without the step, prompts of like length are continued in
+    groups of ``slots`` by `decode`, each to the end of its longest text. What is drawn depends on the seed and the
+    number of the text alone.
+
+    Args:
+        model: what computes the logits.
+        prompts: at least one token each.
+        begin: makes an empty continuation.
+        sampling: how to choose tokens.
+        max_new_tokens: for each text.
+        vocab_size: as for `decode`.
+        never: as for `decode`.
+        slots: texts at a time; see `plan`.
+        done: numbers of texts that are there already. A group of which some are missing is computed once more, so that
+            these come out as they would have.
+        compiled: whether to use the compiled step; None: where it serves.
+        report: called with a row ``{"event": "step", "tokens": ...}`` now and then: new tokens of all texts so far.
+
+    Raises:
+        GptlabError: a prompt that the model cannot continue, before any is; or more memory needed than there is.
+    """
+    for prompt in prompts.values():
+        check_prompt(prompt, model.config)
+    if compiled is None:
+        compiled = serves(model, len(prompts) * max_new_tokens)
+    how = _continuous if compiled else _grouped
+    return how(model, prompts, begin, _Settings(sampling, max_new_tokens, vocab_size, never, slots, done, report))
+
+
+class _Settings(NamedTuple):
+    """Those of `complete`."""
+
+    sampling: Sampling
+    max_new_tokens: int
+    vocab_size: int
+    never: Sequence[int]
+    slots: int
+    done: Collection[int]
+    report: Report
+
+
+class _Row(NamedTuple):
+    """A text that is being continued."""
+
+    number: int
+    text: Text
+    grown: Continuation
+    random: np.random.Generator
+
+
+@torch.inference_mode()
+def _continuous(
+    model: GPT, prompts: Prompts, begin: Callable[[], Continuation], s: _Settings
+) -> Iterator[tuple[int, Continuation]]:
+    step, limit = CompiledStep(model), longest_text(model.config)
+    waiting = [number for number in prompts if number not in s.done][::-1]
+    rows: list[_Row] = []
+    chosen = torch.empty(0, dtype=torch.int64)
+    penalty = s.sampling.repetition_penalty
+    present = torch.empty(0, model.config.vocab_size, dtype=torch.bool)  # (B, V): is the token in the text?
+    n_tokens = 0
+    while rows or waiting:
+        with shortage_in_words():
+            check_growth([row.text for row in rows])
+            logits = [step([row.text for row in rows], chosen.tolist())] if rows else []
+            while waiting and len(rows) < s.slots:
+                number = waiting.pop()
+                prompt = list(prompts[number])
+                text, after = read_prompt(model, prompt, min(len(prompt) + s.max_new_tokens, limit))
+                rows.append(_Row(number, text, begin(), random_stream(s.sampling, number)))
+                logits.append(after)
+                if penalty != 1:
+                    present = torch.cat([present, tokens_of([prompt], model.config.vocab_size, present.device)])
+            after = logits[0] if len(logits) == 1 else torch.cat(logits)
+            if penalty != 1:
+                after = penalised(after, present, penalty)
+            uniforms = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
+            chosen = choose(allowed(after, s.vocab_size, s.never), s.sampling, uniforms)
+        if penalty != 1:
+            present.scatter_(1, chosen[:, None], True)
+        n_tokens += len(rows)
+        s.report({"event": "step", "tokens": n_tokens})
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            row.grown.add(token)
+            # As in `decode`: the token just drawn must itself be read before another can follow it.
+            if len(prompts[row.number]) + len(row.grown.tokens) > limit:
+                row.grown.close("context")
+            elif len(row.grown.tokens) == s.max_new_tokens:
+                row.grown.close("length")
+            if row.grown.finish is not None:
+                yield row.number, row.grown
+        staying = [i for i, row in enumerate(rows) if row.grown.finish is None]
+        if len(staying) < len(rows):
+            rows, chosen = [rows[i] for i in staying], chosen[staying]
+            present = present[staying] if penalty != 1 else present
+
+
+def _grouped(
+    model: GPT, prompts: Prompts, begin: Callable[[], Continuation], s: _Settings
+) -> Iterator[tuple[int, Continuation]]:
+    by_length = sorted(prompts, key=lambda number: len(prompts[number]))
+    n_tokens = 0
+    for first in range(0, len(by_length), s.slots):
+        group = by_length[first : first + s.slots]
+        missing = {number for number in group if number not in s.done}
+        if not missing:
+            continue
+        grown = [begin() for _ in group]
+        pieces = decode(
+            model,
+            [list(prompts[number]) for number in group],
+            grown,
+            sampling=s.sampling,
+            max_new_tokens=s.max_new_tokens,
+            vocab_size=s.vocab_size,
+            never=s.never,
+            streams=group,
+            compiled=False,
+        )
+        for row, _ in pieces:
+            n_tokens += 1
+            s.report({"event": "step", "tokens": n_tokens})
+            if grown[row].finish is not None and group[row] in missing:
+                missing.remove(group[row])
+                yield group[row], grown[row]
