@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gptlab.errors import GptlabError
-from gptlab.generation.sampling import Sampling, draw, penalised, probabilities
+from gptlab.generation.sampling import Sampling, choose, draw, penalised, probabilities
 
 LAST_UNIFORM = math.nextafter(1.0, 0.0)  # the largest number below 1
 
@@ -195,3 +195,19 @@ def test_absurd_values_are_refused(values, message):
 
 def test_the_extremes_that_are_allowed():
     assert Sampling(0, 1, 1.0, 2**63 - 1) == Sampling(temperature=0, top_k=1, top_p=1, seed=2**63 - 1)
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 2, 40, 299, 300])
+@pytest.mark.parametrize("top_p", [None, 0.01, 0.7, 0.95])
+@pytest.mark.parametrize("min_p", [None, 0.1])
+@pytest.mark.parametrize("scale", [0.5, 4.0, 0.0, 1.0])
+def test_choosing_among_candidates_is_drawing_from_all(top_k, top_p, min_p, scale, monkeypatch):
+    monkeypatch.setattr("gptlab.generation.sampling.CANDIDATES", 30)
+    logits = random_logits(3, 200, 300, scale=scale).float()
+    if scale == 1:
+        logits = logits.round()  # most tie
+        logits[::2, 10:] = -math.inf
+    uniforms = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for temperature in (0, 0.7, 1.0):
+        sampling = Sampling(temperature, top_k, top_p, min_p=min_p)
+        assert torch.equal(choose(logits, sampling, uniforms), draw(probabilities(logits, sampling), uniforms))

@@ -209,6 +209,7 @@ def _continuous(
         if len(staying) < len(rows):
             rows, chosen = [rows[i] for i in staying], chosen[staying]
             present = present[staying] if penalty != 1 else present
+            step.release()
 
 
 def _grouped(

@@ -129,14 +129,16 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     if not 0 < k < logits.shape[-1]:
         return draw(probabilities(logits, sampling), uniforms)
     best, ids = logits.topk(k + 1, dim=-1)
+    # In the order of the vocabulary: `draw` adds up in it, and `probabilities` prefers the first of equals.
     if sampling.top_k:
-        weights = probabilities(best[:, :k], replace(sampling, top_k=None))
-        weights = torch.cat([weights, torch.zeros_like(weights[:, :1])], -1)
         unsure = best[:, k] == best[:, k - 1]  # those that tie with the k-th stay as well
+        ids, order = ids[:, :k].sort(dim=-1)
+        weights = probabilities(best.gather(-1, order), replace(sampling, top_k=None))
     else:
         weights, unsure = _nucleus(best, logits, sampling, sampling.top_p or 1)
-    ids, order = ids.sort(dim=-1)  # `draw` adds up in the order of the vocabulary
-    chosen = ids.gather(-1, draw(weights.gather(-1, order), uniforms)[:, None])[:, 0]
+        ids, order = ids.sort(dim=-1)
+        weights = weights.gather(-1, order)
+    chosen = ids.gather(-1, draw(weights, uniforms)[:, None])[:, 0]
     for row in unsure.nonzero()[:, 0].tolist():
         one = slice(row, row + 1)
         chosen[one] = draw(probabilities(logits[one], sampling), uniforms[one])

@@ -102,3 +102,7 @@ class CompiledStep:
         for text in texts:
             text.length += 1
         return logits
+
+    def release(self) -> None:
+        """Let go of the texts of the last step, which are kept because most often they are those of the next."""
+        self._texts = []
