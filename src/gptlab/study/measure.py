@@ -23,6 +23,7 @@ import torch
 
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
+from gptlab.generation.compiled.library import library_path
 from gptlab.generation.padded import CHUNK
 from gptlab.model import cost
 from gptlab.model.gpt import GPT
@@ -31,14 +32,14 @@ from gptlab.study.directory import cached, key, plain
 from gptlab.study.memory import peak_memory
 from gptlab.study.results import Decode, Machine, Peaks, Prefill, Timings, VariantTimings
 from gptlab.study.settings import MeasurementSettings
-from gptlab.study.timing import ROUNDS, Step, decoding_step, prefill_step, take_turns, timed, training_step
+from gptlab.study.timing import ROUNDS, Step, computed_by, decoding_step, prefill_step, take_turns, timed, training_step
 from gptlab.training.recipe import Recipe
 
 MOST_BYTES = 2**31
 """Bytes of all variants' caches together at one point; beyond it the point is left out. A GPU lends 40% of its own."""
 HOW = (
     "random weights, learned positions extended to the longest context; variants alternate within each round, medians"
-    " over rounds; prompts in chunks of {chunk} tokens, last logits only; generation one token a step in plain PyTorch,"
+    " over rounds; prompts in chunks of {chunk} tokens, last logits only; generation one token a step {decoder},"
     " without sampling; training on {rows} windows of the trained length a step, {dtype} products, not compiled; memory"
     " is the peak of a fresh process above its start: training as above, generation with {batch} x {context} tokens in"
     " the cache"
@@ -118,7 +119,14 @@ def measure(
     return Timings(
         machine=machine(device),
         dtype=str(bench.dtype).removeprefix("torch."),
-        how=HOW.format(chunk=CHUNK, rows=bench.rows, dtype=recipe.train.dtype, batch=batch, context=context),
+        how=HOW.format(
+            chunk=CHUNK,
+            rows=bench.rows,
+            dtype=recipe.train.dtype,
+            batch=batch,
+            context=context,
+            decoder=computed_by(GPT(next(iter(configs.values()))).to(device)),
+        ),
         peaks=Peaks(**bench.kept("peaks", lambda: peaks(device).model_dump())),
         variants={
             name: VariantTimings(
@@ -157,7 +165,12 @@ class _Bench:
 
     def kept(self, what: str, compute: Callable[[], dict[str, Any]], **settings: Any) -> dict[str, Any]:
         """Return a measurement of this machine, taken now or earlier."""
-        where = {"node": platform.node(), "processor": _processor(), "device": str(self.device)}
+        where = {
+            "node": platform.node(),
+            "processor": _processor(),
+            "device": str(self.device),
+            "step": library_path().name,
+        }
         return cached(self.cache, key("measure", what=what, where=where, **settings), compute)
 
     def say(self, what: str, left: float) -> None:

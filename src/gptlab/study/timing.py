@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from gptlab.generation.compiled.decoder import can_serve, serves
+from gptlab.generation.compiled.step import CompiledStep, Text
 from gptlab.generation.padded import CHUNK, last_logits, nothing
 from gptlab.model.cache import Cache
 from gptlab.model.gpt import GPT
@@ -19,15 +21,31 @@ from gptlab.training.step import DTYPES, gradients
 
 Step = Callable[[], object]
 
+COMPILED, PLAIN = "by the compiled step", "in plain PyTorch"
 ROUNDS = 9
 """Most rounds at one point, so most steps that a cache must have room for."""
+
+
+def computed_by(model: GPT) -> str:
+    """Say what computes a decoding step of this model; builds the compiled step where it would serve."""
+    on_cpu = model.wte.weight.device.type == "cpu"
+    return COMPILED if on_cpu and can_serve() and serves(model, 1) else PLAIN
 
 
 def decoding_step(model: GPT, batch: int, context: int) -> Step:
     """Return a function that brings one token to each of ``batch`` sequences that hold ``context`` already.
 
-    The cache is filled with random keys and values, which cost nothing to compute; each call adds a token to it.
+    The caches are filled with random keys and values, which cost nothing to compute; each call adds a token to them.
+    The step is the one that generates, compiled where that can be.
     """
+    if computed_by(model) == COMPILED:
+        texts = []
+        for _ in range(batch):
+            own = model.make_cache(1, context + ROUNDS + 2, chunk=CHUNK)
+            fill(own, 1, context)
+            texts.append(Text(own))
+        compiled = CompiledStep(model)
+        return lambda: compiled(texts, [0] * batch)
     cache = model.make_cache(batch, context + ROUNDS + 2, chunk=CHUNK)
     ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.wte.weight.device)
     fill(cache, batch, context)
