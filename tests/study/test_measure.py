@@ -55,6 +55,25 @@ def test_a_decoding_step_adds_one_token_to_a_cache_that_holds_the_context(name: 
     assert spy.calls == [{"shape": (3, 1), "seen": context + i} for i in range(ROUNDS + 1)]
 
 
+@pytest.mark.parametrize("name", ["rope", "all"])
+def test_the_compiled_step_is_what_is_timed_where_it_serves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT(CONFIGS[name]).eval()
+    if timing.computed_by(model) != timing.COMPILED:
+        pytest.skip("there is no compiled step here")
+    lengths = []
+    call = timing.CompiledStep.__call__
+
+    def spy(self: Any, texts: list[Any], ids: list[int]) -> torch.Tensor:
+        lengths.append([text.length for text in texts])
+        return call(self, texts, ids)
+
+    monkeypatch.setattr(timing.CompiledStep, "__call__", spy)
+    step, context = decoding_step(model, 3, CHUNK + 70), CHUNK + 70
+    for _ in range(ROUNDS + 1):
+        step()
+    assert lengths == [[context + i] * 3 for i in range(ROUNDS + 1)]
+
+
 def test_the_filled_cache_is_one_that_a_prompt_leaves() -> None:
     model = GPT(CONFIGS["all"]).eval()
     caches = [model.make_cache(2, CHUNK + 100, chunk=CHUNK) for _ in range(2)]
