@@ -6,7 +6,6 @@ import operator
 import os
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from gptlab.errors import GptlabError
 from gptlab.generation import batch
 from gptlab.generation.compiled.decoder import can_serve
 from gptlab.generation.continuation import Continuation
-from gptlab.generation.engine import decode
+from gptlab.generation.engine import check_new_tokens, decode
 from gptlab.generation.sampling import Sampling
 from gptlab.model.gpt import GPT, SCALES
 from gptlab.model.quantised import bits_of, fast_bfloat16, quantise_model, restore
@@ -134,7 +133,7 @@ class LanguageModel:
         `generate`.
         """
         self.needs_tokenizer()
-        _check_new_tokens(max_new_tokens)
+        check_new_tokens(max_new_tokens)
         rows = [self.prompt_ids(prompt, special=special) for prompt in prompts]
         return decode(
             self.model, rows, continuations, sampling=sampling, max_new_tokens=max_new_tokens, **self._vocabulary()
@@ -168,7 +167,6 @@ class LanguageModel:
             GptlabError: no tokenizer, a prompt that the model cannot continue, more memory needed than there is.
         """
         self.new_continuations(1, stop)
-        _check_new_tokens(max_new_tokens)
         if not prompts:
             return iter(())
         return batch.complete(
@@ -282,11 +280,6 @@ def _stop_strings(stop: Any) -> list[str]:
         if not isinstance(word, str):
             raise GptlabError(f"stop must be a text or a list of texts, got {type(word).__name__} {word!s:.40}")
     return words
-
-
-def _check_new_tokens(n: Any) -> None:
-    if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
-        raise GptlabError(f"max_new_tokens must be at least 1, got {n!r}")
 
 
 def _seed(seed: int | None) -> int:

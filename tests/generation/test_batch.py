@@ -185,9 +185,9 @@ def test_as_many_texts_as_fit_into_half_of_the_memory(free, slots, expected, mon
         (
             60_000,
             None,
-            "1 text at a time takes 70.0.KiB when the longest has 64 tokens, and 58.6.KiB are free; ask for",
+            "1 text at a time takes 70.0 KiB when the longest has 64 tokens, and 58.6 KiB are free; ask for",
         ),
-        (10**6, 20, "20 texts at a time take 1.37.MiB .* free; take at most 13 at a time, or ask for fewer new tokens"),
+        (10**6, 20, "20 texts at a time take 1.37 MiB .* free; take at most 13 at a time, or ask for fewer new tokens"),
         (10**9, 0, "the batch size must be at least 1, got 0"),
     ],
 )

@@ -6,6 +6,8 @@ import json
 import secrets
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -78,6 +80,25 @@ def generate(
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    batch: Annotated[
+        Path | None,
+        typer.Option(
+            help='Continue every prompt of this file, one a line, or JSON lines with "prompt" or "ids", into --out.',
+            metavar="FILE",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --batch: the answers, as JSON lines. The same command again goes on with them.", metavar="FILE"
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="With --batch: texts at a time (default: as many as half of the free memory holds, at most 32)."
+        ),
+    ] = None,
 ) -> None:
     """Continue a text."""
     from gptlab.cli.prompts import read_prompt, repair, unescape
@@ -85,16 +106,24 @@ def generate(
     from gptlab.generation.engine import check_batch
     from gptlab.generation.sampling import Sampling
 
+    sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, seed or 0, min_p, repetition_penalty)
+    if chat and (prompt_ids is not None or special):
+        other = "--special, as the chat template's tokens are read as such" if special else "--prompt-ids"
+        raise GptlabError(f"--chat takes a message; leave out either it or {other}")
+    words = [unescape(repair(word)) for word in stop or []]
+    if batch is not None or out is not None or batch_size is not None:
+        from gptlab.cli.batch import Asked, run
+
+        single = (prompt, prompt_file, prompt_ids, num_samples if num_samples != 1 else None, as_json or None)
+        asked = Asked(batch, out, model, batch_size, sampling, seed, max_new_tokens, words, special, chat)
+        run(asked, single, lambda: _load(model, dtype, tokenizer, device))
+        return
     seed = secrets.randbits(32) if seed is None else seed
-    sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, seed, min_p, repetition_penalty)
+    sampling = replace(sampling, seed=seed)
     if num_samples < 1:
         raise GptlabError(f"--num-samples must be at least 1, got {num_samples}")
     ids = None if prompt_ids is None else _ids(prompt_ids, prompt is not None or prompt_file is not None, special)
-    if chat and (ids is not None or special):
-        other = "--special, as the chat template's tokens are read as such" if special else "--prompt-ids"
-        raise GptlabError(f"--chat takes a message; leave out either it or {other}")
-    if ids is None:
-        prompt = read_prompt(prompt, prompt_file)
+    prompt = read_prompt(prompt, prompt_file) if ids is None else None
     if chat and prompt is None:
         raise GptlabError("--chat needs a message to answer; give it as the prompt")
     lm = _load(model, dtype, tokenizer, device)
@@ -104,7 +133,7 @@ def generate(
     check_batch(lm.model, num_samples, 1)  # before a list of as many rows is made
     if prompt is not None and not special and not chat:
         _hint(prompt, lm)
-    continuations = lm.new_continuations(num_samples, [unescape(repair(word)) for word in stop or []])
+    continuations = lm.new_continuations(num_samples, words)
     started = time.perf_counter()
     rows = [prompt if ids is None else ids] * num_samples
     pieces = lm.continue_all(rows, continuations, sampling, max_new_tokens, special=special)
@@ -129,11 +158,8 @@ def generate(
     if as_json:
         print(_json(model, prompt, seed, continuations, seconds))
     else:
-        if live:
-            print(flush=True)
-        else:
-            for i, continuation in enumerate(continuations, 1):
-                print(f"--- {i} of {num_samples}\n{before}{continuation.text}")
+        texts = [before + continuation.text for continuation in continuations]
+        print(*([""] if live else (f"--- {i} of {num_samples}\n{text}" for i, text in enumerate(texts, 1))), sep="\n")
         _close(continuations, seconds, None if greedy else seed)
     if interruption is not None:
         raise interruption

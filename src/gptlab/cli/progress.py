@@ -102,7 +102,7 @@ class Progress:
         self.done_at = now + left
         if not announced and not math.isnan(left):
             rate = _figure("{:,.0f} tokens/s", row, "tokens_per_second")
-            self._print(_joined(rate, f"{_duration(left)} left", self._finish()))
+            self._print(_joined(rate, f"{duration(left)} left", self._finish()))
             self.printed = now
         elif self.live is None and now - self.printed >= EVERY:
             self._print(_joined(_position(row, self.start), self._losses(), self._speed(), self._finish()))
@@ -135,7 +135,7 @@ class Progress:
         head.add_row(ProgressBar(self.start.get("steps"), position["step"]), _position(position, self.start))
         rate = _figure("learning rate {:.2e}", self.row, "learning_rate")
         norm = _figure("gradient norm {:.2f}", self.row, "gradient_norm")
-        left = "" if math.isnan(self.done_at) else f"{_duration(self.done_at - self.clock())} left"
+        left = "" if math.isnan(self.done_at) else f"{duration(self.done_at - self.clock())} left"
         lines = (
             _joined(self._losses(), rate, norm),
             self._speed() or "measuring the rate",
@@ -157,7 +157,7 @@ class Progress:
         return _joined(_figure("{:,.0f} tokens/s", self.row, "tokens_per_second"), use, kept)
 
     def _elapsed(self) -> str:
-        return f"{_duration(self.clock() - self.began)} elapsed"
+        return f"{duration(self.clock() - self.began)} elapsed"
 
     def _finish(self) -> str:
         if math.isnan(self.done_at):
@@ -196,7 +196,7 @@ def _joined(*parts: str, by: str = "  ") -> str:
     return by.join(part for part in parts if part)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Return hours, minutes and seconds as 1:02:03, with the days before them where there are any."""
     minutes, second = divmod(max(round(seconds), 0), 60)
     hours, minute = divmod(minutes, 60)

@@ -1,18 +1,26 @@
-"""Where a prompt comes from: the command line, a file, or standard input."""
+"""Where a prompt comes from: the command line, a file, or standard input; and where thousands do."""
 
 from __future__ import annotations
 
 import codecs
+import hashlib
+import json
 import os
 import re
 import select
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gptlab.errors import GptlabError
+from gptlab.text.decoding import decode
 
 PATIENCE = 3.0
 """Seconds of silence on standard input after which the command says what it waits for."""
+
+JSON_LINES = (".jsonl", ".ndjson")
+"""Ends of the names of files with one JSON value a line."""
 
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
@@ -101,3 +109,54 @@ def _text(data: bytes, name: str) -> str:
             " instance with iconv -f WINDOWS-1252 -t UTF-8"
         ) from None
     return text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A prompt of the file: a text or ids, or the reason why it is none; and what the file calls it."""
+
+    prompt: str | list[int] | None
+    error: str = ""
+    id: Any = None
+
+
+def read_prompts(path: Path) -> tuple[list[Line], str]:
+    """Return the prompts of a file, and its sha256.
+
+    Args:
+        path: of JSON lines, by its suffix, each a text or an object with ``prompt`` or ``ids``, and perhaps ``id``;
+            or else of text, each line a prompt.
+
+    Raises:
+        GptlabError: the file cannot be read, is not text, or is empty.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise GptlabError(f"--batch {path} cannot be read: {error.strerror}") from None
+    if path.suffix == ".json":
+        raise GptlabError(f"--batch takes JSON lines, one object a line; write {path} as such, and call it .jsonl")
+    text = decode(content, path).replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
+    if path.suffix in JSON_LINES:
+        lines = [_parsed(line) for line in text.split("\n") if line.strip()]
+    else:
+        lines = [Line(line) for line in text.split("\n")] if text else []
+    if not lines:
+        raise GptlabError(f"--batch {path} is empty; put a prompt on each line")
+    return lines, hashlib.sha256(content).hexdigest()
+
+
+def _parsed(line: str) -> Line:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return Line(None, "the line is not JSON")
+    if isinstance(record, str):
+        return Line(record)
+    if not isinstance(record, dict) or ("prompt" in record) == ("ids" in record):
+        return Line(None, 'the line is not an object with either "prompt" or "ids"')
+    prompt, name = record.get("prompt", record.get("ids")), record.get("id")
+    is_ids = isinstance(prompt, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)
+    if isinstance(prompt, str) if "prompt" in record else is_ids:
+        return Line(prompt, id=name)
+    return Line(None, '"prompt" is not a text' if "prompt" in record else '"ids" is not a list of ids', name)

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from gptlab.errors import GptlabError
-from gptlab.formatting import memory
+from gptlab.formatting import NBSP, memory
 from gptlab.generation.compiled.decoder import check_growth, read_prompt, serves
 from gptlab.generation.compiled.step import CompiledStep, Text
 from gptlab.generation.continuation import Continuation
 from gptlab.generation.engine import (
     allowed,
+    check_new_tokens,
     check_prompt,
     decode,
     longest_text,
@@ -57,10 +58,10 @@ class Plan:
     def __str__(self) -> str:
         """The plan in words."""
         at_once = "1 text" if self.slots == 1 else f"{self.slots} texts"
-        total = "" if self.slots == 1 else f" each, {memory(self.slots * self.text_bytes)} in all"
-        free = "" if self.free is None else f"; {memory(self.free)} are free"
+        total = "" if self.slots == 1 else f" each, {_bytes(self.slots * self.text_bytes)} in all"
+        free = "" if self.free is None else f"; {_bytes(self.free)} are free"
         return (
-            f"{at_once} at a time, with caches of at most {memory(self.text_bytes)}{total} ({self.length:,} tokens)"
+            f"{at_once} at a time, with caches of at most {_bytes(self.text_bytes)}{total} ({self.length:,} tokens)"
             f"{free}"
         )
 
@@ -75,8 +76,9 @@ def plan(model: GPT, prompts: Prompts, max_new_tokens: int, slots: int | None = 
         slots: texts at a time; then they need only fit.
 
     Raises:
-        GptlabError: they do not, or not even one.
+        GptlabError: they do not, or not even one; or numbers below 1.
     """
+    check_new_tokens(max_new_tokens)
     if slots is not None and slots < 1:
         raise GptlabError(f"the batch size must be at least 1, got {slots}")
     n_prompt = max(map(len, prompts.values()))
@@ -91,8 +93,8 @@ def plan(model: GPT, prompts: Prompts, max_new_tokens: int, slots: int | None = 
         if chosen > 1:
             way_out = f"take at most {free // (held + passing):,} at a time, or {way_out}"
         raise GptlabError(
-            f"{texts} at a time take{'s' * (chosen == 1)} {memory(chosen * (held + passing))} when the longest has"
-            f" {length:,} tokens, and {memory(free)} are free; {way_out}"
+            f"{texts} at a time take{'s' * (chosen == 1)} {_bytes(chosen * (held + passing))} when the longest has"
+            f" {length:,} tokens, and {_bytes(free)} are free; {way_out}"
         )
     return Plan(chosen, length, held, free)
 
@@ -141,6 +143,10 @@ def complete(
         compiled = serves(model, len(prompts) * max_new_tokens)
     how = _continuous if compiled else _grouped
     return how(model, prompts, begin, _Settings(sampling, max_new_tokens, vocab_size, never, slots, done, report))
+
+
+def _bytes(n: float) -> str:
+    return memory(n).replace(NBSP, " ")
 
 
 class _Settings(NamedTuple):

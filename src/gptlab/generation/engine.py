@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from numbers import Integral
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -168,6 +169,12 @@ def check_prompt(prompt: Sequence[int], config: ModelConfig) -> None:
             f"the prompt has the id {low if low < 0 else high}, the model has 0 to {config.vocab_size - 1};"
             " encode it with the model's own tokenizer"
         )
+
+
+def check_new_tokens(n: Any) -> None:
+    """Raise a `GptlabError` where this is not how many tokens to add."""
+    if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
+        raise GptlabError(f"max_new_tokens must be at least 1, got {n!r}")
 
 
 def random_stream(sampling: Sampling, number: int) -> np.random.Generator:
