@@ -213,6 +213,15 @@ def test_other_settings_are_refused(run: Run, here: Path, changed: tuple[object,
     assert Path("a.jsonl").read_bytes() == before
 
 
+def test_without_the_step_that_it_was_begun_with(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask(run, *SHORT)
+    if not json.loads(Path("a.jsonl.json").read_text())["compiled"]:
+        pytest.skip("there is no compiled step here")
+    monkeypatch.setattr(batch, "serves", lambda *_: False)
+    assert "with the compiled step, which is not to be had now" in refusal(run, *SHORT)
+    assert "with --max-new-tokens 12, not 13" in refusal(run, "--max-new-tokens", 13, "--seed", 5)
+
+
 def test_files_that_are_not_what_they_should_be(run: Run, here: Path) -> None:
     ask(run, *SHORT)
     good = Path("a.jsonl").read_text()
@@ -233,7 +242,7 @@ def test_files_that_are_not_what_they_should_be(run: Run, here: Path) -> None:
     assert "--batch takes JSON lines" in refusal(run, prompts="e.json", out="c.jsonl")
     Path("e.jsonl").write_text('{"text": "a"}\n')
     said = refusal(run, prompts="e.jsonl", out="c.jsonl")
-    assert 'no line of e.jsonl can be continued; of line 1: the line is not an object with either "prompt"' in said
+    assert 'no line of e.jsonl can be continued; of prompt 1: the line is not an object with either "prompt"' in said
     assert not Path("c.jsonl").exists()
     Path("p.txt").write_text("".join(f"{'a' * (i * 7 % 31)} prompt {i}\n" for i in range(N)))
     Path("a.jsonl").write_text("mine\n" + good)

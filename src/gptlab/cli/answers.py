@@ -56,15 +56,18 @@ class Settings(BaseModel):
     seed: int
     stop: list[str]
     compiled: bool
+    """Other texts may come without the compiled step; with it, none depends on the batch size."""
     batch_size: int
 
     def difference(self, other: Settings) -> str | None:
         """Say in words why answers under ``other`` cannot be added to those under these settings, if they cannot."""
         for name in type(self).model_fields:
             mine, theirs = getattr(self, name), getattr(other, name)
-            if mine == theirs or name in ("prompts", "model", "compiled"):
+            if mine == theirs or name in ("prompts", "model"):
                 continue
-            if name == "batch_size" and self.compiled:  # then no text depends on it
+            if name == "compiled":
+                return "with the compiled step, which is not to be had now"
+            if name == "batch_size" and self.compiled:
                 continue
             if name in _OTHER:
                 return f"with {_OTHER[name]}"

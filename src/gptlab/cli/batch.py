@@ -98,11 +98,6 @@ def run(asked: Asked, single: Sequence[Any], load: Callable[[], LanguageModel]) 
         prompts, errors = _encoded(lm, lines, asked)
         begun = answers.begun
         compiled, size = serves(lm.model, len(lines) * asked.max_new_tokens), asked.batch_size
-        if begun is not None and begun.compiled and not compiled:
-            raise GptlabError(
-                f"{out} was begun with the compiled step, which is not to be had now, and without it other texts may"
-                " come; give another --out"
-            )
         if begun is not None and not begun.compiled:
             compiled, size = False, size or begun.batch_size
         made = plan(lm.model, prompts, asked.max_new_tokens, size)
@@ -159,7 +154,7 @@ def _encoded(lm: LanguageModel, lines: list[Line], asked: Asked) -> tuple[dict[i
             errors[index] = str(error)
     if not prompts:
         first = next(iter(errors))
-        raise GptlabError(f"no line of {asked.prompts} can be continued; of line {first + 1}: {errors[first]}")
+        raise GptlabError(f"no line of {asked.prompts} can be continued; of prompt {first + 1}: {errors[first]}")
     return prompts, errors
 
 
