@@ -37,7 +37,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal["gptlab answers"] = "gptlab answers"
+    format: Literal["gptlab generate answers"] = "gptlab generate answers"
     version: Literal[1] = 1
     prompts: str
     prompts_sha256: str
