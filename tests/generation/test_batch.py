@@ -228,7 +228,7 @@ def test_500_prompts_of_1_to_900_tokens_have_the_log_probabilities_of_one_at_a_t
     if dtype == torch.float32:  # and they are the plain model's
         n = 0
         for number, (tokens, _, _) in together.items():
-            with torch.inference_mode():
+            with torch.no_grad():
                 logits = model(torch.tensor([prompts[number] + tokens]))[0, len(prompts[number]) - 1 : -1, :257]
             logits[:, 256] = -torch.inf
             mine = torch.log_softmax(logits, -1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
