@@ -35,7 +35,7 @@ def bench_generate(
     batches: Annotated[str, typer.Option(help="Sequences at a time, with commas.")] = "1,8,32",
     contexts: Annotated[str, typer.Option(help="Tokens of each that a step attends to, with commas.")] = "128,1024",
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt that is read; 0 times no prompt.")] = 1024,
-    rounds: Annotated[int, typer.Option(help="How often each takes its turn.")] = 5,
+    rounds: Annotated[int, typer.Option(help="How often each takes its turn.")] = 7,
     threads: Annotated[int | None, typer.Option(help="Threads to compute with (default: PyTorch's choice).")] = None,
     out: Annotated[Path | None, typer.Option(help="Write every time that was measured to this JSON file.")] = None,
 ) -> None:
