@@ -71,6 +71,12 @@ settings = llama.llama_model_quantize_default_params()
 settings.ftype, settings.pure = llama.LLAMA_FTYPE_MOSTLY_Q4_0, True
 llama.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), settings)
 """
+CONVERT = """
+import pathlib, sys
+from ctranslate2.converters import TransformersConverter
+config = pathlib.Path(TransformersConverter(sys.argv[1]).convert(sys.argv[2])) / "config.json"
+config.write_text(config.read_text().replace('"unk_token": null', '"unk_token": "<|endoftext|>"'))  # it must be a text
+"""
 
 
 def write_models(folder: Path, peers: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -88,7 +94,7 @@ def write_models(folder: Path, peers: str) -> tuple[dict[str, str], dict[str, st
     for kinds, arguments in {
         ("q4_0",): ["-c", QUANTISE, files["f32"], folder / "q4_0.gguf"],
         ("onnx", "onnx8", "onnx4"): [HERE / "peers_onnx.py", hf, folder],
-        ("ct2",): ["-c", ct2, hf, folder / "ct2"],
+        ("ct2",): ["-c", CONVERT, hf, folder / "ct2"],
     }.items():
         command = [peers, *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
@@ -147,9 +153,15 @@ def compare(name: str, programs: list[Program], files: dict[str, str], peers: st
     work, threads = WORKS[name], torch.get_num_threads()
     workers: dict[Program, Worker] = {}
     skipped: dict[str, str] = {}
+    cautious: list[str] = []  # those that do not run with llama.cpp's kernels for AMX
     for program in programs:  # one after the other: starting is work, too
         asked = {**work, "program": program[0], "precision": program[1], "threads": threads, "files": files}
-        worker = Worker(sys.executable if program[0] in ("gptlab", "transformers") else peers, asked)
+        python = sys.executable if program[0] in ("gptlab", "transformers") else peers
+        worker = Worker(python, asked | {"cautious": False})
+        if program[0] == "llama.cpp" and "error" in worker.ready:
+            worker.end()
+            worker = Worker(python, asked | {"cautious": True})
+            cautious.append(" ".join(program))
         if "error" in worker.ready:
             skipped[" ".join(program)] = worker.ready["error"]
             worker.end()
@@ -178,6 +190,7 @@ def compare(name: str, programs: list[Program], files: dict[str, str], peers: st
     for worker in workers.values():
         worker.end()
     return {**work, "date": datetime.now(UTC).isoformat(timespec="minutes"), "rounds": rounds, "skipped": skipped} | {
+        "without_special_buffers": [name for name in cautious if name not in skipped],
         "bandwidth": probe.result().model_dump(),
         "rows": rows,
     }
@@ -230,6 +243,10 @@ def show(works: dict[str, Any]) -> None:
         for row in work["rows"]:
             share = f"   {100 * row['share']:.0f}% of the bandwidth" if "share" in row else ""
             print(f"  {row['program']:<13} {row['precision']:<9} {row['tokens_per_second']:>8,.1f} tokens/s{share}")
+        if work["without_special_buffers"]:
+            print(
+                f"  with llama.cpp's use_extra_bufts off, since it crashed: {', '.join(work['without_special_buffers'])}"
+            )
         for program, reason in work["skipped"].items():
             print(f"  {program} is left out: {reason}")
     print()

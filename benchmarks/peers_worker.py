@@ -117,7 +117,9 @@ def llama_cpp(asked: dict[str, Any]) -> Go:
     silent = llama.llama_log_callback(lambda *_: None)
     llama.llama_log_set(silent, ctypes.c_void_p())
     path = asked["files"][{"float32": "f32", "bfloat16": "bf16", "8-bit": "q8_0", "4-bit": "q4_0"}[asked["precision"]]]
-    model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
+    loading = llama.llama_model_default_params()
+    loading.use_extra_bufts = not asked["cautious"]
+    model = llama.llama_model_load_from_file(str(path).encode(), loading)
     rows = prompts(asked["batch"], asked["prompt"])
     settings = llama.llama_context_default_params()
     settings.n_ctx = len(rows) * (asked["prompt"] + asked["new"] + 8)
@@ -141,7 +143,12 @@ def llama_cpp(asked: dict[str, Any]) -> Go:
 
     def read_all(n: int) -> list[int]:
         llama.llama_memory_clear(llama.llama_get_memory(context), True)
-        chosen = feed([(t, i, b, i == n - 1) for b, row in enumerate(rows) for i, t in enumerate(row[:n])])
+        tokens = [(t, i, b, i == n - 1) for b, row in enumerate(rows) for i, t in enumerate(row[:n])]
+        if asked["work"] == "decode" and len(rows) == 1:
+            for token in tokens[:-1]:  # its AMX kernels, for several tokens at once, do not run everywhere
+                feed([token])
+            tokens = tokens[-1:]
+        chosen = feed(tokens)
         first.append(chosen[0])
         return chosen
 
