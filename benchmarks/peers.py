@@ -88,9 +88,6 @@ def write_models(folder: Path, peers: str) -> tuple[dict[str, str], dict[str, st
     for kind in ("f32", "bf16", "q8_0"):
         export(own, folder / f"{kind}.gguf", format="gguf", verify=False, planning={"type": kind})
         files[kind] = str(folder / f"{kind}.gguf")
-    ct2 = (
-        "import sys; from ctranslate2.converters import TransformersConverter as C; C(sys.argv[1]).convert(sys.argv[2])"
-    )
     for kinds, arguments in {
         ("q4_0",): ["-c", QUANTISE, files["f32"], folder / "q4_0.gguf"],
         ("onnx", "onnx8", "onnx4"): [HERE / "peers_onnx.py", hf, folder],
@@ -244,9 +241,7 @@ def show(works: dict[str, Any]) -> None:
             share = f"   {100 * row['share']:.0f}% of the bandwidth" if "share" in row else ""
             print(f"  {row['program']:<13} {row['precision']:<9} {row['tokens_per_second']:>8,.1f} tokens/s{share}")
         if work["without_special_buffers"]:
-            print(
-                f"  with llama.cpp's use_extra_bufts off, since it crashed: {', '.join(work['without_special_buffers'])}"
-            )
+            print(f"  crashed, and run with use_extra_bufts off: {', '.join(work['without_special_buffers'])}")
         for program, reason in work["skipped"].items():
             print(f"  {program} is left out: {reason}")
     print()

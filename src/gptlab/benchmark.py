@@ -28,7 +28,6 @@ from gptlab.generation.compiled.decoder import Compiled, read_prompt, serves
 from gptlab.generation.compiled.step import CompiledStep, Text
 from gptlab.generation.memory import available_memory, check_memory
 from gptlab.generation.padded import CHUNK, Padded, evaluating, last_logits
-from gptlab.language_model import load
 from gptlab.model import cost
 from gptlab.model.cache import Cache
 from gptlab.model.gpt import GPT
@@ -373,16 +372,6 @@ def _decode(models: Mapping[str, GPT], batch: int, context: int, rounds: int, pr
 def _repeat(step: Step, n: int) -> None:
     for _ in range(n):
         step()
-
-
-def load_in(name: str, dtype: str) -> GPT:
-    """Load a model in one of the precisions of `WEIGHTS`.
-
-    Raises:
-        GptlabError: an unknown precision, or what `gptlab.load` raises.
-    """
-    Settings(dtypes=(dtype,))
-    return in_precisions(load(name).model, (dtype,))[dtype]
 
 
 @torch.inference_mode()

@@ -172,7 +172,7 @@ def test_the_command_writes_what_it_shows(run, tmp_path: Path) -> None:
         (["bench", "generate", "--out", "."], "is a directory"),
         (["bench", "generate", "--model", "nowhere"], "no model 'nowhere'"),
         (["compile", "--dtype", "int8"], "--dtype is of a model to check"),
-        (["compile", "pocket", "--dtype", "int9"], "a precision must be one of"),
+        (["compile", "pocket", "--dtype", "int9"], "dtype must be one of"),
         (["compile", "nowhere"], "no model 'nowhere'"),
     ],
 )

@@ -67,7 +67,7 @@ def bench_generate(
     else:
         import gptlab
 
-        timed = gptlab.load(model).model
+        timed = gptlab.load(model, dtype="float32").model
     result = measure_generation(model, weights, timed, settings, _say)
     if out is not None:
         write_files(out.parent, {out.name: (result.model_dump_json(indent=2) + "\n").encode()})
@@ -78,9 +78,7 @@ def compile_step(
     model: Annotated[
         str | None, typer.Argument(help="Also decode with this model, and compare its logits with plain PyTorch's.")
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Precision for that: float32 (the default), bfloat16, int8 or int4.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Precision for that, as of gptlab generate.")] = None,
 ) -> None:
     """Compile the decoding step for this processor, once; it serves every model and precision.
 
@@ -92,9 +90,9 @@ def compile_step(
     if dtype is not None and model is None:
         raise GptlabError("--dtype is of a model to check; name one, or leave it out: the step serves every precision")
     if model is not None:
-        from gptlab.benchmark import load_in
+        import gptlab
 
-        lm = load_in(model, dtype or "float32")  # before the work: it may not be there
+        loaded = gptlab.load(model, dtype=dtype).model  # before the work: it may not be there
     built, started = is_built(), time.perf_counter()
     library()
     done = "was there already" if built else f"compiled in {time.perf_counter() - started:.1f} seconds"
@@ -102,10 +100,10 @@ def compile_step(
     if model is not None:
         from gptlab.benchmark import compare_steps
 
-        difference, spread, n_tokens = compare_steps(lm)
+        difference, spread, n_tokens = compare_steps(loaded)
         print(
-            f"{model}, {dtype or 'float32'}: logits of {n_tokens} tokens differ from plain PyTorch's by at most"
-            f" {difference:.2g} (their standard deviation is {spread:.2g})"
+            f"{model}{f', {dtype}' if dtype else ''}: logits of {n_tokens} tokens differ from plain PyTorch's by"
+            f" at most {difference:.2g} (their standard deviation is {spread:.2g})"
         )
 
 
