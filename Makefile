@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # Two workers with one thread each are faster on small models than one worker with two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: setup demo test test-all lint bench bench-attention bench-train bench-prepare bench-evaluate results docs
+.PHONY: setup demo test test-all lint bench bench-attention bench-train bench-prepare bench-evaluate bench-peers bench-quality results docs
 
 setup: $(VENV)/.gptlab
 
@@ -71,6 +71,24 @@ bench-prepare: setup
 # DATA=file: OpenAI's lambada_test.jsonl, where it is neither in the cache nor to be had from the network.
 bench-evaluate: setup
 	$(BIN)/python benchmarks/evaluate.py $(if $(DATA),--data $(DATA)) --out docs/results/evaluate.json
+
+# Generation beside llama.cpp, ONNX Runtime, CTranslate2 and transformers. The others live in an environment of their own,
+# behind which lies $(VENV); llama.cpp is built for this processor, which takes about ten minutes, once.
+bench-peers: $(VENV)/peers/.installed
+	$(BIN)/python benchmarks/peers.py --peers $(VENV)/peers/bin/python --out docs/results/peers.json
+
+$(VENV)/peers/.installed: $(VENV)/.gptlab benchmarks/peers-requirements.txt
+	@$(BIN)/python -m venv $(VENV)/peers
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(VENV)/peers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth"
+	@echo "installing the other programs into $(VENV)/peers (llama.cpp is built: about ten minutes)"
+	@CMAKE_ARGS=-DGGML_NATIVE=ON $(VENV)/peers/bin/python -m pip install --quiet --disable-pip-version-check \
+		--no-cache-dir --no-binary llama-cpp-python -r benchmarks/peers-requirements.txt
+	@touch $@
+
+# Loss and memory by precision. TEXT=file: what the models are to predict, in place of a text of Python's own.
+bench-quality: setup
+	$(BIN)/python benchmarks/precisions.py $(if $(TEXT),--text $(TEXT)) --out docs/results/precisions.json
 
 # Measure again what the docs quote, on this machine.
 results: setup
