@@ -1,6 +1,6 @@
 """What fewer bits a weight cost in loss, and what decoding takes in memory.
 
-    python benchmarks/precisions.py [--text FILE] [--tokens 100000] [--models pocket ...] [--out docs/results/precisions.json]
+    python benchmarks/precisions.py [--text FILE] [--tokens 100000] [--models NAME ...] [--out FILE]
 
 The loss is the mean over non-overlapping windows of each model's context, in plain PyTorch. The memory is what a fresh
 process holds in anonymous pages at its peak while it decodes with random weights of GPT-2 124M, beyond the same process
