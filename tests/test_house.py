@@ -39,7 +39,7 @@ FLOORS = {
     "study": 7,
     "report": 8,
     "benchmark": 8,
-    "serve": 8,
+    "serving": 8,
     "explore": 8,
     "cli": 9,
     "__main__": 10,

@@ -136,7 +136,7 @@ class LanguageModel:
         check_new_tokens(max_new_tokens)
         rows = [self.prompt_ids(prompt, special=special) for prompt in prompts]
         return decode(
-            self.model, rows, continuations, sampling=sampling, max_new_tokens=max_new_tokens, **self._vocabulary()
+            self.model, rows, continuations, sampling=sampling, max_new_tokens=max_new_tokens, **self.vocabulary()
         )
 
     def complete(
@@ -179,11 +179,11 @@ class LanguageModel:
             done=done,
             compiled=compiled,
             report=report,
-            **self._vocabulary(),
+            **self.vocabulary(),
         )
 
-    def _vocabulary(self) -> dict[str, Any]:
-        """What `decode` is told about the ids that have a text."""
+    def vocabulary(self) -> dict[str, Any]:
+        """Return what `decode` and `Rows` are told about the ids that have a text."""
         tokenizer = self.needs_tokenizer()
         return {
             "vocab_size": min(tokenizer.vocab_size, self.config.vocab_size),

@@ -19,6 +19,7 @@ from gptlab.cli.output import prepare_streams
 from gptlab.cli.plot import plot
 from gptlab.cli.prepare import prepare
 from gptlab.cli.report import report
+from gptlab.cli.serve import serve
 from gptlab.cli.study import study
 from gptlab.cli.train import train
 from gptlab.cli.verify import verify
@@ -26,7 +27,7 @@ from gptlab.errors import GptlabError
 
 ABOUT = (
     "GPT-2 from scratch in PyTorch: generate, inspect, verify, prepare, train, convert, import, export, evaluate, plot,"
-    " study, report, compile, bench."
+    " study, report, serve, compile, bench."
 )
 
 app = typer.Typer(
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (generate, inspect, evaluate, verify, prepare, train, convert, export, plot, study, report):
+for command in (generate, inspect, evaluate, verify, prepare, train, convert, export, plot, study, report, serve):
     app.command()(command)
 app.command("import")(import_model)
 app.command("compile")(compile_step)

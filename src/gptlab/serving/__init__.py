@@ -1,0 +1,1 @@
+"""HTTP: OpenAI's completions for a model of gptlab's. Needs the extra ``serve``."""

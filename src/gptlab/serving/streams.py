@@ -1,0 +1,145 @@
+"""Answers as they come: whole, or as server-sent events; a client that leaves ends its texts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from gptlab.generation.rows import TokenScore
+from gptlab.serving.errors import Refusal
+from gptlab.serving.http import JSON, gone, written
+from gptlab.serving.worker import Piece
+
+
+class Form(Protocol):
+    """What writes an answer."""
+
+    def whole(self) -> dict[str, Any]: ...
+
+    def chunk(
+        self,
+        i: int,
+        text: str,
+        drawn: tuple[int, ...],
+        scores: tuple[TokenScore, ...],
+        finish: str | None,
+        first: bool,
+    ) -> dict[str, Any] | None: ...
+
+    def closing(self) -> dict[str, Any]: ...
+
+
+class Outbox:
+    """What the worker's thread hands to the event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._queue: asyncio.Queue[Any] = asyncio.Queue()
+
+    def deliver(self, update: list[Piece] | BaseException | None) -> None:
+        """Hand something over; called from any thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, update)
+
+    async def next(self) -> list[Piece] | None:
+        """Return the next pieces, or None when all is done.
+
+        Raises:
+            Refusal: the texts will not be finished.
+        """
+        update = await self._queue.get()
+        if isinstance(update, BaseException):
+            raise update
+        return update
+
+
+async def answer(
+    request: Request, outbox: Outbox, form: Form, cancel: Callable[[], None], stream: bool, with_usage: bool
+) -> Response:
+    """Return the answer to a request whose job has been submitted.
+
+    Raises:
+        Refusal: the texts were refused before there was anything to send.
+        ClientDisconnect: the client has left; ``cancel`` has been called.
+    """
+    leaving = asyncio.create_task(gone(request))
+    coming = asyncio.create_task(outbox.next())
+    try:
+        await asyncio.wait({leaving, coming}, return_when=asyncio.FIRST_COMPLETED)
+        if not coming.done():
+            raise ClientDisconnect
+        first = coming.result()
+    except BaseException:
+        cancel()
+        leaving.cancel()
+        coming.cancel()
+        raise
+    if stream:
+        return _Events(outbox, first, form, cancel, leaving, with_usage)
+    leaving.cancel()
+    return JSON(form.whole())
+
+
+class _Events(Response):
+    """Server-sent events, the last of which is ``[DONE]``."""
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        first: list[Piece] | None,
+        form: Form,
+        cancel: Callable[[], None],
+        leaving: asyncio.Task[None],
+        with_usage: bool,
+    ) -> None:
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self._outbox, self._first, self._form = outbox, first, form
+        self._cancel, self._leaving, self._with_usage = cancel, leaving, with_usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for event in self._events():
+                if self._leaving.done():
+                    return
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            self._leaving.cancel()
+            self._cancel()  # of no effect on what is done
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        pieces, begun = self._first, set[int]()
+        try:
+            while pieces is not None:
+                body = b"".join(self._event(piece, begun) for piece in pieces)
+                if body:
+                    yield body
+                coming = asyncio.ensure_future(self._outbox.next())
+                await asyncio.wait({coming, self._leaving}, return_when=asyncio.FIRST_COMPLETED)
+                if not coming.done():
+                    coming.cancel()
+                    return
+                pieces = coming.result()
+        except Refusal as refusal:
+            yield _line(refusal.body)
+        else:
+            yield (_line(self._form.closing()) if self._with_usage else b"") + b"data: [DONE]\n\n"
+
+    def _event(self, piece: Piece, begun: set[int]) -> bytes:
+        first = piece.row not in begun
+        chunk = self._form.chunk(piece.row, piece.text, piece.drawn, piece.scores, piece.finish, first)
+        if chunk is None:
+            return b""
+        begun.add(piece.row)
+        return _line({**chunk, "usage": None} if self._with_usage else chunk)
+
+
+def _line(content: Any) -> bytes:
+    return b"data: " + written(content) + b"\n\n"
