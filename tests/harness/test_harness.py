@@ -226,6 +226,36 @@ def test_the_command_line(harness: Any, expected: dict[str, Any], tasks: Path, t
 
 
 @pytest.mark.slow
+def test_scores_over_http_are_those_in_process(harness: Any, tasks: Path) -> None:
+    pytest.importorskip("tenacity", reason="lm-eval's clients need it: pip install 'gptlab[eval]'")
+    from helpers.serving import serving
+
+    with serving(gptlab.load("pocket"), "pocket") as server:
+        # It sends at most max_length - 1 tokens and asks for one more.
+        arguments = {"model": "pocket", "base_url": f"{server.url}/v1/completions", "max_length": 513}
+        remote = evaluate(tasks, "local-completions", {**arguments, "num_concurrent": 4})
+    scored = evaluate(tasks, "gptlab", {"path": "pocket", "max_length": 511}, TASKS[:3])
+    written = evaluate(tasks, "gptlab", {"path": "pocket", "max_length": 512}, TASKS[3:])
+    for task in TASKS:
+        local = written if task == "local_answer" else scored
+        over_http, in_process = answers(remote, task), answers(local, task)
+        if task == "local_answer":
+            assert over_http == in_process
+        elif task == "local_text":
+            assert over_http == pytest.approx(in_process, rel=1e-6)
+        else:
+            assert [one[1] for one in over_http] == [one[1] for one in in_process]
+            assert [one[0] for one in over_http] == pytest.approx([one[0] for one in in_process], abs=1e-4)
+        # In one batch and another, float32 gives the same six digits.
+        shown = [
+            {name: f"{value:.6g}" for name, value in run["results"][task].items() if isinstance(value, float)}
+            for run in (remote, local)
+        ]
+        assert shown[0] == shown[1]
+        assert shown[0]
+
+
+@pytest.mark.slow
 def test_a_user_error_on_the_command_line_is_one_sentence(
     harness: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

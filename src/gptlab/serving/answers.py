@@ -56,7 +56,7 @@ class LegacyLogprobs:
             offsets.append(self._offset)
             self._offset += len(self._decoder.decode(name.decode_bytes([token])))
         names = [token_text(name, token) for token in tokens]
-        tops = []
+        tops: list[dict[str, float] | None] = []
         for text, score in zip(names, scores, strict=True):
             if score is None:
                 tops.append(None)
