@@ -14,9 +14,9 @@ def serve(
     model: Annotated[
         str, typer.Option(help="A built-in model, a directory, smollm2, gpt2 ... gpt2-xl, or owner/name.")
     ] = "pocket",
-    host: Annotated[str, typer.Option(help="Address to answer at; one that others can reach needs --api-key.")] = (
-        "127.0.0.1"
-    ),
+    host: Annotated[
+        str, typer.Option(help="Address to answer at; with --api-key it may be one that others can reach.")
+    ] = ("127.0.0.1"),
     port: Annotated[int, typer.Option(help="Port to answer at; 0 takes any that is free.")] = 8000,
     api_key: Annotated[
         str | None, typer.Option(envvar="GPTLAB_API_KEY", help="What clients must show (default: nothing).")
