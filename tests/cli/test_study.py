@@ -154,8 +154,11 @@ def test_flags(gptlab: Gptlab, file: Path, tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "other.txt").write_text("<|endoftext|>\n".join(f"{i} bottles of beer\n" * 9 for i in range(30)))
     out = tmp_path / "out"
     flags = ["--only", "base", "--seeds", 2, "--corpus", tmp_path / "other.txt", "--set", "budget.steps=6"]
-    code, _, told = gptlab("study", file, "--out", out, *flags)
+    (tmp_path / "asked.txt").write_text("Is there a cat?\n" * 90)
+    code, _, told = gptlab("study", file, "--out", out, *flags, "--text", tmp_path / "asked.txt")
     assert code == 0, told
+    quality = read_results(out).variants["base"].quality
+    assert (quality.text, quality.documents) == ("asked", 1)
     about = read_results(out).study
     assert (about.seeds, about.tokens, about.corpus.name) == ([0, 1], 6 * 2 * 32, "other")
     assert list(read_results(out).variants) == ["base"]

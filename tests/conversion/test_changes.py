@@ -198,6 +198,15 @@ def test_it_is_its_steps_one_after_the_other() -> None:
     assert same_state(converted.model, extend_context(narrow(by_hand, 8, 1), 100))
 
 
+def test_the_calibration_text_may_be_one_tensor() -> None:
+    model, text = noisy(position="rope"), rows()
+    asked = Changes(n_kv_head=1)
+    assert same_state(convert(model, asked, torch.stack(text)).model, convert(model, asked, text).model)
+    nothing = convert(model, asked, torch.empty(0, 64, dtype=torch.int64))
+    assert same_state(nothing.model, convert(model, asked).model)
+    assert not same_state(nothing.model, convert(model, asked, text).model)
+
+
 def test_nothing_to_do_is_a_copy_without_steps() -> None:
     model = noisy(window=8)
     for changes in (Changes(), Changes(n_kv_head=4, window=8, context_length=64), Changes(window=(8, 8))):
@@ -224,6 +233,8 @@ def test_changes_go_through_plain_values() -> None:
     assert changes == Changes(n_kv_head=2, window=(8, None), rope=RopeConfig(500.0), seed=3)
     assert changes.to_dict() == values
     assert Changes().to_dict() == {}
+    # TOML has no null.
+    assert Changes.from_dict({"window": ["none", 8]}) == Changes(window=(None, 8))
 
 
 IMPOSSIBLE = [

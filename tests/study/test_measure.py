@@ -165,6 +165,15 @@ def test_everything_is_timed_for_every_variant(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_measuring")
+def test_the_clock_may_be_left_alone(tmp_path: Path) -> None:
+    timings, said = run(tmp_path, timed=False)
+    assert said == []
+    assert timings.how == "no variant was timed"
+    assert set(timings.variants) == set(CONFIGS)
+    assert not any(filled for timed in timings.variants.values() for filled in timed.model_dump().values())
+
+
+@pytest.mark.usefixtures("no_measuring")
 def test_a_measurement_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, _ = run(tmp_path)
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}

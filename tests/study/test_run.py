@@ -21,6 +21,7 @@ from helpers.studies import GRID, MEASURE, RECIPE, do_with_stops, finished_study
 
 import gptlab
 from gptlab.config import ModelConfig
+from gptlab.conversion.windows import narrow
 from gptlab.errors import GptlabError
 from gptlab.evaluation.heads import diagnose
 from gptlab.evaluation.positions import loss_by_position
@@ -372,6 +373,36 @@ def test_models_that_are_loaded(corpus: Path, shipped: Path, tmp_path: Path) -> 
     assert corpus.read_text().startswith((tmp_path / "study/held_out.txt").read_text().split("<|endoftext|>")[0])
     by_position = [v.by_position.buckets[-1][1] for v in results.variants.values() if v.by_position]
     assert by_position == [32, 128]  # learned positions end with the context
+
+
+def test_windows_of_a_loaded_model_take_no_disk(corpus: Path, shipped: Path, tmp_path: Path) -> None:
+    text = {"text": str(corpus), "bytes": 3000, "strings": 1, "sample_tokens": 3, "pieces": 2, "prompts": ["the "]}
+    narrowed = {"name": "narrowed", "convert": {"window": [8, "none"], "sinks": 1}}
+    shared = {"name": "shared", "convert": {"n_kv_head": 2, "window": 8}}
+    base = {"name": "base", "load": str(shipped / "rope")}
+    asked = {**text, "length": 24, "positions": 2, "divergence": 1, "dtype": "bfloat16"}
+    study = {"variant": [base, narrowed, shared], "evaluate": asked}
+    results, _ = run_study(requested(corpus, **study), tmp_path / "study")
+    assert len(list((tmp_path / "study/converted").iterdir())) == 1
+    variant = results.variants["narrowed"]
+    assert (variant.config.windows, variant.config.sinks) == ((8, None), 1)
+    assert variant.conversion is not None
+    assert variant.conversion.steps == ["window 8,none, sinks 1"]
+    assert variant.conversion.divergence_tokens == 23
+    assert variant.quality is not None
+    assert variant.quality.protocol.endswith("windows of 24 tokens without overlap, bfloat16")
+    assert variant.by_position is not None
+    assert variant.by_position.buckets[-1][1] == 48
+    lm = gptlab.load(shipped / "rope")
+    model = narrow(lm.model, (8, None), 1)
+    ids = [[256, *lm.needs_tokenizer().encode(row)] for row in open_documents([str(tmp_path / "study/held_out.txt")])]
+    loss = -torch.cat(token_logprobs(model, ids, context=24, dtype="bfloat16")).double().mean().item()
+    assert variant.quality.nats_per_token == pytest.approx(loss, rel=1e-6)
+    without = {**asked, "divergence": 0}
+    results, _ = run_study(requested(corpus, **{**study, "evaluate": without}), tmp_path / "study")
+    assert results.variants["narrowed"].conversion.divergence is None
+    with pytest.raises(GptlabError, match=r"evaluate.length is 40, but variant 'base' was trained on windows of 32"):
+        run_study(requested(corpus, **{**study, "evaluate": {**asked, "length": 40}}), tmp_path / "long")
 
 
 def test_what_needs_a_text_or_has_no_effect(corpus: Path, shipped: Path, tmp_path: Path) -> None:

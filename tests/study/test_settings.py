@@ -46,7 +46,7 @@ def test_the_base_comes_first_then_the_grid_then_the_rest_as_in_the_file() -> No
 
 
 def test_every_study_of_the_package_is_possible() -> None:
-    assert study_names() == ["convert", "convert-8m", "gpt2-small", "papers", "quick", "standard"]
+    assert study_names() == ["convert", "convert-8m", "gpt2-small", "papers", "quick", "real", "standard"]
     for name in study_names():
         study = read_study(name)
         variants = read_variants(study)

@@ -27,7 +27,7 @@ EVERY = 30.0
 def study(
     name: Annotated[
         str | None,
-        typer.Argument(help="quick, standard, papers, convert, gpt2-small, or a .toml file; none with --resume."),
+        typer.Argument(help="quick, standard, papers, convert, real, gpt2-small, or a .toml file; none with --resume."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the study (default studies/NAME).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the study in --out with its own options.")] = False,
@@ -35,6 +35,7 @@ def study(
     seeds: Annotated[int | None, typer.Option(help="Number of seeds, in place of the study's own.")] = None,
     data: Annotated[Path | None, typer.Option(help="Token shards of gptlab prepare to train on.")] = None,
     corpus: Annotated[list[str] | None, typer.Option(help="Texts to train on, in place of the recipe's.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text to evaluate on, in place of the study's own.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value of the recipe; may be given several times.")
     ] = None,
@@ -50,14 +51,18 @@ def study(
     if name is None:
         if not resume or out is None:
             raise GptlabError(f"no study is named; give a .toml file or one of {', '.join(study_names())}")
-        if any(value is not None for value in (only, seeds, data, corpus, settings, device)):
+        if any(value is not None for value in (only, seeds, data, corpus, text, settings, device)):
             raise GptlabError("--resume without a name goes on as before; name the study to change what is asked of it")
         request = read_request(out)
     else:
         if data is not None and corpus is not None:
             raise GptlabError("--data and --corpus both say what to train on; give one of them")
         changes = [*(settings or []), *([f"data.corpus={json.dumps(corpus)}"] if corpus else [])]
-        request = Request(read_study(name), tuple(changes), data, tuple(only or ()), seeds, device)
+        chosen = read_study(name)
+        if text is not None:
+            where = str(Path(text).resolve()) if Path(text).exists() else text
+            chosen = chosen.model_copy(update={"evaluate": chosen.evaluate.model_copy(update={"text": where})})
+        request = Request(chosen, tuple(changes), data, tuple(only or ()), seeds, device)
         out = out or Path("studies") / request.study.name
         if resume:
             read_request(out)

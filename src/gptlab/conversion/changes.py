@@ -75,7 +75,8 @@ class Changes:
             given["rope"] = RopeConfig(**given["rope"])
         for name in ("window", "dilation"):
             if isinstance(given.get(name), list):
-                given[name] = tuple(given[name])
+                # TOML has no null, so a layer of full attention may say "none", as on the command line.
+                given[name] = tuple(None if one == "none" else one for one in given[name])
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:

@@ -89,17 +89,18 @@ def plan(config: ModelConfig, changes: Changes, *, calibrated: bool) -> tuple[St
     return tuple(step for step, _ in _steps(config, changes, None, calibrated))
 
 
-def convert(model: GPT, changes: Changes, rows: Sequence[Tensor] | None = None) -> Converted:
+def convert(model: GPT, changes: Changes, rows: Tensor | Sequence[Tensor] | None = None) -> Converted:
     """Return a converted copy of a model and what was done; the source is left as it is.
 
     Args:
         model: the source.
         changes: what is asked.
-        rows: (T,) int64 token ids each, the calibration text; None: from the weights alone.
+        rows: (N, T) int64 token ids, or sequences (T,), the calibration text; None or empty: from the weights alone.
 
     Raises:
         GptlabError: as `target`.
     """
+    rows = [] if rows is None else list(rows)
     steps = _steps(model.config, changes, rows, bool(rows))
     new = model
     with warnings.catch_warnings():

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import gptlab
 from gptlab.checkpoints.files import write_files
 from gptlab.errors import GptlabError
 from gptlab.evaluation.scoring import Result
@@ -14,7 +13,7 @@ from gptlab.language_model import LanguageModel
 from gptlab.progress import Report
 from gptlab.study.directory import CACHE, model_key
 from gptlab.study.evaluator import Evaluator
-from gptlab.study.make import Made
+from gptlab.study.make import Made, Model, load_model
 from gptlab.study.resolve import Entry, Plan
 from gptlab.study.results import AttentionMap, ByPosition, Copy, Corpus, Heads, Induction, Sample
 from gptlab.study.settings import EvaluationSettings
@@ -100,7 +99,7 @@ def evaluate(plan: Plan, made: Mapping[tuple[str, int], Made], report: Report) -
     for i, ((name, seed), model) in enumerate(models.items()):
         what = f"{name}, seed {seed}" if plan.seeds else name
         report({"event": "phase", "phase": "evaluate", "what": what, "done": i, "of": len(models)})
-        _ask(answers[name], seed, gptlab.load(model, dtype="float32", device=plan.device), evaluator)
+        _ask(answers[name], seed, load_model(model, plan.device), evaluator)
     courses = {}
     for entry in plan.entries:
         if entry.milestones:
@@ -131,22 +130,22 @@ def _course(plan: Plan, entry: Entry, made: Mapping[tuple[str, int], Made], eval
             of_run = seed if share else plan.base_seed(seed)
             if of_run in course.scores.setdefault(share, {}):
                 continue
-            lm = gptlab.load(model, dtype="float32", device=plan.device)
+            lm = load_model(model, plan.device)
             key = model_key(lm)
             course.scores[share][of_run] = evaluator.score(lm, key)
             if entry.config.context_length > plan.base.config.context_length:
                 own = evaluator.score(lm, key, lm.config.context_length)
                 course.own_context.setdefault(share, {})[of_run] = own
-            source = made[plan.base.name, of_run].model if not share else None
+            source = made[plan.base.name, of_run].model if not share and plan.study.evaluate.divergence else None
             if source is not None:
-                base = gptlab.load(source, dtype="float32", device=plan.device)
+                base = load_model(source, plan.device)
                 nats, course.divergence_tokens = evaluator.divergence(base, model_key(base), lm, key)
                 course.divergences.append(nats)
     return course
 
 
 def _draw_attention(
-    plan: Plan, answers: Mapping[str, Answers], models: Mapping[tuple[str, int], str | Path], evaluator: Evaluator
+    plan: Plan, answers: Mapping[str, Answers], models: Mapping[tuple[str, int], Model], evaluator: Evaluator
 ) -> None:
     """Take the map of the same head in all variants: the one with the largest mean distance in the base."""
     heads = answers[plan.base.name].heads
@@ -158,7 +157,7 @@ def _draw_attention(
     tokens = max(32, 5 * min(windows, default=48) // 4)  # enough to see where a window ends
     for name, own in answers.items():
         if own.scores:
-            lm = gptlab.load(models[name, min(own.scores)], device=plan.device)
+            lm = load_model(models[name, min(own.scores)], plan.device)
             own.attention_map = evaluator.attention_map(lm, model_key(lm), layer, head, tokens)
 
 

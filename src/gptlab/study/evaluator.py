@@ -31,7 +31,7 @@ HEAD_TOKENS = 256
 MAP_TOKENS = 320
 """At most so many tokens of an attention map."""
 DIVERGENCE_ROWS = 16
-"""Windows of the text over which a conversion's outputs are compared with those of its base."""
+"""Windows for the divergence where a study does not say."""
 
 
 class Evaluator:
@@ -43,7 +43,7 @@ class Evaluator:
         text: the held-out text, a file of documents.
         name: what to call it.
         settings: of the study.
-        length: tokens that all models of the study can read, the least trained length.
+        length: tokens of a window, which all models of the study can read.
         cache: the directory of results.
     """
 
@@ -56,7 +56,8 @@ class Evaluator:
     def protocol(self) -> str:
         """How the held-out text is scored, in words."""
         return (
-            f"every token, each document from <|endoftext|>, windows of {self.length} tokens without overlap, float32"
+            f"every token, each document from <|endoftext|>, windows of {self.length} tokens without overlap,"
+            f" {self.settings.dtype}"
         )
 
     def score(self, lm: LanguageModel, model: str, length: int | None = None) -> Result:
@@ -65,21 +66,23 @@ class Evaluator:
 
         def compute() -> dict[str, Any]:
             task = f"text:{self.text}"
-            result = run_task(lm.model, lm.needs_tokenizer(), task, context=length)
+            result = run_task(lm.model, lm.needs_tokenizer(), task, context=length, dtype=self.settings.dtype)
             return result.to_dict() | {"protocol": "text", "seconds": 0.0}
 
-        return _result(self._cached("quality", model, compute, length=length, text=self.sha256))
+        return _result(self._cached("quality", model, compute, length=length, text=self.sha256, **self._dtype))
 
     def divergence(self, base: LanguageModel, before: str, lm: LanguageModel, model: str) -> tuple[float, int]:
         """Return the mean KL(base || converted) in nats per token over the beginning of the text, and its tokens."""
+        n_rows = self.settings.divergence
 
         def compute() -> dict[str, Any]:
-            stream = self._stream(base.needs_tokenizer())[: DIVERGENCE_ROWS * self.length]
+            stream = self._stream(base.needs_tokenizer())[: n_rows * self.length]
             rows = torch.tensor(stream[: len(stream) // self.length * self.length]).view(-1, self.length)
             drift = measure_drift(base.model, lm.model, rows)
             return {"nats": drift.kl, "tokens": drift.tokens}
 
         settings = {"base": before, "length": self.length, "text": self.sha256}
+        settings |= {"rows": n_rows} if n_rows != DIVERGENCE_ROWS else {}
         values = self._cached("divergence", model, compute, **settings)
         return values["nats"], values["tokens"]
 
@@ -98,18 +101,19 @@ class Evaluator:
                 return {}
             starts = range(0, len(stream) - length, length)[: settings.pieces]
             reach = min(length, config.context_length) if config.has_table else length
-            rows = loss_by_position(lm.model, [stream[i : i + reach + 1] for i in starts], length=reach)
+            inputs = [stream[i : i + reach + 1] for i in starts]
+            rows = loss_by_position(lm.model, inputs, length=reach, dtype=settings.dtype)
             pieces = f"{len(starts)} piece{'s' * (len(starts) > 1)} of {length:,} tokens"
             return {
                 "protocol": f"the same {pieces} for every model, cut from the documents one after the other and read as"
-                " far as its positions go, float32",
+                f" far as its positions go, {settings.dtype}",
                 "buckets": [[row.first, row.last] for row in rows],
                 "nats": [row.nats for row in rows],
                 "trained_length": config.context_length,
             }
 
         parts = {"length": self.length, "positions": settings.positions, "pieces": settings.pieces}
-        values = self._cached("by_position", model, compute, text=self.sha256, **parts)
+        values = self._cached("by_position", model, compute, text=self.sha256, **parts, **self._dtype)
         return ByPosition.model_validate_json(json.dumps(values)) if values else None
 
     def copying(self, lm: LanguageModel, model: str) -> list[Copy]:
@@ -124,11 +128,12 @@ class Evaluator:
 
         def compute() -> dict[str, Any]:
             names = ("distance", "accuracy", "logprob", "accuracy_without", "logprob_without")
-            copies = copy_at_distance(lm.model, distances, n=n, length=length, vocabulary=words)
+            dtype = self.settings.dtype
+            copies = copy_at_distance(lm.model, distances, n=n, length=length, vocabulary=words, dtype=dtype)
             return {"rows": [dict(zip(Copy.model_fields, (getattr(c, n) for n in names), strict=True)) for c in copies]}
 
         parts = {"distances": distances, "n": n, "length": length}
-        return [Copy(**row) for row in self._cached("copy", model, compute, **parts)["rows"]]
+        return [Copy(**row) for row in self._cached("copy", model, compute, **parts, **self._dtype)["rows"]]
 
     def induction(self, lm: LanguageModel, model: str) -> Induction:
         """Return the losses over random sequences that come twice, and the best induction head."""
@@ -196,6 +201,11 @@ class Evaluator:
 
         parts = {"layer": layer, "head": head, "tokens": tokens, "text": self.sha256}
         return AttentionMap(**self._cached("map", model, compute, **parts))
+
+    @property
+    def _dtype(self) -> dict[str, Any]:
+        """What the dtype adds to the keys of results; nothing for float32, which needs no mention."""
+        return {} if self.settings.dtype == "float32" else {"dtype": self.settings.dtype}
 
     def _cached(self, what: str, model: str, compute: Callable[[], dict[str, Any]], **parts: Any) -> dict[str, Any]:
         return cached(self.cache, key("evaluate", what=what, model=model, **parts), compute)

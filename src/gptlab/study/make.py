@@ -14,9 +14,17 @@ from torch import Tensor
 
 import gptlab
 from gptlab.checkpoints.files import write_files
-from gptlab.conversion.calibration import DEFAULT_TEXT, TOKENS, TOKENS_PER_CHANNEL, calibration_rows, default_tokens
+from gptlab.conversion.calibration import (
+    DEFAULT_TEXT,
+    LONGEST_ROW,
+    TOKENS,
+    TOKENS_PER_CHANNEL,
+    calibration_rows,
+    default_tokens,
+)
 from gptlab.conversion.changes import Changes
 from gptlab.conversion.convert import convert
+from gptlab.conversion.convert import plan as plan_steps
 from gptlab.errors import GptlabError
 from gptlab.language_model import LanguageModel
 from gptlab.progress import Report
@@ -39,9 +47,35 @@ from gptlab.study.uptraining import Uptraining
 from gptlab.study.variants import Converted, Loaded, Trained
 from gptlab.text.shards import Dataset
 
-Model = str | Path
+Source = str | Path
 
 DONE = "conversion.json"
+WINDOWS = {"window", "sinks", "dilation"}
+"""Changes of a conversion that touch no weight."""
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """A conversion that changes no weight: made again from its base whenever it is asked for, and not saved.
+
+    Attributes:
+        base: what `gptlab.load` takes.
+        changes: of windows, sinks and dilation alone.
+    """
+
+    base: Source
+    changes: Changes
+
+
+Model = Source | Narrowed
+
+
+def load_model(model: Model, device: torch.device) -> LanguageModel:
+    """Return a model of a study, ready to be asked."""
+    if not isinstance(model, Narrowed):
+        return gptlab.load(model, dtype="float32", device=device)
+    lm = gptlab.load(model.base, dtype="float32", device=device)
+    return LanguageModel(convert(lm.model, model.changes).model, lm.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -82,7 +116,8 @@ def make(plan: Plan, report: Report) -> dict[tuple[str, int], Made]:
         for i, (entry, seed) in enumerate(jobs):
             report({"event": "phase", **_words(plan, entry, seed), "done": i, "of": len(jobs)})
             base = made.get((plan.base.name, plan.base_seed(seed)))
-            one = _make(plan, entry, seed, base.model if base else None, report)
+            source = base.model if base and not isinstance(base.model, Narrowed) else None
+            one = _make(plan, entry, seed, source, report)
             made[entry.name, seed] = one
             if one.model is None and one.run is not None:
                 report({"event": "note", "text": f"{entry.name}, seed {seed} failed: {one.run.error}"})
@@ -98,7 +133,7 @@ def _words(plan: Plan, entry: Entry, seed: int) -> dict[str, str]:
     return {"phase": "train" if trains else "convert", "what": f"{entry.name}{seeded}"}
 
 
-def _make(plan: Plan, entry: Entry, seed: int, base: Model | None, report: Report) -> Made:
+def _make(plan: Plan, entry: Entry, seed: int, base: Source | None, report: Report) -> Made:
     """Make one model; ``base`` is that of the base, None where it could not be trained."""
 
     def tell(row: dict[str, Any]) -> None:
@@ -113,10 +148,14 @@ def _make(plan: Plan, entry: Entry, seed: int, base: Model | None, report: Repor
         return Made(model=variant.model)
 
     converted = plan.out / CONVERTED / conversion_key(plan, variant.changes, seed)
+    if base is not None and variant.uptraining is None and variant.changes.to_dict().keys() <= WINDOWS:
+        steps = plan_steps(plan.base.config, variant.changes, calibrated=False)
+        model = Narrowed(base, variant.changes)
+        return Made(None, model, {0.0: model}, tuple(step.change for step in steps))
     if base is None:
         run, _ = run_of(converted, seed, f"its base, seed {seed}, was not trained")
         return Made(run)
-    start: Model = base if variant.changes == Changes() else converted
+    start: Source = base if variant.changes == Changes() else converted
 
     def work() -> None:
         if start != base and not (converted / DONE).exists():
@@ -164,10 +203,10 @@ def conversion_key(plan: Plan, changes: Changes, seed: int) -> str:
     return key("convert", source=source, changes=changes.to_dict(), text=text, tokens=[TOKENS, TOKENS_PER_CHANNEL])
 
 
-def _convert(changes: Changes, base: Model, dataset: Dataset | None, where: Path) -> None:
+def _convert(changes: Changes, base: Source, dataset: Dataset | None, where: Path) -> None:
     """Convert a base; the training data are the calibration text, without them `DEFAULT_TEXT`."""
     lm = gptlab.load(base, dtype="float32")
-    n_tokens, length = default_tokens(lm.config.n_embd), lm.config.context_length
+    n_tokens, length = default_tokens(lm.config.n_embd), min(lm.config.context_length, LONGEST_ROW)
     if dataset is None:
         rows = calibration_rows(lm.needs_tokenizer(), length, n_tokens)
     else:

@@ -45,6 +45,11 @@ HOW = (
     " the cache"
 )
 
+NOT_TIMED = VariantTimings(
+    training_tokens_per_second=None, training_memory_bytes=None, decoding_memory_bytes=None, prefill=[], decode=[]
+)
+"""Of a variant whose study leaves the clock alone."""
+
 
 def machine(device: torch.device) -> Machine:
     """Return what the timings were taken on."""
@@ -111,6 +116,14 @@ def measure(
         device=device,
         report=report,
     )
+    if not settings.timed:
+        return Timings(
+            machine=machine(device),
+            dtype=str(bench.dtype).removeprefix("torch."),
+            how="no variant was timed",
+            peaks=Peaks(**bench.kept("peaks", lambda: peaks(device).model_dump())),
+            variants=dict.fromkeys(configs, NOT_TIMED),
+        )
     batch, context = _memory_point(bench, settings)
     peak = {name: _memory(bench, name, batch, context, settings.seconds) for name in configs}
     end = time.perf_counter() + settings.seconds

@@ -18,7 +18,7 @@ from gptlab.progress import Report
 from gptlab.study.directory import DATA, Request, claim_directory, model_key
 from gptlab.study.evaluator import check_settings
 from gptlab.study.results import Kind
-from gptlab.study.settings import StudySettings
+from gptlab.study.settings import EvaluationSettings, StudySettings
 from gptlab.study.uptraining import START, Milestone
 from gptlab.study.variants import (
     Converted,
@@ -85,7 +85,7 @@ class Plan:
         dataset: to train on and to fit conversions on, or None.
         entries: the variants, the base first.
         base_key: of the base's weights, where it is loaded and others are made from it; else empty.
-        length: tokens that all models can read.
+        length: tokens of a window of the evaluation, which all models can read.
     """
 
     study: StudySettings
@@ -145,7 +145,7 @@ def resolve(request: Request, out: Path, report: Report) -> Plan:
         )
     configs = _configs(variants, 0 if dataset is None else dataset.tokenizer.vocab_size)
     entries = _entries(variants, configs, dataset, seeds)
-    length = min(config.context_length for config in configs.values())
+    length = _length(study.evaluate, configs)
     check_settings(study.evaluate, length, None if dataset is None else dataset.tokenizer)
     return Plan(study, out, device, seeds, recipe, dataset, entries, base_key, length)
 
@@ -213,6 +213,18 @@ def _configs(variants: Sequence[Variant], vocab_size: int) -> dict[str, ModelCon
             case Converted():
                 configs[variant.name] = converted_config(variant, configs[variants[0].name])
     return configs
+
+
+def _length(settings: EvaluationSettings, configs: Mapping[str, ModelConfig]) -> int:
+    """The tokens of a window of the evaluation."""
+    name = min(configs, key=lambda name: configs[name].context_length)
+    least = configs[name].context_length
+    if settings.length is not None and settings.length > least:
+        raise GptlabError(
+            f"evaluate.length is {settings.length:,}, but variant {name!r} was trained on windows of {least:,} tokens;"
+            " set it to no more than that, and evaluate.positions to go further"
+        )
+    return settings.length or least
 
 
 def _entries(

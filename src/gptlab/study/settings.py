@@ -80,22 +80,28 @@ class EvaluationSettings(_Section):
     Attributes:
         text: a file, a directory or a name such as ``pydoc``; None is the held-out part of the training data.
         bytes: most of that text that is read.
-        positions: how many times the trained length a model without learned positions is followed.
+        length: tokens of a window; None is the least trained length of the models.
+        positions: how many times this length a model without learned positions is followed.
         pieces: of text that are so long, at most; all models read the same.
         distances: to copy at; None is 16, 32, 64 and on, as far as the context reaches.
         strings: random strings at each distance, and random sequences for induction.
+        divergence: windows of the text over which a conversion's outputs are compared with those of its base.
         prompts: what samples begin with; by default the first words of three documents.
         sample_tokens: of each sample.
+        dtype: of the products in the blocks while text is scored, ``float32`` or ``bfloat16``.
     """
 
     text: str | None = None
     bytes: int = Field(400_000, ge=1000)
+    length: int | None = Field(None, ge=32)
     positions: int = Field(4, ge=1)
     pieces: int = Field(16, ge=1)
     distances: list[int] | None = None
     strings: int = Field(16, ge=1)
+    divergence: int = Field(16, ge=0)
     prompts: list[str] = Field(default_factory=list)
     sample_tokens: int = Field(60, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class MeasurementSettings(_Section):
@@ -106,12 +112,14 @@ class MeasurementSettings(_Section):
         contexts: tokens before the one that is generated, and lengths of prompts.
         batches: sequences at once.
         training_rows: windows of the training step that is timed; None is the recipe's own.
+        timed: false leaves the clock alone; contexts and batches are then those of the cache sizes.
     """
 
     seconds: float = Field(120.0, ge=0)
     contexts: list[int] = Field(default_factory=lambda: [128, 512, 2048, 8192], min_length=1)
     batches: list[int] = Field(default_factory=lambda: [1, 8], min_length=1)
     training_rows: int | None = Field(None, ge=1)
+    timed: bool = True
 
 
 class StudySettings(_Section):
