@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gptlab.study.results import Results
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDIES = ("standard", "papers", "convert", "convert-8m")
+STUDIES = ("standard", "papers", "convert", "convert-8m", "real")
 """Those whose results the docs show, where a page has a place for them; tools/keep_results.py puts them there."""
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)*src/[\w/]+\.py)(#\w*)?\)")
 
@@ -251,8 +251,18 @@ def conversion_headline() -> str:
     return headline(study_results(STUDIES[0])) if there else ""
 
 
+def real_table() -> str:
+    from real_study import table
+
+    return table(study_results("real")) if (ROOT / "docs" / "results" / kept("real")[0]).exists() else ""
+
+
 def drawings() -> dict[Path, bytes]:
     """Figures of the benchmarks that are not there or not current, by where they belong."""
+    return _heads_drawing() | _real_drawing()
+
+
+def _heads_drawing() -> dict[Path, bytes]:
     path, image = ROOT / "docs/results/conversion_heads.json", ROOT / "docs/images/conversion_heads.png"
     if not path.exists():
         return {}
@@ -262,6 +272,15 @@ def drawings() -> dict[Path, bytes]:
     if image.exists() and stamp(content).encode() in image.read_bytes():
         return {}
     return {image: draw(content)}
+
+
+def _real_drawing() -> dict[Path, bytes]:
+    image, end = ROOT / "docs/images/real.svg", stamp("real")
+    if not (ROOT / "docs" / "results" / kept("real")[0]).exists() or (image.exists() and image.read_bytes().endswith(end)):
+        return {}
+    from real_study import draw
+
+    return {image: draw(study_results("real")) + end}
 
 
 def kept(name: str) -> tuple[str, str]:
@@ -321,6 +340,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "conversion table": conversion_table,
     "conversion headline": conversion_headline,
     "llama sizes": llama_sizes,
+    "real table": real_table,
     **{name: functools.partial(study, name) for name in STUDIES},
 }
 

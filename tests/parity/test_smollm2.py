@@ -15,10 +15,14 @@ from typing import Any
 import pytest
 import torch
 from helpers.llama_cpp import in_llama_cpp
+from torch.nn import functional as F
 
 import gptlab
 from gptlab.checkpoints import gguf as ours
 from gptlab.checkpoints import hub
+from gptlab.conversion.convert import Changes, convert
+from gptlab.conversion.windows import narrow
+from gptlab.exporting import export
 
 pytest.importorskip("gguf")
 pytest.importorskip("accelerate")  # transformers reads GGUF with it
@@ -63,6 +67,40 @@ def test_logits_are_those_of_transformers(lm: gptlab.LanguageModel, judge: Any, 
     with torch.inference_mode():
         found, expected = lm.model(ids), judge(ids).logits
     assert (found - expected).abs().max() < 1e-3 * expected.std()
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_a_window_is_transformers_under_a_mask(lm: gptlab.LanguageModel, judge: Any, shared: Path, sinks: int) -> None:
+    """Exactly so without sinks; with them the judge sees their true distances, and here these are capped."""
+    window, length = 128, 768
+    text = (shared / "data" / "enwiki.txt").read_text(encoding="utf-8")[:8000]
+    ids = torch.tensor([lm.needs_tokenizer().encode(text)[: length + 1]])
+    query, key = torch.arange(length)[:, None], torch.arange(length)
+    seen = (key <= query) & ((key > query - window) | (key < sinks))
+    mask = torch.zeros(1, 1, length, length).masked_fill(~seen, torch.finfo(torch.float32).min)
+    with torch.inference_mode():
+        logits = judge(ids[:, :-1], attention_mask=mask).logits[0]
+        mine = narrow(lm.model, window, sinks)(ids[:, :-1])[0]
+    expected, found = (F.cross_entropy(scores, ids[0, 1:], reduction="none") for scores in (logits, mine))
+    same = window + sinks if sinks else length  # as far as no distance is capped
+    assert (found - expected)[:same].abs().max() < 1e-3
+    assert (found.mean() - expected.mean()).abs() < 0.02
+
+
+def test_what_is_made_of_it_writes_and_leaves(lm: gptlab.LanguageModel, tmp_path: Path) -> None:
+    """Windows with sinks and a single key head go to both other formats, whose writers compare what they wrote."""
+    for name, changes in (("windows", Changes(window=64, sinks=4)), ("heads", Changes(n_kv_head=1, method="mean"))):
+        new = gptlab.LanguageModel(convert(lm.model, changes).model.eval(), lm.tokenizer)
+        kept = ("rope", "vocab_size", "tie_embeddings", "norm", "mlp", "bias", "n_inner")
+        assert [getattr(new.config, field) for field in kept] == [getattr(lm.config, field) for field in kept]
+        gptlab.save(new, tmp_path / name)
+        [text] = new.generate("The capital of France is", max_new_tokens=100, temperature=0)
+        assert text
+        # No class of transformers has sinks, and llama.cpp ignores windows: there the context ends with them.
+        options = ({"custom_code": True}, {"context": 64}) if name == "windows" else ({}, {})
+        for format, planning in zip(("hf", "gguf"), options, strict=True):
+            result = export(tmp_path / name, tmp_path / f"{name}.{format}", format=format, planning=planning)
+            assert result.difference < 1e-3
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

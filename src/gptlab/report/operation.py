@@ -31,8 +31,9 @@ def operation(study: Study) -> Section:
 
 def beyond(study: Study) -> Section:
     """Return what the loss does as a model sees more, to several times the trained length."""
-    blocks = [*_beyond(study), *side_by_side(_by_position(study))]
-    return Section("positions", "Beyond the trained length", blocks)
+    further = _beyond(study)
+    title = "Beyond the trained length" if further else "Loss by position"
+    return Section("positions", title, [*further, *side_by_side(_by_position(study))])
 
 
 def _attention(study: Study) -> list[Picture]:

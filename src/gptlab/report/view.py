@@ -168,7 +168,8 @@ class Study:
         """The base model in a few words."""
         c = self.configs[self.base_name]
         size = millions(self.base.parameters["total"])
-        return f"GPT-2 with {c.n_layer} layers, {c.n_head} heads, width {c.n_embd} ({size} parameters)"
+        family = "Llama" if c.norm == "rms" else "GPT-2"
+        return f"{family} with {c.n_layer} layers, {c.n_head} heads, width {c.n_embd} ({size} parameters)"
 
     @property
     def trained_words(self) -> str:

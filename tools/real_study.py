@@ -1,0 +1,69 @@
+"""What the kept study `real` found, for the top of docs/results.md: one table and one figure."""
+
+from __future__ import annotations
+
+from gptlab.formatting import MINUS
+from gptlab.plotting import lines
+from gptlab.plotting.lines import Series
+from gptlab.plotting.style import COLOURS, INK, Look, encode
+from gptlab.study.results import Results, Variant
+
+CONTEXT = 8192
+"""Tokens in the cache whose bytes are told."""
+DRAWN = {
+    "base": Look(INK),
+    "window-512": Look(COLOURS[0], "--"),
+    "window-512-4": Look(COLOURS[0]),
+    "window-256": Look(COLOURS[1], "--"),
+    "window-256-4": Look(COLOURS[1]),
+    "window-128": Look(COLOURS[2], "--"),
+    "window-128-4": Look(COLOURS[2]),
+}
+"""The variants of the figure; those that the results lack are left out."""
+
+
+def table(results: Results) -> str:
+    """Return Markdown: a row for every variant."""
+    base = results.variants[results.study.base]
+    far = base.by_position.buckets[-1] if base.by_position else (0, 0)
+    distances = [copy.distance for copy in base.copying]
+    heads = ["cache, MiB", "loss", "less SmolLM2's", "95% interval", f"after {far[0] - 1:,} to {far[1] - 1:,} tokens"]
+    heads += [f"copies from {distance}" for distance in distances]
+    rows = [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    rows += [f"| {one.label} | {' | '.join(_cells(one))} |" for one in results.variants.values()]
+    quality, position = base.quality, base.by_position
+    assert quality is not None
+    assert position is not None
+    rows.append(
+        f"\nNats per token. Cache of one sequence of {CONTEXT:,} tokens in bfloat16. Loss: {quality.tokens:,} tokens of"
+        f" {quality.documents} documents of {quality.text}, {quality.protocol}; intervals by paired bootstrap over"
+        f" documents. The fifth column: {position.protocol}. Copies: share of the tokens of random strings that are"
+        " reproduced so many tokens after they stood there first."
+    )
+    return "\n".join(rows)
+
+
+def _cells(variant: Variant) -> list[str]:
+    size = next(row.bytes for row in variant.cache if (row.context, row.batch) == (CONTEXT, 1))
+    gap, quality, position = variant.difference, variant.quality, variant.by_position
+    cells = [f"{size / 2**20:.1f}", f"{quality.nats_per_token:.3f}" if quality else ""]
+    cells.append(_signed(gap.mean) if gap else "")
+    cells.append("" if gap is None or gap.low is None or gap.high is None else f"{_signed(gap.low)} to {_signed(gap.high)}")
+    cells.append(f"{position.nats[-1]:.3f}" if position else "")
+    return cells + [f"{100 * copy.accuracy:.0f}%" for copy in variant.copying]
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", MINUS)
+
+
+def draw(results: Results) -> bytes:
+    """Return the loss by position of the variants of `DRAWN`, as SVG."""
+    series = []
+    for name, look in DRAWN.items():
+        variant = results.variants.get(name)
+        if variant is not None and variant.by_position is not None:
+            places = [last for _, last in variant.by_position.buckets]
+            series.append(Series(variant.label, look, places[3:], variant.by_position.nats[3:], marks=True))
+    drawing = lines.draw(series, "tokens seen (up to)", "loss (nats per token)", powers=True)
+    return encode(drawing, "svg")
