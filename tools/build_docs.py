@@ -276,7 +276,9 @@ def _heads_drawing() -> dict[Path, bytes]:
 
 def _real_drawing() -> dict[Path, bytes]:
     image, end = ROOT / "docs/images/real.svg", stamp("real")
-    if not (ROOT / "docs" / "results" / kept("real")[0]).exists() or (image.exists() and image.read_bytes().endswith(end)):
+    if not (ROOT / "docs" / "results" / kept("real")[0]).exists() or (
+        image.exists() and image.read_bytes().endswith(end)
+    ):
         return {}
     from real_study import draw
 

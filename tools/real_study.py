@@ -48,7 +48,9 @@ def _cells(variant: Variant) -> list[str]:
     gap, quality, position = variant.difference, variant.quality, variant.by_position
     cells = [f"{size / 2**20:.1f}", f"{quality.nats_per_token:.3f}" if quality else ""]
     cells.append(_signed(gap.mean) if gap else "")
-    cells.append("" if gap is None or gap.low is None or gap.high is None else f"{_signed(gap.low)} to {_signed(gap.high)}")
+    cells.append(
+        "" if gap is None or gap.low is None or gap.high is None else f"{_signed(gap.low)} to {_signed(gap.high)}"
+    )
     cells.append(f"{position.nats[-1]:.3f}" if position else "")
     return cells + [f"{100 * copy.accuracy:.0f}%" for copy in variant.copying]
 

@@ -38,7 +38,9 @@ def main() -> None:
             loss = -token_logprobs(model, [marked])[0][WINDOW:].mean().item()
         size = cost.cache_bytes(model.config, CONTEXT, 2) / 2**20
         [more] = LanguageModel(model.eval(), tokenizer).generate(text, max_new_tokens=40, temperature=0)
-        print(f"\n{label}: {loss:.2f} nats per token beyond the first {WINDOW}, cache {size:.1f} MiB at {CONTEXT:,} tokens")
+        print(
+            f"\n{label}: {loss:.2f} nats per token beyond the first {WINDOW}, cache {size:.1f} MiB at {CONTEXT:,} tokens"
+        )
         print(textwrap.fill("... " + " ".join(more.split()), 110, initial_indent="  ", subsequent_indent="  "))
 
 
