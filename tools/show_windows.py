@@ -22,7 +22,7 @@ CONTEXT = 8192
 
 
 def main() -> None:
-    lm = gptlab.load("smollm2")
+    lm = gptlab.load("smollm2", dtype="float32")
     tokenizer = lm.needs_tokenizer()
     text = (importlib.resources.files("gptlab") / "assets" / "known_text.txt").read_text(encoding="utf-8").strip()
     ids = tokenizer.encode(text)
@@ -38,9 +38,7 @@ def main() -> None:
             loss = -token_logprobs(model, [marked])[0][WINDOW:].mean().item()
         size = cost.cache_bytes(model.config, CONTEXT, 2) / 2**20
         [more] = LanguageModel(model.eval(), tokenizer).generate(text, max_new_tokens=40, temperature=0)
-        print(
-            f"\n{label}: {loss:.2f} nats per token beyond the first {WINDOW}, cache {size:.1f} MiB at {CONTEXT:,} tokens"
-        )
+        print(f"\n{label}: {loss:.2f} nats per token beyond {WINDOW} tokens, cache {size:.1f} MiB at {CONTEXT:,}")
         print(textwrap.fill("... " + " ".join(more.split()), 110, initial_indent="  ", subsequent_indent="  "))
 
 
