@@ -149,9 +149,7 @@ def _make(plan: Plan, entry: Entry, seed: int, base: Source | None, report: Repo
 
     converted = plan.out / CONVERTED / conversion_key(plan, variant.changes, seed)
     if base is not None and variant.uptraining is None and variant.changes.to_dict().keys() <= WINDOWS:
-        steps = plan_steps(plan.base.config, variant.changes, calibrated=False)
-        model = Narrowed(base, variant.changes)
-        return Made(None, model, {0.0: model}, tuple(step.change for step in steps))
+        return _narrowed(plan, variant.changes, base)
     if base is None:
         run, _ = run_of(converted, seed, f"its base, seed {seed}, was not trained")
         return Made(run)
@@ -174,6 +172,12 @@ def _make(plan: Plan, entry: Entry, seed: int, base: Source | None, report: Repo
     run, models = uptrain_run(start, base, recipe, steps, _dataset(plan), where, device=device, report=tell)
     by_share = {m.share: models[m.step] for m in entry.milestones if m.step in models}
     return Made(run, models.get(steps[-1]), {0.0: start, **by_share}, taken)
+
+
+def _narrowed(plan: Plan, changes: Changes, base: Source) -> Made:
+    model = Narrowed(base, changes)
+    steps = plan_steps(plan.base.config, changes, calibrated=False)
+    return Made(None, model, {0.0: model}, tuple(step.change for step in steps))
 
 
 def _dataset(plan: Plan) -> Dataset:
