@@ -93,7 +93,7 @@ class EvaluationSettings(_Section):
 
     text: str | None = None
     bytes: int = Field(400_000, ge=1000)
-    length: int | None = Field(None, ge=32)
+    length: int | None = Field(None, ge=16)
     positions: int = Field(4, ge=1)
     pieces: int = Field(16, ge=1)
     distances: list[int] | None = None
