@@ -192,8 +192,8 @@ def saving_that_loses_the_configuration(patch: pytest.MonkeyPatch) -> None:
     # The logits of this check's short text would not tell.
     right = language_model.load
 
-    def forgetful(directory: str) -> gptlab.LanguageModel:
-        lm = right(directory)
+    def forgetful(directory: str, **options: Any) -> gptlab.LanguageModel:
+        lm = right(directory, **options)
         lm.config = dataclasses.replace(lm.config, dropout=0.1)
         return lm
 

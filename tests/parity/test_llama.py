@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import gptlab
 from gptlab import checkpoints
-from gptlab.generation.engine import pad_left
+from gptlab.generation.padded import pad_left
 from gptlab.text.tokenizers import byte_tokenizer
 
 # The model of 260K parameters from llama2.c, with what transformers computes of it.

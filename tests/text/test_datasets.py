@@ -186,7 +186,7 @@ def change(**values: Any) -> Callable[[dict[str, Any]], Any]:
 @pytest.mark.parametrize(
     ("edit", "complaint"),
     [
-        (change(version=3), "version 3; this program reads versions 1 and 2"),
+        (change(version=4), "version 4; this program reads versions"),
         (change(format="parquet"), "format 'parquet'"),
         (lambda index: index.pop("format"), "is damaged"),
         (lambda index: index.pop("dtype"), "is damaged"),
