@@ -27,7 +27,7 @@ def table(results: Results) -> str:
     base = results.variants[results.study.base]
     far = base.by_position.buckets[-1] if base.by_position else (0, 0)
     distances = [copy.distance for copy in base.copying]
-    heads = ["cache, MiB", "loss", "less SmolLM2's", "95% interval", f"after {far[0] - 1:,} to {far[1] - 1:,} tokens"]
+    heads = ["cache, MiB", "loss", "less SmolLM2's", "95% interval", f"after {far[0]:,} to {far[1]:,} tokens"]
     heads += [f"copies from {distance}" for distance in distances]
     rows = [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     rows += [f"| {one.label} | {' | '.join(_cells(one))} |" for one in results.variants.values()]
