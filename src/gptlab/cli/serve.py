@@ -66,6 +66,8 @@ def serve(
             file=sys.stderr,
             flush=True,
         )
+        # The thread that computes and the one that talks take turns many times a step, and would wait each time.
+        sys.setswitchinterval(2e-4)
         with contextlib.suppress(KeyboardInterrupt):
             make_server(app).run(sockets=[listening])
         print("stopped", file=sys.stderr)

@@ -46,16 +46,28 @@ class Outbox:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._queue.put_nowait, update)
 
-    async def next(self) -> list[Piece] | None:
-        """Return the next pieces, or None when all is done.
+    def leave(self, _: object) -> None:
+        """Note that the client has left; called in the event loop."""
+        self._queue.put_nowait(ClientDisconnect())
+
+    async def next(self) -> tuple[list[Piece], bool]:
+        """Return all the pieces that there are by now, at least one step's, and whether all is done.
 
         Raises:
             Refusal: the texts will not be finished.
+            ClientDisconnect: nobody is there to read them.
         """
+        pieces: list[Piece] = []
         update = await self._queue.get()
-        if isinstance(update, BaseException):
-            raise update
-        return update
+        while True:
+            if isinstance(update, BaseException):
+                raise update
+            if update is None:
+                return pieces, True
+            pieces += update
+            if self._queue.empty():
+                return pieces, False
+            update = self._queue.get_nowait()
 
 
 async def answer(
@@ -68,16 +80,12 @@ async def answer(
         ClientDisconnect: the client has left; ``cancel`` has been called.
     """
     leaving = asyncio.create_task(gone(request))
-    coming = asyncio.create_task(outbox.next())
+    leaving.add_done_callback(outbox.leave)
     try:
-        await asyncio.wait({leaving, coming}, return_when=asyncio.FIRST_COMPLETED)
-        if not coming.done():
-            raise ClientDisconnect
-        first = coming.result()
+        first = await outbox.next()
     except BaseException:
         cancel()
         leaving.cancel()
-        coming.cancel()
         raise
     if stream:
         return _Events(outbox, first, form, cancel, leaving, with_usage)
@@ -91,7 +99,7 @@ class _Events(Response):
     def __init__(
         self,
         outbox: Outbox,
-        first: list[Piece] | None,
+        first: tuple[list[Piece], bool],
         form: Form,
         cancel: Callable[[], None],
         leaving: asyncio.Task[None],
@@ -106,27 +114,24 @@ class _Events(Response):
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for event in self._events():
-                if self._leaving.done():
-                    return
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
+        except ClientDisconnect:
+            pass
         finally:
             self._leaving.cancel()
             self._cancel()  # of no effect on what is done
 
     async def _events(self) -> AsyncIterator[bytes]:
-        pieces, begun = self._first, set[int]()
+        (pieces, done), begun = self._first, set[int]()
         try:
-            while pieces is not None:
+            while True:
                 body = b"".join(self._event(piece, begun) for piece in pieces)
                 if body:
                     yield body
-                coming = asyncio.ensure_future(self._outbox.next())
-                await asyncio.wait({coming, self._leaving}, return_when=asyncio.FIRST_COMPLETED)
-                if not coming.done():
-                    coming.cancel()
-                    return
-                pieces = coming.result()
+                if done:
+                    break
+                pieces, done = await self._outbox.next()
         except Refusal as refusal:
             yield _line(refusal.body)
         else:
