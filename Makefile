@@ -68,7 +68,7 @@ lint: setup
 	$(BIN)/python tools/build_docs.py --check
 
 bench: setup
-	$(BIN)/python benchmarks/decode.py
+	$(BIN)/gptlab bench generate --random
 
 bench-attention: setup
 	$(BIN)/python benchmarks/attention.py --out docs/results/attention.json
