@@ -185,6 +185,62 @@ def evaluation_speed() -> str:
     return "\n".join(rows)
 
 
+def peers() -> str:
+    if not (ROOT / "docs/results/peers.json").exists():
+        return "Not measured yet."
+    values = results("peers")
+    works, machine = values["works"], values["machine"]
+    names = {"decode": "new tokens, batch {batch}", "prefill": "reading {prompt:,} tokens"}
+    said = {name: names[work["work"]].format(**work) for name, work in works.items()}
+    rows = ["| work | precision | beside | times as fast | target |", "|---|---|---|---:|---|"]
+    for row in values["ratios"]:
+        reached = "reached" if row["ratio"] >= (row["target"] or 0) else "**missed**"
+        target = "none" if row["target"] is None else f"{row['target']:.1f}, {reached}"
+        rows.append(f"| {said[row['work']]} | {row['precision']} | {row['beside']} | {row['ratio']:.2f} | {target} |")
+    for name, work in works.items():
+        rows += ["", f"Tokens per second, {said[name]}:", "", "| program | weights | | of the bandwidth |", "|---|---|---:|---:|"]
+        for row in work["rows"]:
+            share = f"{100 * row['share']:.0f}%" if "share" in row else ""
+            rows.append(f"| {row['program']} | {row['precision']} | {row['tokens_per_second']:,.1f} | {share} |")
+        bandwidth = f"{work['bandwidth']['bytes_per_second'] / 1e9:.1f} GB/s"
+        rows.append(f"\nMemory was read at {bandwidth} in the same run; medians of {work['rounds']} rounds in turn.")
+        if cautious := work["without_special_buffers"]:
+            rows.append(
+                f"Not with llama.cpp's kernels for AMX, which end in an illegal instruction here: {', '.join(cautious)}."
+            )
+    versions = sorted({row["version"] for work in works.values() for row in work["rows"]})
+    rows.append(
+        f"\n{values['model'].capitalize()}, a prompt of 128 tokens, greedy choice; {machine['processor']},"
+        f" {machine['threads']} threads for every program; {', '.join(versions)}; `make bench-peers`."
+    )
+    return "\n".join(rows)
+
+
+def precisions() -> str:
+    if not (ROOT / "docs/results/precisions.json").exists():
+        return "Not measured yet."
+    values = results("precisions")
+    dtypes = list(values["quality"][0]["nats_per_token"])
+    rows = [f"| model | tokens | {' | '.join(dtypes)} |", "|---|---:|" + "---:|" * len(dtypes)]
+    for row in values["quality"]:
+        nats = row["nats_per_token"]
+        changes = (f"{nats[dtype] - nats['float32']:+.4f}" for dtype in dtypes[1:])
+        rows.append(f"| {row['model']} | {row['tokens']:,} | {nats['float32']:.4f} | {' | '.join(changes)} |")
+    rows += [
+        f"\nNats per token on {values['text']}, windows of the model's context; for the others the change from float32.",
+        "\nMegabytes of anonymous memory while GPT-2's 124M decodes 128 tokens after 128, above a process without a model:",
+        "\n| weights | weights and cache | loading | reading the prompt | decoding | decoding over weights and cache |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in values["memory"]:
+        held = row["weights"] + row["cache"]
+        cells = [held, row["loading"], row["reading"], row["decoding"]]
+        ratio = f"{row['decoding'] / held:.2f}"
+        rows.append(f"| {row['dtype']} | {' | '.join(f'{cell / 1e6:,.0f}' for cell in cells)} | {ratio} |")
+    rows.append(f"\ntorch {values['machine']['torch']}; `make bench-quality`. The target is 1.3.")
+    return "\n".join(rows)
+
+
 def conversion_heads() -> str:
     if not (ROOT / "docs/results/conversion_heads.json").exists():
         return ""
@@ -338,6 +394,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "training step": training_step,
     "prepare speed": prepare_speed,
     "evaluation speed": evaluation_speed,
+    "peers": peers,
+    "precisions": precisions,
     "conversion heads": conversion_heads,
     "conversion table": conversion_table,
     "conversion headline": conversion_headline,
