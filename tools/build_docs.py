@@ -198,7 +198,13 @@ def peers() -> str:
         target = "none" if row["target"] is None else f"{row['target']:.1f}, {reached}"
         rows.append(f"| {said[row['work']]} | {row['precision']} | {row['beside']} | {row['ratio']:.2f} | {target} |")
     for name, work in works.items():
-        rows += ["", f"Tokens per second, {said[name]}:", "", "| program | weights | | of the bandwidth |", "|---|---|---:|---:|"]
+        rows += [
+            "",
+            f"Tokens per second, {said[name]}:",
+            "",
+            "| program | weights | | of the bandwidth |",
+            "|---|---|---:|---:|",
+        ]
         for row in work["rows"]:
             share = f"{100 * row['share']:.0f}%" if "share" in row else ""
             rows.append(f"| {row['program']} | {row['precision']} | {row['tokens_per_second']:,.1f} | {share} |")
