@@ -233,8 +233,8 @@ def precisions() -> str:
         changes = (f"{nats[dtype] - nats['float32']:+.4f}" for dtype in dtypes[1:])
         rows.append(f"| {row['model']} | {row['tokens']:,} | {nats['float32']:.4f} | {' | '.join(changes)} |")
     rows += [
-        f"\nNats per token on {values['text']}, windows of the model's context; for the others the change from float32.",
-        "\nMegabytes of anonymous memory while GPT-2's 124M decodes 128 tokens after 128, above a process without a model:",
+        f"\nNats per token on {values['text']}, windows of the context; else the change from float32.",
+        "\nMegabytes of anonymous memory while GPT-2's 124M decodes 128 tokens after 128, above its libraries:",
         "\n| weights | weights and cache | loading | reading the prompt | decoding | decoding over weights and cache |",
         "|---|---:|---:|---:|---:|---:|",
     ]
