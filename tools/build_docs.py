@@ -212,7 +212,8 @@ def peers() -> str:
         rows.append(f"\nMemory was read at {bandwidth} in the same run; medians of {work['rounds']} rounds in turn.")
         if cautious := work["without_special_buffers"]:
             rows.append(
-                f"Not with llama.cpp's kernels for AMX, which end in an illegal instruction here: {', '.join(cautious)}."
+        rows += ["", f"Tokens per second, {said[name]}:", ""]
+        rows += ["| program | weights | | of the bandwidth |", "|---|---|---:|---:|"]
             )
     versions = sorted({row["version"] for work in works.values() for row in work["rows"]})
     rows.append(
