@@ -211,10 +211,7 @@ def peers() -> str:
         bandwidth = f"{work['bandwidth']['bytes_per_second'] / 1e9:.1f} GB/s"
         rows.append(f"\nMemory was read at {bandwidth} in the same run; medians of {work['rounds']} rounds in turn.")
         if cautious := work["without_special_buffers"]:
-            rows.append(
-        rows += ["", f"Tokens per second, {said[name]}:", ""]
-        rows += ["| program | weights | | of the bandwidth |", "|---|---|---:|---:|"]
-            )
+            rows.append(f"Not with llama.cpp's kernels for AMX, which crashed here: {', '.join(cautious)}.")
     versions = sorted({row["version"] for work in works.values() for row in work["rows"]})
     rows.append(
         f"\n{values['model'].capitalize()}, a prompt of 128 tokens, greedy choice; {machine['processor']},"
