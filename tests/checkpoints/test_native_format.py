@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import gptlab
+from gptlab.checkpoints.files import tensor_sha256
 from gptlab.text.tokenizers import GPT2Tokenizer, Tokenizer, byte_tokenizer, char_tokenizer, train_bpe
 
 FLIPS = 300
@@ -222,3 +223,66 @@ def test_config_alone_can_be_read(saved: Path) -> None:
     assert checkpoints.read_config(saved) == make().config
     with pytest.raises(gptlab.GptlabError):
         gptlab.load(saved)
+
+
+WHOLE = "h.0.mlp.c_fc.weight"
+FACTORS = "h.0.mlp.c_fc.factors"
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t.pop(FACTORS), "lacks"),
+        (lambda t: t.pop(WHOLE), "lacks"),
+        (lambda t: t.pop("ln_f.weight"), "lacks"),
+        (lambda t: t.update(more=torch.zeros(1)), "holds more"),
+        (lambda t: t.update({WHOLE: t[WHOLE].float()}), "torch.float32"),
+        (lambda t: t.update({FACTORS: t[FACTORS].bfloat16()}), "torch.bfloat16"),
+        (lambda t: t.update({WHOLE: t[WHOLE][:-1].clone()}), "make no matrix"),
+        (lambda t: t.update({FACTORS: t[FACTORS][:-1].clone()}), "make no matrix"),
+        (lambda t: t.update({FACTORS: t[FACTORS][:1].clone()}), "make no matrix"),
+        (lambda t: t.update({WHOLE: t["h.0.mlp.c_proj.weight"]}), "make no matrix"),
+        (lambda t: t[FACTORS].view(-1)[0].fill_(torch.nan), "not numbers"),
+        (lambda t: t["ln_f.weight"][0].fill_(torch.inf), "not numbers"),
+        (lambda t: t.update({"ln_f.weight": t["ln_f.weight"].to(torch.int8)}), "weights never are"),
+        (lambda t: t.update({"ln_f.weight": t["ln_f.weight"][:-1].clone()}), "belong together"),
+    ],
+)
+def test_damaged_whole_numbers_with_fitting_checksums_are_refused(tmp_path: Path, change, says: str, dtype) -> None:
+    gptlab.save(make(), tmp_path / "float")
+    gptlab.save(gptlab.load(tmp_path / "float", dtype="int8"), tmp_path)
+    path = tmp_path / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    metadata["sha256"] = json.dumps({name: tensor_sha256(tensor) for name, tensor in tensors.items()})
+    save_file(tensors, path, metadata)
+    with pytest.raises(gptlab.GptlabError, match=says):
+        gptlab.load(tmp_path, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "change", [{"precision": "int4"}, {"precision": None}, {"version": 1}, {"precision": ["int8"]}]
+)
+def test_a_precision_that_is_not_the_files_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    gptlab.save(make(), tmp_path / "float")
+    gptlab.save(gptlab.load(tmp_path / "float", dtype="int8"), tmp_path)
+    header = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(header | change))
+    with pytest.raises(gptlab.GptlabError, match="different saves"):
+        gptlab.load(tmp_path)
+
+
+def test_whole_numbers_replace_floats_and_floats_whole_numbers(tmp_path: Path) -> None:
+    lm = make()
+    gptlab.save(lm, tmp_path)
+    gptlab.save(gptlab.load(tmp_path, dtype="int4"), tmp_path)
+    whole = gptlab.load(tmp_path)
+    assert whole.model.wte.weight.dtype == torch.int8
+    gptlab.save(gptlab.load(tmp_path, dtype="float32"), tmp_path)
+    assert gptlab.load(tmp_path).model.wte.weight.dtype == torch.float32
+    gptlab.save(lm, tmp_path)
+    assert same(weights(gptlab.load(tmp_path)), weights(lm))

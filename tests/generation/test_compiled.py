@@ -12,7 +12,7 @@ import torch
 from gptlab.config import ModelConfig, RopeConfig
 from gptlab.errors import GptlabError
 from gptlab.generation import padded
-from gptlab.generation.compiled import decoder, library
+from gptlab.generation.compiled import decoder, library, step
 from gptlab.generation.compiled.decoder import Compiled, read_prompt, serves
 from gptlab.generation.compiled.step import CompiledStep, Text
 from gptlab.model.gpt import GPT
@@ -70,7 +70,7 @@ def teacher_forced(model, ids, n_prompt):
 @pytest.mark.parametrize("switches", VARIANTS, ids=str)
 def test_logits_equal_the_plain_models_for_500_tokens(switches, threads, monkeypatch):
     monkeypatch.setattr(padded, "CHUNK", 16)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(step, "n_threads", lambda: threads)
     model = make_model(**switches)
     ids = ids_for(model, 520 if threads == 1 else 60)
     with torch.inference_mode():
@@ -119,6 +119,82 @@ def test_a_row_has_the_same_bits_alone_and_in_company(bits, dtype):
             alone = Compiled(model, [prompt], 500)
             mine = [alone.read(), *(alone.step(torch.tensor([token])) for token in fed[i])]
             assert all(torch.equal(a[0], b[i]) for a, b in zip(mine, seen, strict=True))
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"n_embd": 1, "n_head": 1, "n_layer": 1, "vocab_size": 1, "n_inner": 1},
+        {"n_embd": 9, "n_head": 3, "n_layer": 2, "vocab_size": 33, "n_inner": 5},
+        {"n_embd": 36, "n_head": 2, "n_inner": 77, "n_kv_head": 1, "position": "rope", "window": 7, "sinks": 30},
+        {"n_embd": 520, "n_head": 2, "n_inner": 531, "n_layer": 1, "vocab_size": 67, "window": 1},
+        {**LLAMA, "n_embd": 92, "n_head": 2, "n_inner": 29, "n_kv_head": 1},
+    ],
+    ids=str,
+)
+def test_sizes_that_fill_no_vector(switches, bits):
+    model = make_model(**switches)
+    if bits:
+        quantise_model(model, bits)
+    prompts = [ids_for(model, n, seed=n) for n in (3, 257, 17, 5, 1, 100)]
+    with torch.inference_mode():
+        together = Compiled(model, prompts, 500)
+        together.read()
+        seen = together.step(torch.zeros(len(prompts), dtype=torch.int64))
+        for i, prompt in enumerate(prompts):
+            alone = Compiled(model, [prompt], 500)
+            alone.read()
+            mine = alone.step(torch.tensor([0]))[0]
+            assert torch.equal(mine, seen[i])
+            if not bits:
+                plain = model(torch.tensor([[*prompt, 0]]))[0, -1]
+                torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+@pytest.mark.parametrize("name", ["wpe.weight", "h.0.mlp.c_fc.bias", "h.2.ln_2.weight"])
+def test_what_is_not_a_number_stays_so(name, value, bits):
+    model = make_model()
+    if bits:
+        quantise_model(model, bits)
+    with torch.inference_mode():
+        model.get_parameter(name).view(-1)[5] = value
+        plain = model(torch.tensor([[1, 2, 3]]))[0, -1]
+        text, _ = read_prompt(model, [1, 2], 10)
+        assert torch.equal(CompiledStep(model)([text], [3])[0].isnan(), plain.isnan())
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "silu", "gelu"])
+def test_activations_far_from_zero_are_the_plain_ones(activation):
+    model = make_model(activation=activation, n_layer=1)
+    far = [10.0**n for n in range(-3, 38)]
+    with torch.inference_mode():
+        model.h[0].mlp.c_fc.bias[: 2 * len(far)] = torch.tensor([*far, *(-x for x in far)])
+        model.h[0].mlp.c_proj.weight[0] = 0
+        plain = model(torch.tensor([[1, 2, 3]]))[0, -1]
+        text, _ = read_prompt(model, [1, 2], 10)
+        torch.testing.assert_close(CompiledStep(model)([text], [3])[0], plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cast_leaves_the_factors_of_whole_numbers():
+    model = make_model()
+    quantise_model(model, 8)
+    before = model.h[0].mlp.c_fc.factors.clone()
+    model.bfloat16()
+    assert torch.equal(model.h[0].mlp.c_fc.factors, before)
+    with torch.inference_mode():
+        assert teacher_forced(model, ids_for(model, 30), 20).isfinite().all()
+
+
+def test_a_model_that_is_cast_while_it_generates_is_refused():
+    model = make_model()
+    with torch.inference_mode():
+        step = CompiledStep(model)
+        text, _ = read_prompt(model.bfloat16(), [1, 2], 10)
+        with pytest.raises(GptlabError, match="another dtype"):
+            step([text], [3])
 
 
 def test_more_rows_than_a_step_takes_and_rows_that_leave():
@@ -182,6 +258,12 @@ def test_it_serves_only_what_it_computes(monkeypatch):
     hooked = make_model()
     hooked.h[1].mlp.register_forward_hook(lambda *_: None)
     assert not serves(hooked, 1)
+    patched = make_model()
+    patched.h[1].mlp.forward = lambda x: x
+    assert not serves(patched, 1)
+    mixed = make_model()
+    mixed.h[1].mlp.double()
+    assert not serves(mixed, 1)
     changed = make_model()
     changed.h[0].attn.c_attn = torch.nn.Sequential(changed.h[0].attn.c_attn)
     assert not serves(changed, 1)
@@ -204,6 +286,7 @@ def test_it_is_built_for_long_runs_of_large_models_and_for_quantised_ones(monkey
         ({"CXX": "false"}, "does not compile"),
         ({"GPTLAB_COMPILED": "0"}, "switches the compiled step off"),
         ({"GPTLAB_CACHE": "/proc/nowhere"}, "set GPTLAB_CACHE"),
+        ({"GPTLAB_CACHE": "", "HOME": "~"}, "set GPTLAB_CACHE"),
     ],
     ids=str,
 )
@@ -239,7 +322,7 @@ def _one_step(connection):
 def test_a_fork_computes_with_threads_of_its_own(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # OpenMP's own threads do not survive a fork
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(step, "n_threads", lambda: 2)
     here, there = multiprocessing.Pipe()
     _one_step(there)
     mine = here.recv()
@@ -251,6 +334,21 @@ def test_a_fork_computes_with_threads_of_its_own(monkeypatch):
     assert here.recv() == mine
     assert child.exitcode == 0
     torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_a_library_that_was_cut_short_is_built_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTLAB_CACHE", str(tmp_path / "a 'cache' – \"here\""))
+    library.library.cache_clear()
+    library.library_path.cache_clear()
+    try:
+        path = library.library_path()
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"\x7fELF")
+        assert library.library().gptlab_largest_batch() == 64
+    finally:
+        library.library.cache_clear()
+        library.library_path.cache_clear()
 
 
 @pytest.mark.slow

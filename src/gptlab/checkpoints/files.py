@@ -148,26 +148,30 @@ def complete_state(
             f"the checkpoint {where} holds {_list(extra)}, which a model of its {described_by} does not have;"
             f" {described_by} and weights do not belong together"
         )
-    state: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
-        tensor = tensors[name]()
-        if tensor.shape != shape:
-            raise GptlabError(
-                f"the checkpoint {where} has {name} of shape {tuple(tensor.shape)} where its {described_by} asks for"
-                f" {tuple(shape)}; {described_by} and weights do not belong together"
-            )
-        if not tensor.is_floating_point():
-            raise GptlabError(
-                f"the checkpoint {where} has {name} in {tensor.dtype}, which weights never are; restore it"
-            )
-        # A copy, so that the model does not hang on a file that may change under it.
-        tensor = torch.empty(shape, dtype=torch.float32 if name in SCALES else dtype).copy_(tensor)
-        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-            raise GptlabError(
-                f"the checkpoint {where} is damaged: {name} holds values that are not numbers (nan or inf)"
-            )
-        state[name] = tensor
-    return state
+    return {
+        name: checked_tensor(
+            name, tensors[name](), shape, torch.float32 if name in SCALES else dtype, where, described_by
+        )
+        for name, shape in shapes.items()
+    }
+
+
+def checked_tensor(
+    name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype, where: Path, described_by: str = "config.json"
+) -> Tensor:
+    """Return a tensor of a checkpoint in memory of its own; arguments and errors as `complete_state` has them."""
+    if tensor.shape != shape:
+        raise GptlabError(
+            f"the checkpoint {where} has {name} of shape {tuple(tensor.shape)} where its {described_by} asks for"
+            f" {tuple(shape)}; {described_by} and weights do not belong together"
+        )
+    if not tensor.is_floating_point():
+        raise GptlabError(f"the checkpoint {where} has {name} in {tensor.dtype}, which weights never are; restore it")
+    # A copy, so that the model does not hang on a file that may change under it.
+    tensor = torch.empty(shape, dtype=dtype).copy_(tensor)
+    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+        raise GptlabError(f"the checkpoint {where} is damaged: {name} holds values that are not numbers (nan or inf)")
+    return tensor
 
 
 def _list(names: Iterable[str], most: int = 3) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from gptlab.checkpoints.files import (
     Checkpoint,
+    checked_tensor,
     complete_state,
     expected_shapes,
     open_safetensors,
@@ -29,7 +31,7 @@ from gptlab.checkpoints.files import (
 from gptlab.config import ModelConfig
 from gptlab.devices import BITS
 from gptlab.errors import GptlabError
-from gptlab.model.quantised import dequantise
+from gptlab.model.quantised import GROUP, dequantise
 from gptlab.text.tokenizers import TOKENIZER_FILES, Tokenizer, read_tokenizer
 
 ABOUT = "a directory that gptlab saved"
@@ -75,12 +77,15 @@ def read(directory: Path, dtype: torch.dtype | None) -> Checkpoint:
     try:
         sums = dict(json.loads(metadata["sha256"]))
         saved_config, saved_tokenizer = json.loads(metadata["config"]), metadata["tokenizer"]
-        bits = BITS[metadata["precision"]] if "precision" in metadata else None
+        precision = metadata.get("precision")
+        bits = None if precision is None else BITS[precision]
     except (KeyError, TypeError, ValueError):
         raise GptlabError(f"{path} was not written by gptlab, though its config.json says so; restore it") from None
     tokenizer = read_tokenizer(directory)
     # Where none was saved, one may be put there.
     other = saved_tokenizer not in ("", _identity(tokenizer))
+    header = read_json(directory / "config.json")
+    other |= (header["version"], header.get("precision")) != (VERSION if bits is None else QUANTISED, precision)
     if other or saved_config != json.loads(json.dumps(config.to_dict())):
         raise GptlabError(
             f"the files in {directory} belong to different saves: config.json, the tokenizer and model.safetensors"
@@ -99,15 +104,48 @@ def read(directory: Path, dtype: torch.dtype | None) -> Checkpoint:
     readers = {name: checked(name, get) for name, get in lazy.items()}
     if bits is None:
         return Checkpoint(config, complete_state(config, readers, dtype or torch.float32, directory), tokenizer)
-    floats = {name: _floats(name, readers) for name in readers if not name.endswith(".factors")}
-    if dtype is None and floats.keys() == expected_shapes(config).keys():
-        return Checkpoint(config, {name: get() for name, get in readers.items()}, tokenizer, bits=bits)
-    return Checkpoint(config, complete_state(config, floats, dtype or torch.float32, directory), tokenizer)
+    shapes = expected_shapes(config)
+    # Every matrix but the table of positions is in whole numbers.
+    factors = {name: _factors(name) for name, shape in shapes.items() if len(shape) == 2 and name != "wpe.weight"}
+    if missing := [name for name in factors.values() if name not in readers]:
+        raise GptlabError(f"the checkpoint {directory} lacks {missing[0]}; it is incomplete, copy it again")
+    matrices = {name: partial(_matrix, name, shapes[name], readers, directory) for name in factors if name in readers}
+    others = {name: get for name, get in readers.items() if name not in {*matrices, *factors.values()}}
+    if dtype is not None or {*matrices, *others} != {*shapes}:
+        floats = {name: partial(lambda get: dequantise(*get()), get) for name, get in matrices.items()}
+        state = complete_state(config, others | floats, dtype or torch.float32, directory)
+        return Checkpoint(config, state, tokenizer)
+    state = {}
+    for name, get in others.items():
+        tensor = get()
+        state[name] = checked_tensor(name, tensor, shapes[name], tensor.dtype, directory)
+    for name, both in matrices.items():
+        state[name], state[factors[name]] = both()
+    return Checkpoint(config, state, tokenizer, bits=bits)
 
 
-def _floats(name: str, readers: Mapping[str, Callable[[], Tensor]]) -> Callable[[], Tensor]:
-    factors = readers.get(f"{name.removesuffix('weight')}factors")
-    return readers[name] if factors is None else lambda: dequantise(readers[name](), factors())
+def _factors(name: str) -> str:
+    """Return the name of the factors of a weight matrix."""
+    return f"{name.removesuffix('weight')}factors"
+
+
+def _matrix(
+    name: str, shape: torch.Size, readers: Mapping[str, Callable[[], Tensor]], where: Path
+) -> tuple[Tensor, Tensor]:
+    """Return whole numbers and factors that stand for a matrix of this shape, in memory of their own."""
+    weight, factors = readers[name](), readers[_factors(name)]()
+    n_out, n_in = shape
+    stored = (tuple(weight.shape), tuple(factors.shape))
+    in_8 = stored == ((n_out, n_in), (n_out,))
+    in_4 = stored == ((n_out, n_in // 2), (n_out, n_in // GROUP)) and n_in % GROUP == 0
+    if not (in_8 or in_4) or (weight.dtype, factors.dtype) != (torch.int8, torch.float32):
+        raise GptlabError(
+            f"the checkpoint {where} has {name} as {weight.dtype} {stored[0]} with factors {factors.dtype} {stored[1]},"
+            f" which make no matrix {tuple(shape)}; restore it"
+        )
+    if not torch.isfinite(factors).all():
+        raise GptlabError(f"the checkpoint {where} is damaged: {_factors(name)} holds values that are not numbers")
+    return weight.clone(), factors.clone()
 
 
 def write(directory: Path, checkpoint: Checkpoint, extra: Mapping[str, bytes] | None = None) -> None:

@@ -84,6 +84,13 @@ class Quantised(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("factors", factors)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantised:
+        """Move the module, or cast what it holds besides: factors stay float32."""
+        factors = self.factors
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.factors = factors.to(self.factors.device)
+        return self
+
     @property
     def n_in(self) -> int:
         """Columns of the matrix that the weights stand for."""

@@ -98,7 +98,7 @@ static void merge(const float* partial, int64_t n_blocks, int64_t head_dim, floa
     for (int64_t j = 0; j < n_blocks; j++) most = partial[j * (head_dim + 2)] > most ? partial[j * (head_dim + 2)] : most;
     for (int64_t i = 0; i < head_dim; i++) out[i] = 0.0f;
     for (int64_t j = 0; j < n_blocks; j++, partial += head_dim + 2) {
-        if (partial[0] == -INFINITY) continue;  // nothing of this block is visible
+        if (partial[1] == 0.0f) continue;  // nothing of this block is visible
         float factor = std::exp(partial[0] - most);
         total += factor * partial[1];
         add_scaled(out, factor, partial + 2, head_dim);

@@ -34,7 +34,8 @@ def serves(model: GPT, n_tokens: int) -> bool:
     It is where all is on the CPU in float32, bfloat16 or quantised, nothing of the model has been replaced or hooked,
     and the step is built already, or worth it. Where it would be and cannot, a line in the log says why.
     """
-    if model.wte.weight.device.type != "cpu" or model.wte.weight.dtype in (torch.float16, torch.float64):
+    held = {torch.float32, torch.bfloat16, torch.int8}
+    if any(tensor.device.type != "cpu" or tensor.dtype not in held for tensor in model.tensors().values()):
         return False
     for module in model.modules():
         plain = (nn.Embedding, nn.Dropout, nn.ModuleList)
@@ -60,7 +61,7 @@ def can_serve() -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 class Compiled:

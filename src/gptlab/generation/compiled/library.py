@@ -16,6 +16,8 @@ from gptlab.errors import GptlabError
 
 _HERE = Path(__file__).parent
 _FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math")
+_PATIENCE = 600
+"""Seconds that a compiler is given."""
 
 
 class NoLibraryError(GptlabError):
@@ -24,7 +26,10 @@ class NoLibraryError(GptlabError):
 
 def cache_directory() -> Path:
     """Where compiled steps are kept: ``$GPTLAB_CACHE``, or ``~/.cache/gptlab``."""
-    return Path(os.environ.get("GPTLAB_CACHE") or Path.home() / ".cache" / "gptlab") / "compiled"
+    try:
+        return Path(os.environ.get("GPTLAB_CACHE") or Path.home() / ".cache" / "gptlab") / "compiled"
+    except RuntimeError:
+        raise NoLibraryError("this user has no home directory; set GPTLAB_CACHE") from None
 
 
 def find_compiler() -> str | None:
@@ -37,7 +42,10 @@ def find_compiler() -> str | None:
 
 def is_built() -> bool:
     """Whether `library` finds a step for this processor, so that it costs nothing."""
-    return library_path().exists()
+    try:
+        return library_path().exists()
+    except (NoLibraryError, OSError):
+        return False
 
 
 @functools.cache
@@ -50,16 +58,20 @@ def library() -> ctypes.CDLL:
     if os.environ.get("GPTLAB_COMPILED") == "0":
         raise NoLibraryError("GPTLAB_COMPILED=0 switches the compiled step off")
     target = library_path()
-    if not target.exists():
-        compiler = find_compiler()
-        if compiler is None:
-            raise NoLibraryError("there is no C++ compiler (install g++ or clang++)")
-        _build(compiler, _HERE / "step.cpp", target)
+    was_there = is_built()
+    if not was_there:
+        build()
     try:
         loaded = ctypes.CDLL(str(target))
     except OSError as error:
-        raise NoLibraryError(f"{target} cannot be loaded ({error}); delete it") from None
-    loaded.gptlab_step.restype = None
+        if not was_there:
+            raise NoLibraryError(f"{target} cannot be loaded ({error})") from None
+        build()  # what lay there was cut short, by a full disk or a power cut
+        try:
+            loaded = ctypes.CDLL(str(target))
+        except OSError:
+            raise NoLibraryError(f"{target} cannot be loaded ({error}); delete it") from None
+    loaded.gptlab_step.restype = ctypes.c_int32
     return loaded
 
 
@@ -71,7 +83,15 @@ def library_path() -> Path:
     return cache_directory() / f"step-{digest.hexdigest()[:16]}.so"
 
 
-def _build(compiler: str, source: Path, target: Path) -> None:
+def build() -> None:
+    """Compile the step for this processor, in place of the one that may be there.
+
+    Raises:
+        NoLibraryError: no compiler, one that fails, or nowhere to write.
+    """
+    compiler, source, target = find_compiler(), _HERE / "step.cpp", library_path()
+    if compiler is None:
+        raise NoLibraryError("there is no C++ compiler (install g++ or clang++)")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -79,11 +99,19 @@ def _build(compiler: str, source: Path, target: Path) -> None:
             for processor in ("-march=native", "-mcpu=native", None):  # each compiler knows one of the first two
                 options = [*_FLAGS, *([processor] if processor else [])]
                 made = subprocess.run(
-                    [compiler, *options, str(source), "-o", str(built)], capture_output=True, text=True, check=False
+                    [compiler, *options, str(source), "-o", str(built)],
+                    capture_output=True,
+                    text=True,
+                    errors="replace",
+                    check=False,
+                    stdin=subprocess.DEVNULL,
+                    timeout=_PATIENCE,
                 )
                 if made.returncode == 0:
                     os.replace(built, target)
                     return
+    except subprocess.TimeoutExpired:
+        raise NoLibraryError(f"{compiler} has not compiled it in {_PATIENCE} seconds") from None
     except OSError as error:
         raise NoLibraryError(f"{target} cannot be written ({error.strerror}); set GPTLAB_CACHE") from None
     reason = (made.stderr.strip() or f"exit code {made.returncode}").splitlines()[0]

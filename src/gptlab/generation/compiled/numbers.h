@@ -98,9 +98,10 @@ static inline void put(uint16_t* p, float x) {  // rounded to nearest, ties to e
     *p = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// exp to 2e-7 relative: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (its Taylor series up to x^7). At or below -87 it gives 0.
-static inline Vec exp_of(Vec x) {
-    x = x < splat(-87.0f) ? splat(-87.0f) : x;
+// exp to 2e-7 relative: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (its Taylor series up to x^7). At or below -87 it
+// gives 0, above 88 infinity, and of NaN NaN.
+static inline Vec exp_of(Vec exponent) {
+    Vec x = exponent < splat(-87.0f) ? splat(-87.0f) : exponent;
     x = x > splat(88.0f) ? splat(88.0f) : x;
     Vec t = x * 1.44269504f + 0.5f;
     IntVec n = __builtin_convertvector(t, IntVec);
@@ -111,7 +112,8 @@ static inline Vec exp_of(Vec x) {
     for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = y * r + c;
     IntVec power = (n + 127) << 23;
     y *= (Vec)power;
-    return x <= splat(-87.0f) ? Vec{} : y;
+    y = exponent > splat(88.0f) ? splat(INFINITY) : y;
+    return exponent <= splat(-87.0f) ? Vec{} : y;
 }
 
 // How the rows of a weight matrix are stored. `one` gives a single weight; `floats_at` WIDTH of them from column k on, or
@@ -169,7 +171,7 @@ static inline ShortVec shorts(const int8_t* p) {
 }
 
 // PAIRS weights of a group of 4-bit ones, from `within` on.
-static inline ShortVec halves(const int8_t* group, int64_t within) {
+static inline ShortVec halves(const int8_t* group, [[maybe_unused]] int64_t within) {
 #if defined(__AVX512BW__)
     __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(group)), mask = _mm_set1_epi8(15);
     __m256i both = _mm256_set_m128i(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask), _mm_and_si128(bytes, mask));

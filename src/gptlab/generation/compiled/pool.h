@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -22,8 +23,12 @@ static inline void pause_briefly(int& turns) {
 
 class Pool {
    public:
-    explicit Pool(int size) : size(size), process(getpid()) {
-        for (int i = 1; i < size; i++) threads.emplace_back([this, i] { wait_and_work(i); });
+    explicit Pool(int wanted) : wanted(wanted), process(getpid()) {
+        threads.reserve(wanted);
+        try {
+            for (; size < wanted; size++) threads.emplace_back([this, i = size] { wait_and_work(i); });
+        } catch (const std::system_error&) {  // a limit on processes: those that there are do all the work
+        }
     }
 
     ~Pool() {
@@ -33,13 +38,13 @@ class Pool {
     }
 
     // A pool of this size, made once. A fork has none of its parent's threads, so it makes a pool of its own.
-    static Pool& of(int size) {
+    static Pool& of(int wanted) {
         static Pool* pool = nullptr;
-        if (pool && pool->process == getpid() && pool->size != size) {
+        if (pool && pool->process == getpid() && pool->wanted != wanted) {
             delete pool;
             pool = nullptr;
         }
-        if (!pool || pool->process != getpid()) pool = new Pool(size);
+        if (!pool || pool->process != getpid()) pool = new Pool(wanted);
         return *pool;
     }
 
@@ -53,7 +58,8 @@ class Pool {
 
     // Wait until every thread is here.
     void meet() {
-        int mine = phase.load(std::memory_order_relaxed), turns = 0;
+        unsigned mine = phase.load(std::memory_order_relaxed);
+        int turns = 0;
         if (arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
             arrived.store(0, std::memory_order_relaxed);
             phase.store(mine + 1, std::memory_order_release);
@@ -62,7 +68,7 @@ class Pool {
         }
     }
 
-    const int size;
+    int size = 1;  // threads that compute, the caller's among them
 
    private:
     void wake() {
@@ -74,7 +80,7 @@ class Pool {
     }
 
     void wait_and_work(int index) {
-        for (int done = 0;; done++) {
+        for (unsigned done = 0;; done++) {
             // The next step mostly follows within a millisecond; after that the thread sleeps.
             auto until = std::chrono::steady_clock::now() + std::chrono::milliseconds(2);
             for (int turns = 0; round.load(std::memory_order_acquire) == done;) {
@@ -90,10 +96,12 @@ class Pool {
         }
     }
 
+    const int wanted;
     const pid_t process;
     std::vector<std::thread> threads;
     const std::function<void(int)>* task = nullptr;
-    std::atomic<int> round{0}, arrived{0}, phase{0};
+    std::atomic<unsigned> round{0}, phase{0};
+    std::atomic<int> arrived{0};
     std::atomic<bool> stopping{false};
     std::mutex mutex;
     std::condition_variable sleeping;

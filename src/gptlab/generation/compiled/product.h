@@ -29,18 +29,26 @@ static inline void with_weights(const Product& p, F&& f) {
 constexpr int MAX_BATCH = 64;
 constexpr int ROWS = 4;  // of weights at a time: times four rows of x they are as many sums as registers hold
 
-// Round a row to 16-bit numbers times a factor, which is returned.
+// Round a row to 16-bit numbers times a factor, which is returned: NaN where the row holds NaN or infinity.
 static float round_row(const float* x, int64_t n, int16_t* y) {
-    Vec most = {};
+    Vec most = {}, zero = {};
     int64_t i = 0;
     for (; i + WIDTH <= n; i += WIDTH) {
         Vec v = load(x + i);
+        zero += v - v;
         v = v < 0.0f ? -v : v;
         most = v > most ? v : most;
     }
-    float largest = 0.0f;
+    float largest = 0.0f, nothing = sum(zero);
     for (int j = 0; j < WIDTH; j++) largest = std::max(largest, most[j]);
-    for (; i < n; i++) largest = std::max(largest, std::fabs(x[i]));
+    for (; i < n; i++) {
+        nothing += x[i] - x[i];
+        largest = std::max(largest, std::fabs(x[i]));
+    }
+    if (nothing != 0.0f) {
+        std::fill_n(y, n, 0);
+        return NAN;
+    }
     const float inverse = largest > 0.0f ? 32767.0f / largest : 0.0f, shift = 12582912.0f;  // 1.5 * 2^23: what is added is rounded
     for (i = 0; i + WIDTH <= n; i += WIDTH) narrow(y + i, __builtin_convertvector((load(x + i) * inverse + shift) - shift, IntVec));
     for (; i < n; i++) y[i] = static_cast<int16_t>(std::nearbyint(x[i] * inverse));
@@ -53,19 +61,39 @@ struct Operand {
     int64_t stride;
     int batch;
     Buffer<int16_t> rounded;
-    std::vector<float> factors;
+    float factors[MAX_BATCH];
 
+    // `rounded` must have room for n_rows * n numbers where the weights are whole ones.
     void set(const float* rows, int64_t n, int n_rows, bool whole) {
         x = rows, stride = n, batch = n_rows;
         if (!whole) return;
-        rounded.resize(std::max<size_t>(rounded.size(), n * n_rows));
-        factors.resize(MAX_BATCH);
         for (int b = 0; b < batch; b++) factors[b] = round_row(x + b * n, n, rounded.data() + b * n);
     }
 };
 
 // Each tile multiplies R rows of weights from n on by B rows of x from b on: y[i][r]. The sums run over k in the same
-// order for every R and B, so that a row of x gives the same numbers alone and in a batch.
+// order for every R and B, so that a row of x gives the same numbers alone and in a batch. That is why the last few
+// columns fill a vector with zeros: compilers round a loop over single numbers otherwise in one tile than in another.
+
+template <class At>
+static inline Vec last_ones(int64_t n, At&& at) {
+    float numbers[WIDTH] = {};
+    for (int64_t j = 0; j < std::min<int64_t>(n, WIDTH); j++) numbers[j] = at(j);
+    return load(numbers);
+}
+
+// sums[r][i] += the products of columns k to the last.
+template <int R, int B, class W, class X>
+static inline void add_last(const W& w, int64_t n, const X* x, int64_t stride, int64_t k, Vec (*sums)[B]) {
+    for (; k < w.n_in; k += WIDTH) {
+        Vec xs[B];
+        for (int i = 0; i < B; i++) xs[i] = last_ones(w.n_in - k, [&](int64_t j) { return static_cast<float>(x[i * stride + k + j]); });
+        for (int r = 0; r < R; r++) {
+            Vec weights = last_ones(w.n_in - k, [&](int64_t j) { return w.one(n + r, k + j); });
+            for (int i = 0; i < B; i++) sums[r][i] += weights * xs[i];
+        }
+    }
+}
 
 template <int R, int B, class W>
 static inline void float_tile(const W& w, int64_t n, const Operand& o, int b, int64_t ahead, float (*y)[R]) {
@@ -81,11 +109,9 @@ static inline void float_tile(const W& w, int64_t n, const Operand& o, int b, in
             for (int i = 0; i < B; i++) sums[r][i] += weights * xs[i];
         }
     }
+    if (k < w.n_in) add_last<R, B>(w, n, x, o.stride, k, sums);
     for (int r = 0; r < R; r++)
-        for (int i = 0; i < B; i++) {
-            y[i][r] = sum(sums[r][i]);
-            for (int64_t j = k; j < w.n_in; j++) y[i][r] += w.one(n + r, j) * x[i * o.stride + j];
-        }
+        for (int i = 0; i < B; i++) y[i][r] = sum(sums[r][i]);
 }
 
 template <int R, int B, class W>
@@ -108,12 +134,9 @@ static inline void whole_tile(const W& w, int64_t n, const Operand& o, int b, in
         for (int r = 0; r < R; r++)
             for (int i = 0; i < B; i++) sums[r][i] += floats(totals[r][i]) * w.factor(n + r, first);
     }
+    if (end < w.n_in) add_last<R, B>(w, n, x, o.stride, end, sums);
     for (int r = 0; r < R; r++)
-        for (int i = 0; i < B; i++) {
-            float total = sum(sums[r][i]);
-            for (int64_t j = end; j < w.n_in; j++) total += w.one(n + r, j) * x[i * o.stride + j];
-            y[i][r] = total * o.factors[b + i];
-        }
+        for (int i = 0; i < B; i++) y[i][r] = sum(sums[r][i]) * o.factors[b + i];
 }
 
 template <int R, int B, class W>

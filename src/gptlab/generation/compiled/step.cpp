@@ -1,5 +1,7 @@
 // One step of decoding: one new token for each of a few sequences, from embeddings to logits. It computes what
 // gptlab.model.gpt.GPT computes with a cache; activations are float32, weights and caches as they are stored.
+#include <pthread.h>
+
 #include <algorithm>
 
 #include "attention.h"
@@ -40,16 +42,21 @@ struct Row {
 
 namespace {
 
+struct Desk {  // of one thread
+    Buffer<float> rows, q, found;
+    Operand operand;
+};
+
 struct Workspace {  // one step is computed at a time
     Buffer<float> residual, heads, inner, partials, angles;
-    std::vector<Buffer<float>> rows;  // one per thread
-    std::vector<Operand> operands;
+    std::vector<Desk> desks;
     std::vector<int64_t> first_block;
     std::unique_ptr<std::atomic<int64_t>[]> handed_out;
     int64_t n_stages = 0;
 };
 
-float* room(Buffer<float>& v, int64_t n) {
+template <class T>
+T* room(Buffer<T>& v, int64_t n) {
     if (static_cast<int64_t>(v.size()) < n) v.resize(n);
     return v.data();
 }
@@ -120,19 +127,27 @@ class Step {
             for (int64_t l = 0; l < m.n_layer; l++) slots[b * m.n_layer + l].positions[slot(b, l)] = rows[b].position;
         partials = room(w.partials, most * m.n_head * (m.head_dim + 2));
         if (w.n_stages < STAGES * m.n_layer + 1) {
+            w.handed_out = std::make_unique<std::atomic<int64_t>[]>(STAGES * m.n_layer + 1);
             w.n_stages = STAGES * m.n_layer + 1;
-            w.handed_out = std::make_unique<std::atomic<int64_t>[]>(w.n_stages);
         }
         for (int64_t i = 0; i < w.n_stages; i++) w.handed_out[i].store(0, std::memory_order_relaxed);
-        w.rows.resize(pool.size);
-        w.operands.resize(pool.size);
+        // All memory is taken here: were there none, a thread could not say so.
+        w.desks.resize(pool.size);
+        const int64_t group = m.n_head / m.n_kv_head, widest = std::max(m.n_embd, m.n_inner);
+        for (Desk& desk : w.desks) {
+            room(desk.rows, batch * m.n_embd);
+            room(desk.q, 2 * group * m.head_dim);
+            room(desk.found, group * (m.head_dim + 2));
+            if (any_whole()) room(desk.operand.rounded, batch * widest);
+        }
     }
 
     // What each thread does. Threads share the outputs of every product; norms are so cheap that each thread computes
     // them all for itself.
     void run(int thread) {
-        float* x = room(w.rows[thread], batch * m.n_embd);
-        Operand& operand = w.operands[thread];
+        Desk& desk = w.desks[thread];
+        float* x = desk.rows.data();
+        Operand& operand = desk.operand;
         if (thread == 0) embed();
         pool.meet();
         for (int64_t l = 0; l < m.n_layer; l++) {
@@ -144,8 +159,8 @@ class Step {
             share(next[0], layer.qkv.n_out, [&](int64_t first, int64_t last) {
                 multiply(layer.qkv, first, last, operand, [&](int b, int64_t n, float y) { heads[b * width + n] = y; });
             });
-            if (m.cache == FLOAT32) attention<float>(l, next[1]);
-            else attention<uint16_t>(l, next[1]);
+            if (m.cache == FLOAT32) attention<float>(l, next[1], desk);
+            else attention<uint16_t>(l, next[1], desk);
             for (int b = 0; b < batch; b++)
                 for (int64_t h = 0; h < m.n_head; h++)
                     merge(partial(l, b, h), blocks(l, b), m.head_dim, x + b * m.n_embd + h * m.head_dim);
@@ -167,6 +182,12 @@ class Step {
    private:
     static constexpr int STAGES = 5;
     static constexpr int64_t PIECE = 32;  // outputs that a thread takes at a time
+
+    bool any_whole() const {
+        return m.head.whole() || std::any_of(m.layers, m.layers + m.n_layer, [](const Layer& l) {
+            return l.qkv.whole() || l.out.whole() || l.up.whole() || l.gate.whole() || l.down.whole();
+        });
+    }
 
     int64_t used(int b, int64_t l) const { return std::min(rows[b].position + 1, slots[b * m.n_layer + l].capacity); }
 
@@ -225,10 +246,10 @@ class Step {
 
     // One piece of work is a block of the slots of one key head of one sequence, with all queries that share the head.
     template <class T>
-    void attention(int64_t l, std::atomic<int64_t>& next) {
+    void attention(int64_t l, std::atomic<int64_t>& next, Desk& desk) {
         const Layer& layer = m.layers[l];
         const int64_t d = m.head_dim, group = m.n_head / m.n_kv_head, *first = blocks_of(l);
-        Buffer<float> q(2 * group * d), found(group * (d + 2));
+        float *q = desk.q.data(), *found = desk.found.data();
         share(next, first[batch] * m.n_kv_head, [&](int64_t item, int64_t) {
             int b = 0;
             while (first[b + 1] * m.n_kv_head <= item) b++;
@@ -241,7 +262,7 @@ class Step {
 
             int64_t to = slot(b, l);
             if (begin <= to && to < end) {  // the new token's key and value
-                float* key = q.data();
+                float* key = q;
                 std::copy_n(mine + (m.n_head + head) * d, d, key);
                 turn(key, b, 0);
                 for (int64_t i = 0; i < d; i++) {
@@ -253,12 +274,12 @@ class Step {
             bool apart = layer.limit > 0;
             for (int64_t i = 0; i < group * d; i++) q[i] = q[group * d + i] = mine[head * group * d + i] * factor;
             for (int64_t h = 0; h < group; h++) {
-                turn(q.data() + h * d, b, 0);
-                if (apart) turn(q.data() + (group + h) * d, b, layer.limit);
+                turn(q + h * d, b, 0);
+                if (apart) turn(q + (group + h) * d, b, layer.limit);
             }
-            attend(q.data(), apart ? q.data() + group * d : nullptr, group, d, k, v, s.positions, begin, end, position, layer.sight, found.data());
+            attend(q, apart ? q + group * d : nullptr, group, d, k, v, s.positions, begin, end, position, layer.sight, found);
             for (int64_t h = 0; h < group; h++)
-                std::copy_n(found.data() + h * (d + 2), d + 2, partial(l, b, head * group + h) + block * (d + 2));
+                std::copy_n(found + h * (d + 2), d + 2, partial(l, b, head * group + h) + block * (d + 2));
         }, 1);
     }
 
@@ -288,18 +309,29 @@ class Step {
     float *residual, *heads, *inner, *partials, *angles;
 };
 
+// One step at a time. Never destroyed: a thread may still compute when the process ends.
+std::mutex& one_at_a_time() {
+    static std::mutex& mutex = *new std::mutex;
+    // A fork in the middle of another thread's step would leave the child a mutex that nobody unlocks.
+    static const int registered = pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
+    static_cast<void>(registered);
+    return mutex;
+}
+
 }  // namespace
 
 // Read one token in each of `batch` sequences, rows (batch) and slots (batch, n_layer); write logits (batch, n_vocab).
-// The new tokens' keys, values and positions go into the slots, which must have room for them.
-extern "C" void gptlab_step(const Model* model, const Row* rows, const Slots* slots, int32_t batch, int32_t n_threads, float* logits) {
-    static std::mutex one_at_a_time;
-    static Workspace workspace;
-    std::lock_guard<std::mutex> lock(one_at_a_time);
+// The new tokens' keys, values and positions go into the slots, which must have room for them. Returns 0, or 1 where there
+// is not enough memory.
+extern "C" int32_t gptlab_step(const Model* model, const Row* rows, const Slots* slots, int32_t batch, int32_t n_threads, float* logits) try {
+    static Workspace& workspace = *new Workspace;
+    std::lock_guard<std::mutex> lock(one_at_a_time());
     Pool& pool = Pool::of(n_threads);
     Step step(*model, rows, slots, batch, logits, workspace, pool);
     pool.run([&](int thread) { step.run(thread); });
+    return 0;
+} catch (const std::exception&) {
+    return 1;
 }
 
 extern "C" int32_t gptlab_largest_batch() { return MAX_BATCH; }
-extern "C" int64_t gptlab_sizes(int32_t which) { return which == 0 ? sizeof(Model) : which == 1 ? sizeof(Layer) : sizeof(Slots); }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import operator
+import os
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gptlab.errors import GptlabError
 from gptlab.generation.compiled.layout import Layout
 from gptlab.generation.compiled.library import library
 from gptlab.model.cache import Cache, Ring
@@ -17,6 +19,13 @@ from gptlab.model.gpt import GPT
 
 SLOTS = np.dtype([("k", "u8"), ("v", "u8"), ("positions", "u8"), ("stride", "i8"), ("capacity", "i8")])
 """A layer of a cache as step.cpp has it."""
+
+
+def n_threads() -> int:
+    """Return how many threads compute a step: PyTorch's number, but never more than there are cores, as they spin."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
+    return torch.get_num_threads()
 
 
 class Text:
@@ -74,7 +83,7 @@ class CompiledStep:
     """
 
     def __init__(self, model: GPT) -> None:
-        self._library = library()
+        self._library, self._cache_dtype = library(), model.cache_dtype
         self._layout = Layout(model)
         self._n_vocab = model.config.vocab_size
         self._largest = int(self._library.gptlab_largest_batch())
@@ -85,20 +94,24 @@ class CompiledStep:
         """Return the logits (B, V) float32 that follow ``ids``, one new token of each text; the texts grow by it."""
         moved = [text.make_room() for text in texts]
         if any(moved) or len(texts) != len(self._texts) or any(map(operator.is_not, texts, self._texts)):
+            if any(text.cache.layers[0].k.dtype != self._cache_dtype for text in texts):
+                raise GptlabError("the model was given another dtype while it generated; begin again")
             self._texts = list(texts)
             self._slots = np.stack([text.slots for text in texts])
         rows = np.array([(token, text.length) for token, text in zip(ids, texts, strict=True)], dtype=np.int64)
         logits = torch.empty(len(texts), self._n_vocab)
         for first in range(0, len(texts), self._largest):
             part = slice(first, first + self._largest)
-            self._library.gptlab_step(
+            failed = self._library.gptlab_step(
                 ctypes.byref(self._layout.struct),
                 rows[part].ctypes.data_as(ctypes.c_void_p),
                 self._slots[part].ctypes.data_as(ctypes.c_void_p),
                 len(rows[part]),
-                torch.get_num_threads(),
+                n_threads(),
                 ctypes.c_void_p(logits[part].data_ptr()),
             )
+            if failed:
+                raise MemoryError
         for text in texts:
             text.length += 1
         return logits
