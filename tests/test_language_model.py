@@ -382,6 +382,10 @@ def test_whole_numbers_are_saved_and_read_again_bit_for_bit(bits, tied, tmp_path
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "float")]
     assert sizes[0] < sizes[1] * (bits + 5) / 32
+    named = gptlab.load(tmp_path / "whole", dtype=f"int{bits}").model.state_dict()
+    assert all(torch.equal(mine[name], named[name]) for name in mine)
+    other = 12 - bits
+    assert bits_of(gptlab.load(tmp_path / "whole", dtype=f"int{other}").model) == other
     # Asked for floats, it gives those that the whole numbers stand for.
     floats = gptlab.load(tmp_path / "whole", dtype="float32").model
     torch.testing.assert_close(floats.wte.weight, dequantise(lm.model.wte.weight, lm.model.wte.factors))

@@ -318,7 +318,10 @@ def load(
     read_as, bits = (None, None) if dtype is None else find_precision(_fastest(device) if dtype == "auto" else dtype)
     if isinstance(name, Path) and is_run(name):
         name = model_of(name)
-    checkpoint = checkpoints.read(name if isinstance(name, Path) else hub.locate(name), read_as)
+    place = name if isinstance(name, Path) else hub.locate(name)
+    checkpoint = checkpoints.read(place, read_as if bits is None else None)
+    if bits is not None and checkpoint.bits not in (None, bits):  # saved in other whole numbers than are asked for
+        checkpoint = checkpoints.read(place, read_as)
     with torch.device("meta"):
         model = GPT(checkpoint.config)
     if checkpoint.bits is None:
@@ -326,7 +329,7 @@ def load(
         model.tie()
     else:
         restore(model, checkpoint.state)
-    if bits is not None:
+    if bits is not None and checkpoint.bits is None:
         quantise_model(model, bits)
     chosen = checkpoint.tokenizer
     if isinstance(tokenizer, str):

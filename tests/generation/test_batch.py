@@ -9,7 +9,7 @@ import torch
 from helpers.models import lively
 
 from gptlab.errors import GptlabError
-from gptlab.generation import batch
+from gptlab.generation import batch, rows
 from gptlab.generation.batch import complete, plan
 from gptlab.generation.compiled.library import NoLibraryError, library
 from gptlab.generation.continuation import Continuation
@@ -113,7 +113,7 @@ def test_a_text_that_is_done_gives_its_place_to_the_next_at_once():
 @needs_step
 def test_the_caches_of_texts_that_are_done_are_let_go(monkeypatch):
     alive, most = weakref.WeakSet(), []
-    read_prompt = batch.read_prompt
+    read_prompt = rows.read_prompt
 
     def watched(*arguments):
         text, after = read_prompt(*arguments)
@@ -121,7 +121,7 @@ def test_the_caches_of_texts_that_are_done_are_let_go(monkeypatch):
         most.append(len(alive))
         return text, after
 
-    monkeypatch.setattr(batch, "read_prompt", watched)
+    monkeypatch.setattr(rows, "read_prompt", watched)
     answers(lively(vocab_size=257, position="rope"), prompts_of(RAGGED), compiled=True, slots=3)
     assert len(most) == len(RAGGED)
     assert max(most) <= 4  # one of those before is still in the hands of the loop
@@ -205,7 +205,7 @@ def test_500_prompts_of_1_to_900_tokens_have_the_log_probabilities_of_one_at_a_t
     model = lively(vocab_size=257, context_length=1024, n_layer=2, n_kv_head=1).to(dtype)
     lengths = torch.randint(1, 901, (500,), generator=torch.Generator().manual_seed(0)).tolist()
     prompts = prompts_of([1, 900, *lengths[2:]])
-    choose = batch.choose
+    choose = rows.choose
 
     def logged(logits, sampling, uniforms):
         chosen = choose(logits, sampling, uniforms)
@@ -215,7 +215,7 @@ def test_500_prompts_of_1_to_900_tokens_have_the_log_probabilities_of_one_at_a_t
         return chosen
 
     runs = []
-    for module in ("batch", "engine"):
+    for module in ("rows", "engine"):
         monkeypatch.setattr(f"gptlab.generation.{module}.choose", logged)
     sampling = Sampling(1.0, seed=3)
     for run in (answers, one_at_a_time):
@@ -232,7 +232,7 @@ def test_500_prompts_of_1_to_900_tokens_have_the_log_probabilities_of_one_at_a_t
                 logits = model(torch.tensor([prompts[number] + tokens]))[0, len(prompts[number]) - 1 : -1, :257]
             logits[:, 256] = -torch.inf
             mine = torch.log_softmax(logits, -1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
-            stream = batch.random_stream(sampling, number)
+            stream = rows.random_stream(sampling, number)
             theirs = torch.tensor([logs[stream.random()] for _ in tokens])
             torch.testing.assert_close(theirs, mine, rtol=0, atol=1e-4)
             n += len(tokens)

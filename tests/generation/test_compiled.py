@@ -222,6 +222,19 @@ def test_equal_prompts_are_read_once_and_go_apart():
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
 
 
+def test_a_text_that_outgrows_the_memory_ends_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(padded, "RESERVE", 4)
+    model = make_model(position="rope")
+    with torch.inference_mode():
+        batch = Compiled(model, [[1, 2, 3], [4]], 500)
+        batch.read()
+        monkeypatch.setattr("gptlab.generation.memory.available_memory", lambda device: 1000)
+        for _ in range(4):
+            batch.step(torch.tensor([1, 2]))
+        with pytest.raises(GptlabError, match=r"going on after 7 tokens takes"):
+            batch.step(torch.tensor([1, 2]))
+
+
 def test_a_cache_that_may_not_grow_says_so():
     model = make_model()
     with torch.inference_mode():

@@ -6,27 +6,20 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
 from gptlab.errors import GptlabError
 from gptlab.formatting import NBSP, memory
-from gptlab.generation.compiled.decoder import check_growth, read_prompt, serves
-from gptlab.generation.compiled.step import CompiledStep, Text
+from gptlab.generation.compiled.decoder import serves
 from gptlab.generation.continuation import Continuation
 from gptlab.generation.engine import (
-    allowed,
     check_new_tokens,
     check_prompt,
     decode,
     longest_text,
     memory_of_text,
-    random_stream,
-    shortage_in_words,
-    tokens_of,
 )
 from gptlab.generation.memory import available_memory
-from gptlab.generation.sampling import Sampling, choose, penalised
+from gptlab.generation.rows import Prompt, Row, Rows
+from gptlab.generation.sampling import Sampling
 from gptlab.model.gpt import GPT
 from gptlab.progress import Report
 
@@ -161,61 +154,22 @@ class _Settings(NamedTuple):
     report: Report
 
 
-class _Row(NamedTuple):
-    """A text that is being continued."""
-
-    number: int
-    text: Text
-    grown: Continuation
-    random: np.random.Generator
-
-
-@torch.inference_mode()
 def _continuous(
     model: GPT, prompts: Prompts, begin: Callable[[], Continuation], s: _Settings
 ) -> Iterator[tuple[int, Continuation]]:
-    step, limit = CompiledStep(model), longest_text(model.config)
+    rows = Rows(model, vocab_size=s.vocab_size, never=s.never, compiled=True)
     waiting = [number for number in prompts if number not in s.done][::-1]
-    rows: list[_Row] = []
-    chosen = torch.empty(0, dtype=torch.int64)
-    penalty = s.sampling.repetition_penalty
-    present = torch.empty(0, model.config.vocab_size, dtype=torch.bool)  # (B, V): is the token in the text?
     n_tokens = 0
-    while rows or waiting:
-        with shortage_in_words():
-            check_growth([row.text for row in rows])
-            logits = [step([row.text for row in rows], chosen.tolist())] if rows else []
-            while waiting and len(rows) < s.slots:
-                number = waiting.pop()
-                prompt = list(prompts[number])
-                text, after = read_prompt(model, prompt, min(len(prompt) + s.max_new_tokens, limit))
-                rows.append(_Row(number, text, begin(), random_stream(s.sampling, number)))
-                logits.append(after)
-                if penalty != 1:
-                    present = torch.cat([present, tokens_of([prompt], model.config.vocab_size, present.device)])
-            after = logits[0] if len(logits) == 1 else torch.cat(logits)
-            if penalty != 1:
-                after = penalised(after, present, penalty)
-            uniforms = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
-            chosen = choose(allowed(after, s.vocab_size, s.never), s.sampling, uniforms)
-        if penalty != 1:
-            present.scatter_(1, chosen[:, None], True)
-        n_tokens += len(rows)
+    while waiting or len(rows):
+        while waiting and len(rows) < s.slots:
+            number = waiting.pop()
+            rows.admit(Row(Prompt(prompts[number]), begin(), s.sampling, number, s.max_new_tokens))
+        stepped = rows.step()
+        n_tokens += len(stepped)
         s.report({"event": "step", "tokens": n_tokens})
-        for row, token in zip(rows, chosen.tolist(), strict=True):
-            row.grown.add(token)
-            # As in `decode`: the token just drawn must itself be read before another can follow it.
-            if len(prompts[row.number]) + len(row.grown.tokens) > limit:
-                row.grown.close("context")
-            elif len(row.grown.tokens) == s.max_new_tokens:
-                row.grown.close("length")
+        for row, _ in stepped:
             if row.grown.finish is not None:
                 yield row.number, row.grown
-        staying = [i for i, row in enumerate(rows) if row.grown.finish is None]
-        if len(staying) < len(rows):
-            rows, chosen = [rows[i] for i in staying], chosen[staying]
-            present = present[staying] if penalty != 1 else present
-            step.release()
 
 
 def _grouped(

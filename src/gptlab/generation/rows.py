@@ -1,6 +1,6 @@
 """Texts that come and go at any time: each has its own prompt, cache, sampling and random stream, and they share steps.
 
-`gptlab.generation.batch` continues a list of prompts that is known from the start; here the next prompt is not.
+`gptlab.generation.batch` and the server bring the prompts.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptlab.generation.compiled.decoder import check_growth
+from gptlab.generation.compiled.decoder import check_growth, read_prompt
 from gptlab.generation.compiled.step import CompiledStep, Text
 from gptlab.generation.continuation import Continuation
 from gptlab.generation.engine import allowed, check_prompt, longest_text, random_stream, shortage_in_words, tokens_of
-from gptlab.generation.padded import CHUNK, RESERVE, evaluating, last_logits, nothing
+from gptlab.generation.padded import CHUNK, RESERVE, evaluating, last_logits
 from gptlab.generation.sampling import Sampling, choose, penalised
 from gptlab.model.gpt import GPT
 from gptlab.model.linear import Linear
@@ -191,20 +191,15 @@ class Rows:
 
     def read(self, prompt: Prompt, length: int) -> tuple[Text, Tensor]:
         """Read a prompt, a chunk at a time, and score it where asked; return its text and the logits (1, V) after."""
+        if prompt.top is None:
+            return read_prompt(self._model, prompt.ids, length)
         model, ids = self._model, torch.tensor([prompt.ids], device=self._device)
         cache = model.make_cache(1, length, chunk=CHUNK, reserve=len(prompt.ids) + RESERVE)
-        scored = prompt.top is not None
-        weight = matrix(model.lm_head) if scored else None
-        rest = (len(prompt.ids) - 1) // CHUNK * CHUNK
+        weight = matrix(model.lm_head)
         with evaluating(list(model.modules())):
             for start in range(0, len(prompt.ids), CHUNK):
-                part = ids[:, start : start + CHUNK]
-                last = start == rest
-                if weight is None:
-                    logits = model(part, cache=cache, head=last_logits if last else nothing)
-                    continue
                 head = _Scoring(weight, ids[0, start + 1 : start + CHUNK + 1], self._listed(weight.shape[0]), prompt)
-                logits = model(part, cache=cache, head=head)
+                logits = model(ids[:, start : start + CHUNK], cache=cache, head=head)
         return Text(cache), logits
 
     def _logits(self) -> Tensor:

@@ -106,7 +106,7 @@ class Compiled:
 
 def check_growth(texts: Sequence[Text]) -> None:
     """Raise a `GptlabError` where the memory does not suffice for one more token of each."""
-    if more := sum(text.cache.growth(1) for text in texts if text.is_full):
+    if more := sum(text.growth() for text in texts):
         said = f"going on after {max(text.length for text in texts):,} tokens takes"
         check_memory(more, torch.device("cpu"), said, FEWER)
 
@@ -114,7 +114,7 @@ def check_growth(texts: Sequence[Text]) -> None:
 def read_prompt(model: GPT, prompt: Sequence[int], length: int) -> tuple[Text, Tensor]:
     """Read a prompt, a chunk at a time; return it with a cache of its own and the logits (1, V) float32 that follow."""
     cache = model.make_cache(1, length, chunk=padded.CHUNK, reserve=len(prompt) + padded.RESERVE)
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.wte.weight.device)
     rest = (len(prompt) - 1) // padded.CHUNK * padded.CHUNK
     with evaluating(list(model.modules())):
         for start in range(0, rest, padded.CHUNK):

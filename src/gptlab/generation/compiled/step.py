@@ -60,6 +60,17 @@ class Text:
         """Whether a layer must grow before one more token fits."""
         return self.length == self._room
 
+    def growth(self) -> int:
+        """Return the bytes that must be free before one more token fits: mostly 0, see `Cache.growth`."""
+        if not self.is_full:
+            return 0
+        self._count()
+        return self.cache.growth(1)
+
+    def _count(self) -> None:
+        """Tell the cache of the tokens that the step has stored in it."""
+        self.cache.advance(self.length - self.cache.layers[0].seen)
+
     def make_room(self) -> bool:
         """See to it that one more token fits; return whether anything has moved.
 
@@ -68,7 +79,7 @@ class Text:
         """
         if not self.is_full:
             return False
-        self.cache.advance(self.length - self.cache.layers[0].seen)
+        self._count()
         self.cache.check_room(1)
         self.cache.make_room(1)
         self._locate()
