@@ -7,24 +7,16 @@ import weakref
 import pytest
 import torch
 from helpers.models import lively
+from helpers.steps import HOW, needs_step
 
 from gptlab.errors import GptlabError
 from gptlab.generation import batch, rows
 from gptlab.generation.batch import complete, plan
-from gptlab.generation.compiled.library import NoLibraryError, library
 from gptlab.generation.continuation import Continuation
 from gptlab.generation.engine import decode
 from gptlab.generation.sampling import Sampling
 from gptlab.text.tokenizers import byte_tokenizer
 
-try:
-    library()
-    BUILT = True
-except NoLibraryError:
-    BUILT = False
-
-needs_step = pytest.mark.skipif(not BUILT, reason="no C++ compiler")
-HOW = pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_step), False], ids=["compiled", "plain"])
 RAGGED = [1, 60, 7, 33, 2, 64, 20, 5, 5, 48, 63, 11, 3, 1, 29, 40, 17, 9]
 VARIED = Sampling(1.0, top_k=40, top_p=0.99, seed=7, repetition_penalty=1.1)
 

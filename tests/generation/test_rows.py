@@ -5,24 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.models import lively, random_ids
+from helpers.steps import HOW
 
 from gptlab.evaluation.scoring import token_logprobs
 from gptlab.generation import rows as module
-from gptlab.generation.compiled.library import NoLibraryError, library
 from gptlab.generation.continuation import Continuation
 from gptlab.generation.engine import decode
 from gptlab.generation.rows import Prompt, Row, Rows
 from gptlab.generation.sampling import Sampling
 from gptlab.text.tokenizers import byte_tokenizer
 
-try:
-    library()
-    BUILT = True
-except NoLibraryError:
-    BUILT = False
-
-needs_step = pytest.mark.skipif(not BUILT, reason="no C++ compiler")
-HOW = pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_step), False], ids=["compiled", "plain"])
 WAYS = [
     Sampling(0.0),
     Sampling(1.0, top_k=40, seed=3),
