@@ -1,5 +1,7 @@
 // Attention of one new token of one sequence over a block of its cache. The plain version is gptlab.model.kernels.reference.
 #pragma once
+#include <algorithm>
+
 #include "numbers.h"
 
 constexpr int BLOCK = 256;  // slots; what blocks of one head find is merged afterwards, so threads can share a long text
@@ -18,6 +20,13 @@ struct Sight {  // gptlab.model.masks.Visibility
         if (key < 0 || key > query) return false;
         return span == 0 || key < sinks || (query - key < span && (query - key) % dilation == 0);
     }
+    // Whether all n keys are visible and from the first given position on: what most blocks are, and quickly seen.
+    bool sees_all(int64_t query, const int64_t* keys, int64_t n, int64_t from) const {
+        if (span > 0) from = std::max(from, query - span + 1);
+        int64_t none = 0;
+        for (int64_t i = 0; i < n; i++) none |= (keys[i] - from) | (query - keys[i]);  // negative where one of them is
+        return none >= 0 && (span == 0 || dilation == 1);
+    }
 };
 
 template <class T>
@@ -30,6 +39,60 @@ static inline float dot(const float* a, const T* b, int64_t n) {
     return result;
 }
 
+// Call f with the number of vectors that a head fills, if it is one of those that there is code for.
+template <class F>
+static inline bool with_vectors(int64_t head_dim, F&& f) {
+    switch (head_dim) {
+        case WIDTH: f.template operator()<1>(); return true;
+        case 2 * WIDTH: f.template operator()<2>(); return true;
+        case 3 * WIDTH: f.template operator()<3>(); return true;
+        case 4 * WIDTH: f.template operator()<4>(); return true;
+        case 5 * WIDTH: f.template operator()<5>(); return true;
+        case 6 * WIDTH: f.template operator()<6>(); return true;
+        case 8 * WIDTH: f.template operator()<8>(); return true;
+    }
+    return false;
+}
+
+// The lanes of a whose bit `STEP` is 0 with their neighbours', between those of b.
+template <int STEP>
+static inline Vec add_neighbours(Vec a, Vec b) {
+    constexpr auto lanes = [](int bit) {
+        IntVec v = {};
+        for (int i = 0; i < WIDTH; i++) v[i] = (i & ~STEP) + bit + (i & STEP ? WIDTH : 0);
+        return v;
+    };
+    return __builtin_shuffle(a, b, lanes(0)) + __builtin_shuffle(a, b, lanes(STEP));
+}
+
+// The sums of WIDTH vectors, v(0) to v(WIDTH - 1), as one vector. Adding up neighbours of two vectors at a time takes a
+// third of the instructions of one sum after the other.
+template <int FIRST = 0, int STEP = WIDTH / 2, class V>
+static inline Vec sums_of(V&& v) {
+    if constexpr (STEP == 0) return v(FIRST);
+    else return add_neighbours<STEP>(sums_of<FIRST, STEP / 2>(v), sums_of<FIRST + STEP, STEP / 2>(v));
+}
+
+// The scores of a query and the picked rows of k, (head_dim), a head of N vectors: WIDTH of them at a time.
+template <int N, class T>
+static inline void scores_of(float* scores, const float* q, const T* k, const int64_t* picked, int n) {
+    Vec query[N];
+    for (int j = 0; j < N; j++) query[j] = load(q + j * WIDTH);
+    for (int i = 0; i < n; i += WIDTH)
+        store(scores + i, sums_of([&](int l) {
+            const T* key = k + picked[std::min(i + l, n - 1)] * N * WIDTH;
+            Vec total = query[0] * load(key);
+            for (int j = 1; j < N; j++) total += query[j] * load(key + j * WIDTH);
+            return total;
+        }));
+}
+
+template <class T>
+static inline void scores_of(float* scores, const float* q, const T* k, const int64_t* picked, int n, int64_t head_dim) {
+    const bool by_vectors = with_vectors(head_dim, [&]<int N>() { scores_of<N>(scores, q, k, picked, n); });
+    for (int i = 0; i < n && !by_vectors; i++) scores[i] = dot(q, k + picked[i] * head_dim, head_dim);
+}
+
 template <class T>
 static inline void add_scaled(float* y, float factor, const T* x, int64_t n) {
     int64_t i = 0;
@@ -40,22 +103,34 @@ static inline void add_scaled(float* y, float factor, const T* x, int64_t n) {
 // y = the sum of n rows of x, picked and weighted. A head of N vectors stays in registers.
 template <int N, class T>
 static inline void gather(float* y, const float* weights, const T* x, const int64_t* picked, int n) {
-    Vec sums[N] = {};
-    for (int i = 0; i < n; i++)
-        for (int j = 0; j < N; j++) sums[j] += load(x + picked[i] * N * WIDTH + j * WIDTH) * weights[i];
-    for (int j = 0; j < N; j++) store(y + j * WIDTH, sums[j]);
+    constexpr int CHAINS = N < 8 ? 8 / N : 1;  // sums that do not wait for each other
+    Vec sums[CHAINS][N] = {};
+    int i = 0;
+    for (; i + CHAINS <= n; i += CHAINS)
+        for (int c = 0; c < CHAINS; c++)
+            for (int j = 0; j < N; j++) sums[c][j] += load(x + (picked[i + c] * N + j) * WIDTH) * weights[i + c];
+    for (; i < n; i++)
+        for (int j = 0; j < N; j++) sums[0][j] += load(x + (picked[i] * N + j) * WIDTH) * weights[i];
+    for (int j = 0; j < N; j++) {
+        for (int c = 1; c < CHAINS; c++) sums[0][j] += sums[c][j];
+        store(y + j * WIDTH, sums[0][j]);
+    }
 }
 
 template <class T>
 static inline void gather(float* y, const float* weights, const T* x, const int64_t* picked, int n, int64_t head_dim) {
-    switch (head_dim) {
-        case WIDTH: return gather<1>(y, weights, x, picked, n);
-        case 2 * WIDTH: return gather<2>(y, weights, x, picked, n);
-        case 4 * WIDTH: return gather<4>(y, weights, x, picked, n);
-        case 8 * WIDTH: return gather<8>(y, weights, x, picked, n);
-    }
+    if (with_vectors(head_dim, [&]<int N>() { gather<N>(y, weights, x, picked, n); })) return;
     for (int64_t i = 0; i < head_dim; i++) y[i] = 0.0f;
     for (int i = 0; i < n; i++) add_scaled(y, weights[i], x + picked[i] * head_dim, head_dim);
+}
+
+// The largest of n numbers that are followed by WIDTH times minus infinity.
+static inline float largest(const float* x, int n) {
+    Vec most = splat(-INFINITY);
+    for (int i = 0; i < n; i += WIDTH) most = load(x + i) > most ? load(x + i) : most;
+    float result = -INFINITY;
+    for (int j = 0; j < WIDTH; j++) result = most[j] > result ? most[j] : result;
+    return result;
 }
 
 // The queries of a group that share one key head, (n_group, head_dim), over slots first to last of that head.
@@ -64,22 +139,21 @@ template <class T>
 static void attend(const float* q, const float* q_sinks, int n_group, int64_t head_dim, const T* k, const T* v,
                    const int64_t* positions, int64_t first, int64_t last, int64_t query, const Sight& sight, float* partial) {
     int64_t seen[BLOCK];
-    bool is_sink[BLOCK];
-    int n = 0;
-    for (int64_t slot = first; slot < last; slot++)
-        if (sight.sees(query, positions[slot])) {
-            is_sink[n] = positions[slot] < sight.sinks;
-            seen[n++] = slot;
-        }
+    int n = 0, n_apart = 0, apart[BLOCK];  // those among them that another query sees
+    if (sight.sees_all(query, positions + first, last - first, q_sinks ? sight.sinks : 0))
+        for (; first + n < last; n++) seen[n] = first + n;
+    else
+        for (int64_t slot = first; slot < last; slot++)
+            if (sight.sees(query, positions[slot])) {
+                if (q_sinks && positions[slot] < sight.sinks) apart[n_apart++] = n;
+                seen[n++] = slot;
+            }
     for (int h = 0; h < n_group; h++, partial += head_dim + 2) {
         float scores[BLOCK + WIDTH];
-        for (int i = 0; i < n; i++) {
-            const float* from = q_sinks && is_sink[i] ? q_sinks : q;
-            scores[i] = dot(from + h * head_dim, k + seen[i] * head_dim, head_dim);
-        }
-        float most = -INFINITY;
-        for (int i = 0; i < n; i++) most = scores[i] > most ? scores[i] : most;
+        scores_of(scores, q + h * head_dim, k, seen, n, head_dim);
+        for (int i = 0; i < n_apart; i++) scores[apart[i]] = dot(q_sinks + h * head_dim, k + seen[apart[i]] * head_dim, head_dim);
         for (int i = n; i < n + WIDTH; i++) scores[i] = -INFINITY;  // adds nothing to the sum
+        const float most = largest(scores, n);
         Vec total = {};
         for (int i = 0; i < n; i += WIDTH) {
             Vec e = exp_of(load(scores + i) - most);
