@@ -15,7 +15,7 @@ Norm = Literal["layer", "rms"]
 FeedForward = Literal["gelu", "swiglu"]
 Activation = Literal["gelu_tanh", "gelu", "relu", "silu"]
 Position = Literal["learned", "rope", "none", "blend"]
-Scaling = Literal["linear", "ntk", "yarn"]
+Scaling = Literal["linear", "ntk", "yarn", "llama3"]
 
 LARGEST = {
     "vocab_size": 2**31 - 1,

@@ -33,6 +33,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rope, gqa, linear": {"position": "rope", "n_kv_head": 2, "rope": {"scaling": "linear", "factor": 4.0}},
     "llama": {**GATED, "bias": False, "n_kv_head": 2, "rope": {"theta": 1e5}},
     "llama, biases, linear": {**GATED, "tie_embeddings": False, "rope": {"scaling": "linear", "factor": 4.0}},
+    "llama 3.1": {
+        **GATED,
+        "bias": False,
+        "n_kv_head": 2,
+        "rope": {"theta": 500.0, "scaling": "llama3", "factor": 8.0, "trained_length": 40},
+    },
     "untied, inner, eps": {"tie_embeddings": False, "n_inner": 96, "norm_eps": 1e-3},
 }
 
@@ -160,6 +166,7 @@ def test_numbers_too_large_for_f16_and_rows_of_no_whole_blocks(tmp_path: Path) -
         ({"norm": "rms"}, {}, "norm='rms' and mlp='gelu' with learned positions"),
         ({"position": "rope", "mlp": "swiglu"}, {}, "norm='layer' and mlp='swiglu' with rope positions"),
         ({"position": "rope", "rope": {"scaling": "yarn", "factor": 2.0}}, {}, "YaRN"),
+        ({"position": "rope", "rope": {"scaling": "llama3", "factor": 2.0}}, {}, "its Llama alone has it"),
         ({}, {"type": "q4_0"}, "--type must be one of f32, f16, bf16, q8_0"),
         ({}, {"context": 65}, "--context must be 1 to 64"),
     ],

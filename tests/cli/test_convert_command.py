@@ -279,7 +279,7 @@ def test_refusals_of_places_texts_and_models(run: Run, source: Path, text: Path,
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn"])
+@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn", "llama3"])
 def test_rope_scaling_of_a_trained_model(run: Run, source: Path, text: Path, tmp_path: Path, kind: str) -> None:
     lm = gptlab.load(source)
     rope, out = tmp_path / "rope", tmp_path / "out"

@@ -32,6 +32,7 @@ VARIANTS = [
     {"position": "rope", "window": (None, 90, 5), "dilation": (1, 2, 3), "sinks": 2},
     {"position": "none", "window": 64, "n_kv_head": 4},
     {"position": "blend", "window": (20, 30, None), "sinks": 1},
+    {"position": "rope", "rope": RopeConfig(scaling="llama3", factor=8.0, trained_length=32)},
     {"position": "rope", "rope": RopeConfig(scaling="yarn", factor=4.0), "scale_attn_by_inverse_layer_idx": True},
     {"position": "rope", "rope": RopeConfig(scaling="linear", factor=2.0), "scale_attn_weights": False},
     {"activation": "relu", "n_embd": 40, "n_inner": 52, "bias": False},

@@ -15,12 +15,14 @@ HEAD_DIM, TRAINED = 64, 1024
 
 
 def scaled(kind, factor):
-    names = {None: "default", "linear": "linear", "yarn": "yarn", "ntk": "default"}
+    names = {None: "default", "linear": "linear", "yarn": "yarn", "ntk": "default", "llama3": "llama3"}
     base = 10000.0 * factor ** (HEAD_DIM / (HEAD_DIM - 2)) if kind == "ntk" else 10000.0
     parameters = {"rope_type": names[kind], "rope_theta": base}
-    if kind in ("linear", "yarn"):
+    if kind in ("linear", "yarn", "llama3"):
         parameters["factor"] = factor
-    if kind == "yarn":
+    if kind == "llama3":
+        parameters |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if kind in ("yarn", "llama3"):
         parameters["original_max_position_embeddings"] = TRAINED
     return LlamaConfig(
         hidden_size=HEAD_DIM,
@@ -32,7 +34,8 @@ def scaled(kind, factor):
 
 
 @pytest.mark.parametrize(
-    ("kind", "factor"), [(None, 1.0), ("linear", 4.0), ("ntk", 4.0), ("yarn", 4.0), ("yarn", 16.0)]
+    ("kind", "factor"),
+    [(None, 1.0), ("linear", 4.0), ("ntk", 4.0), ("yarn", 4.0), ("yarn", 16.0), ("llama3", 8.0), ("llama3", 32.0)],
 )
 def test_frequencies_are_those_of_transformers(kind, factor):
     per_position, attention_factor = frequencies(RopeConfig(scaling=kind, factor=factor), HEAD_DIM, TRAINED)
@@ -41,7 +44,9 @@ def test_frequencies_are_those_of_transformers(kind, factor):
     assert attention_factor == pytest.approx(judge.attention_scaling, abs=1e-12)
 
 
-@pytest.mark.parametrize(("kind", "factor"), [(None, 1.0), ("linear", 4.0), ("ntk", 4.0), ("yarn", 4.0)])
+@pytest.mark.parametrize(
+    ("kind", "factor"), [(None, 1.0), ("linear", 4.0), ("ntk", 4.0), ("yarn", 4.0), ("llama3", 8.0)]
+)
 def test_turned_vectors_are_those_of_transformers_below_4096(kind, factor):
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 3, 4096, HEAD_DIM, generator=generator)

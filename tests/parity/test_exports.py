@@ -51,6 +51,10 @@ EXACT: dict[str, tuple[dict[str, Any], str]] = {
     "Llama with biases": ({**LLAMA, "bias": True, "n_kv_head": 3}, "LlamaForCausalLM"),
     "Llama, linear": ({**LLAMA, "rope": {"scaling": "linear", "factor": 4.0}}, "LlamaForCausalLM"),
     "Llama, YaRN": ({**LLAMA, "rope": {"scaling": "yarn", "factor": 4.0}}, "LlamaForCausalLM"),
+    "Llama 3.1": (
+        {**LLAMA, "n_kv_head": 2, "rope": {"theta": 500.0, "scaling": "llama3", "factor": 8.0, "trained_length": 32}},
+        "LlamaForCausalLM",
+    ),
     "Mistral": ({**LLAMA, "n_kv_head": 2, "window": 24}, "MistralForCausalLM"),
     "Mistral, YaRN, one key head": (
         {**LLAMA, "n_kv_head": 1, "window": [9, 9, 9], "rope": {"scaling": "yarn", "factor": 4.0}},

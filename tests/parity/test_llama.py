@@ -91,6 +91,14 @@ SMALL: dict[str, Any] = {
     "pad_token_id": None,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 500.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 500.0,
+}
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {}),
     "grouped": ("llama", {"num_key_value_heads": 2, "rms_norm_eps": 1e-2}),
@@ -98,6 +106,7 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "theta": ("llama", {"num_key_value_heads": 3, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}),
     "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
     "YaRN": ("llama", {"rope_parameters": YARN}),
+    "Llama 3.1": ("llama", {"num_key_value_heads": 2, "rope_parameters": LLAMA3}),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2}),
     "biases of attention": ("llama", {"attention_bias": True, "num_key_value_heads": 2}),
     "biases of the gated network": ("llama", {"mlp_bias": True}),
@@ -235,7 +244,7 @@ def test_fields_are_honoured(values: dict[str, Any], field: str, value: Any, tmp
             "asks for rotary positions with {'rope_type': 'dyn",
         ),
         (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 4.0}},
             "asks for rotary positions with {'rope_type': 'llama3'",
         ),
         ({"rope_interleaved": True}, "has rope_interleaved=True"),

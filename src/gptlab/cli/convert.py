@@ -52,7 +52,9 @@ def convert(
     ] = None,
     rope_scaling: Annotated[
         str | None,
-        typer.Option("--rope-scaling", help="For texts longer than trained: yarn, ntk, linear, or none (rope only)."),
+        typer.Option(
+            "--rope-scaling", help="For texts longer than trained: yarn, ntk, linear, llama3, or none (rope only)."
+        ),
     ] = None,
     rope_factor: Annotated[
         float | None, typer.Option("--rope-factor", help="How many times longer than the context of its training.")

@@ -28,6 +28,8 @@ def frequencies(rope: RopeConfig, head_dim: int, trained_length: int) -> tuple[T
     - ``ntk`` (bloc97 2023): the base grown so that the slowest pair is stretched by the factor, the fastest not.
     - ``yarn`` (Peng et al. 2023): pairs that rotate more than 32 times in the trained length stay, those that rotate
       less than once are divided by the factor, with a ramp between; scores grow by (0.1 ln factor + 1)^2.
+    - ``llama3`` (Llama 3.1, Meta 2024): as ``yarn`` with 4 rotations for 32 and the ramp over rotations, not pairs;
+      scores stay as they are. Models are trained with it.
 
     Args:
         rope: base and scaling.
@@ -53,6 +55,10 @@ def frequencies(rope: RopeConfig, head_dim: int, trained_length: int) -> tuple[T
         slow = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
         angles = angles * (1 - slow) + angles / rope.factor * slow
         attention_factor = 0.1 * math.log(rope.factor) + 1.0
+    elif rope.scaling == "llama3":
+        rotations = trained_length * angles / (2 * math.pi)
+        slow = ((4 - rotations) / 3).clamp(0, 1)
+        angles = angles * (1 - slow) + angles / rope.factor * slow
     return angles, attention_factor
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,8 +17,9 @@ from gptlab.checkpoints.gguf.container import MAGIC, open_gguf
 from gptlab.checkpoints.gguf.names import ARCHITECTURES, NAMES, halved
 from gptlab.checkpoints.gguf.vocabulary import read_vocabulary
 from gptlab.checkpoints.huggingface.rotary import no_biases
-from gptlab.config import ModelConfig
+from gptlab.config import ModelConfig, RopeConfig
 from gptlab.errors import GptlabError
+from gptlab.model.rope import frequencies
 
 _OURS = {theirs: ours for ours, theirs in NAMES.items()}
 NORM_EPS = {"layer": "attention.layer_norm_epsilon", "rms": "attention.layer_norm_rms_epsilon"}
@@ -114,7 +116,7 @@ def _rope(file: Path, get: Mapping[str, Any], tensors: Lazy) -> dict[str, Any] |
     elif scaling not in (None, "none", "linear"):
         raise GptlabError(f"{file} has rope.scaling.type={scaling!r}, which gptlab does not read from GGUF")
     if "rope_freqs.weight" in tensors:
-        raise GptlabError(f"{file} scales each rotation by a number of its own, as Llama 3.1; gptlab does not")
+        rope |= _llama3(file, rope["theta"], tensors["rope_freqs.weight"]().double())
     width, heads = get.get("embedding_length"), get.get("attention.head_count")
     whole = width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
     dimensions, length = get.get("rope.dimension_count"), get.get("attention.key_length")
@@ -125,9 +127,32 @@ def _rope(file: Path, get: Mapping[str, Any], tensors: Lazy) -> dict[str, Any] |
     return None if rope == {"theta": 10000.0} else rope
 
 
+def _llama3(file: Path, theta: float, divisors: Tensor) -> dict[str, Any]:
+    """Return the settings of Llama 3.1's scaling, of which a file holds the divisor of each pair's angle (D/2,) alone.
+
+    Raises:
+        GptlabError: divisors that no such settings give.
+    """
+    angles = theta ** (-torch.arange(len(divisors), dtype=torch.float64) / len(divisors))
+    factor = float(divisors.max())
+    between = (divisors > 1.001) & (divisors < factor * 0.999)
+    if factor > 1 and between.any():
+        # On the ramp 1 / divisor = fast + (1 - fast) / factor, where fast = (rotations - 1) / 3.
+        fast = (1 / divisors[between] - 1 / factor) / (1 - 1 / factor)
+        length = round(float(((3 * fast + 1) * 2 * math.pi / angles[between]).median()))
+        rope = RopeConfig(theta=theta, scaling="llama3", factor=factor, trained_length=length)
+        if torch.allclose(angles / frequencies(rope, 2 * len(divisors), length)[0], divisors, rtol=1e-4):
+            return {"scaling": "llama3", "factor": factor, "trained_length": length}
+    raise GptlabError(
+        f"{file} divides each rotation by a number of its own, but not as Llama 3.1; gptlab cannot read that"
+    )
+
+
 def _renamed(tensors: Lazy, config: ModelConfig) -> Lazy:
     renamed: Lazy = {}
     for name, get in tensors.items():
+        if name == "rope_freqs.weight":  # `_rope`
+            continue
         block = _BLOCK.fullmatch(name)
         stem, _, leaf = name.rpartition(".")
         if block is not None:

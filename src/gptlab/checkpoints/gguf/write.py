@@ -15,8 +15,9 @@ from gptlab.checkpoints.card import make_card
 from gptlab.checkpoints.files import Checkpoint, write_files
 from gptlab.checkpoints.gguf.names import ARCHITECTURES, NAMES, interleaved
 from gptlab.checkpoints.gguf.vocabulary import add_vocabulary
-from gptlab.config import ModelConfig
+from gptlab.config import ModelConfig, RopeConfig
 from gptlab.errors import GptlabError
+from gptlab.model.rope import frequencies
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 LARGEST_F16 = 65504.0
@@ -106,6 +107,8 @@ def _obstacle(config: ModelConfig) -> str | None:
         return "dilation, which hides keys at any distance"
     if config.rope is not None and config.rope.scaling == "yarn":
         return "YaRN scaling, for which nobody has compared the two"
+    if config.rope is not None and config.rope.scaling == "llama3" and _family(config) != "llama":
+        return "Llama 3's scaling (its Llama alone has it)"
     return None
 
 
@@ -211,6 +214,12 @@ def _tensors(checkpoint: Checkpoint, home: Home) -> dict[str, Tensor]:
         state["wpe.weight"] = state["wpe.weight"][: config.context_length]
     width, kv = config.n_embd, config.kv_heads * config.head_dim
     renamed: dict[str, Tensor] = {}
+    if config.rope is not None and config.rope.scaling == "llama3":
+        plain, scaled = (
+            frequencies(rope, config.head_dim, checkpoint.config.trained_length)[0]
+            for rope in (RopeConfig(theta=config.rope.theta), config.rope)
+        )
+        renamed["rope_freqs.weight"] = (plain / scaled).float()
     for name, tensor in state.items():
         if not name.startswith("h."):
             stem, _, leaf = name.rpartition(".")

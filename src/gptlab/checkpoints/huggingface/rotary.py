@@ -76,13 +76,17 @@ def read_rotary(path: Path, values: Mapping[str, Any], fields: Fields, family: s
     factor = rotation.pop("factor", None)
     rotation.pop("type", None)
     usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None}
+    if kind == "llama3":
+        usual = {"low_freq_factor": 1, "high_freq_factor": 4}
     unusual = {name: value for name, value in rotation.items() if value is not None and value != usual.get(name)}
-    if kind not in ("default", "linear", "yarn") or unusual or share not in (None, 1):
+    if kind not in ("default", "linear", "yarn", "llama3") or unusual or share not in (None, 1):
         said = {"rope_type": kind, **unusual, **({} if share in (None, 1) else {"partial_rotary_factor": share})}
         raise GptlabError(f"{path} asks for rotary positions with {said}, which gptlab does not compute")
     rope: dict[str, Any] = {"theta": 10000.0 if theta is None else theta}
     if kind != "default":
         rope |= {"scaling": kind, "factor": factor}
+    if kind == "llama3":  # such models were trained on texts as long as their context
+        rope |= {} if trained is None else {"trained_length": trained}
     if kind == "yarn" and trained is not None:
         longest = settings["context_length"]
         if factor is None and _is_number(longest) and _is_number(trained):
@@ -131,6 +135,9 @@ def write_rotary(config: ModelConfig) -> dict[str, Any]:
             rope["original_max_position_embeddings"] = config.trained_length
             # Not the context: transformers 4 takes the factor from the two lengths.
             longest = int(config.trained_length * config.rope.factor)
+        elif config.rope.scaling == "llama3":
+            rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+            rope["original_max_position_embeddings"] = config.trained_length
     return {
         "vocab_size": config.vocab_size,
         "max_position_embeddings": longest,
