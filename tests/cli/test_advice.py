@@ -274,7 +274,7 @@ def test_the_tokenizer_of_a_run(here: Path, ask: Ask, follow: Follow) -> None:
     assert said.endswith("; prepare it again with --tokenizer base")
     follow(f"prepare a.txt --held-out 0.1 --out again {said[said.index('--tokenizer') :]}")
     follow(f"train finetune --from base --data again --out b {shlex.join(SHORT)}")
-    assert "holds no tokenizer.json" in ask("prepare a.txt --out c --tokenizer chars/tokenizer.json")
+    assert "holds no tokenizer;" in ask("prepare a.txt --out c --tokenizer chars/tokenizer.json")
     assert "did you mean 'bytes'" in ask("prepare a.txt --out c --tokenizer byte")
 
 

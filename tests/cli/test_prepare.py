@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import gptlab
+from gptlab.checkpoints import Checkpoint, gguf
 from gptlab.text.shards import open_dataset
 from gptlab.text.tokenizers import GPT2Tokenizer, byte_tokenizer
 
@@ -98,14 +100,18 @@ def test_adding(run: Run, texts: Path, tmp_path: Path) -> None:
     assert f"training {len(dataset.training):>17,} tokens" in out
 
 
-@pytest.mark.parametrize("where", ["directory", "pocket"])
+@pytest.mark.parametrize("where", ["directory", "pocket", "gguf"])
 def test_the_tokenizer_of_a_model(run: Run, texts: Path, tmp_path: Path, where: str) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "tokenizer.json").write_bytes(byte_tokenizer().files()["tokenizer.json"])
-    assert run(texts, "--tokenizer", model if where == "directory" else where, "--out", tmp_path / "data")[0] == 0
+    if where == "gguf":
+        pocket = gptlab.load("pocket")
+        gguf.write(tmp_path / "pocket.gguf", Checkpoint(pocket.config, pocket.model.tensors(), pocket.tokenizer))
+    name = {"directory": model, "pocket": "pocket", "gguf": tmp_path / "pocket.gguf"}[where]
+    assert run(texts, "--tokenizer", name, "--out", tmp_path / "data")[0] == 0
     tokenizer = open_dataset(tmp_path / "data").tokenizer
-    assert (tokenizer.vocab_size == 257) == (where == "directory")
+    assert tokenizer.vocab_size == (257 if where == "directory" else 4096)
 
 
 def test_standard_input(tmp_path: Path) -> None:
@@ -183,7 +189,7 @@ def test_a_bar_on_a_terminal(texts: Path, tmp_path: Path) -> None:
     ("arguments", "complaint"),
     [
         (["TEXTS", "--tokenizer", "gtp2"], "unknown tokenizer 'gtp2' (did you mean 'gpt2'?)"),
-        (["TEXTS", "--tokenizer", "TEXTS"], "holds no tokenizer.json"),
+        (["TEXTS", "--tokenizer", "TEXTS"], "holds no tokenizer;"),
         (["TEXTS", "--vocab-size", 300], "--vocab-size has an effect with --tokenizer bpe only"),
         (["TEXTS", "--tokenizer", "bpe", "--vocab-size", 256], "at least 257 entries, got 256"),
         (["TEXTS", "--held-out", 0], "the share to hold out must be between 0 and 1, got 0"),

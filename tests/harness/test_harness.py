@@ -310,6 +310,23 @@ def test_what_generation_refuses(adapted: Any) -> None:
         adapted.chat_template(True)
 
 
+def test_the_chat_template_of_a_model(adapted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    before = adapted.tokenizer_name
+    monkeypatch.setattr(adapted._tokenizer, "chat_template", template)
+    assert adapted.chat_template(True) == template
+    assert adapted.chat_template(False) is None
+    assert adapted.tokenizer_name != before  # it is part of the name of what the harness caches
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    assert adapted.apply_chat_template(messages[:1]) == "[user] Why?\n[assistant] "
+    assert adapted.apply_chat_template(messages, add_generation_prompt=False) == "[user] Why?\n[assistant] So."
+    with pytest.raises(GptlabError, match="none named 'tools'"):
+        adapted.chat_template("tools")
+
+
 def test_bfloat16_is_close_and_not_the_same(adapted: Any) -> None:
     from gptlab.harness.adapter import GptlabLM
 

@@ -127,7 +127,8 @@ def _tokenizer(name: str, vocab_size: int) -> Tokenizer | NewTokenizer:
         return make_tokenizer(name)
     if name in KINDS:
         return NewTokenizer(name, vocab_size)
-    from gptlab.checkpoints.hub import built_in, locate  # brings torch, which the rest of the command does without
+    from gptlab.checkpoints import gguf  # brings torch, which the rest of the command does without
+    from gptlab.checkpoints.hub import built_in, locate
 
     try:
         directory = locate(name)
@@ -139,8 +140,10 @@ def _tokenizer(name: str, vocab_size: int) -> Tokenizer | NewTokenizer:
             f"unknown tokenizer {name!r}{nearest(name, known)}; there are {', '.join(known)}, and that of any model"
         ) from error
     tokenizer = read_tokenizer(directory) if directory.is_dir() else None
+    if tokenizer is None and gguf.recognises(directory):
+        tokenizer = gguf.read_tokenizer(directory)
     if tokenizer is None:
-        raise GptlabError(f"{directory} holds no tokenizer.json; name a model directory with one")
+        raise GptlabError(f"{directory} holds no tokenizer; name a model directory with a tokenizer.json")
     return tokenizer
 
 

@@ -7,6 +7,7 @@ with GPT-2, so that scores are the same; computing is gptlab's own.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from gptlab.generation.continuation import Continuation
 from gptlab.generation.engine import decode
 from gptlab.generation.sampling import Sampling
 from gptlab.language_model import load
+from gptlab.text.chat import render_chat
 from gptlab.text.tokenizers import END_OF_TEXT
 
 AUTO_ROWS = 8
@@ -129,8 +131,24 @@ class GptlabLM(TemplateLM):  # type: ignore[misc]
         return [*tokenizer.before, *ids, *tokenizer.after] if add_special_tokens else ids
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Called with ``--apply_chat_template`` only."""
-        raise GptlabError("gptlab's models have no chat template; leave --apply_chat_template out")
+        """Return the model's template; called with ``--apply_chat_template`` only."""
+        if not chat_template:
+            return None
+        if isinstance(chat_template, str):
+            raise GptlabError(f"gptlab's models have one chat template at most, and none named {chat_template!r}")
+        if self._tokenizer.chat_template is None:
+            raise GptlabError(f"{self._path} has no chat template; leave --apply_chat_template out")
+        return self._tokenizer.chat_template
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return a conversation as the template writes it."""
+        return render_chat(self._tokenizer, chat_history, answer=add_generation_prompt)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What tells this tokenizer and template from others in the harness's cache of requests."""
+        template = hashlib.sha256((self._tokenizer.chat_template or "").encode()).hexdigest()
+        return f"gptlab-{self._tokenizer.sha256[:16]}-{template[:16]}"
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what the harness writes beside its results."""

@@ -11,7 +11,7 @@ from gptlab.errors import GptlabError
 from gptlab.text.tokenizers import Tokenizer
 
 
-def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> str:
+def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, answer: bool = True) -> str:
     """Return a conversation as the tokenizer's chat template writes it, up to where the model's answer begins.
 
     The template comes with a model and is a program: it runs in Jinja's sandbox, with what transformers gives it.
@@ -19,6 +19,7 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> 
     Args:
         tokenizer: with a `chat_template`.
         messages: each with a ``role`` (``system``, ``user`` or ``assistant``) and its ``content``.
+        answer: the answer is a message of its own; False has it continue the last message.
 
     Raises:
         GptlabError: no template, one that is damaged, or messages that it refuses.
@@ -39,7 +40,7 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> 
     known: dict[str, Any] = {name: names.get(token, "") for name, token in borders.items() if token is not None}
     try:
         template = environment.from_string(tokenizer.chat_template)
-        return template.render(messages=list(messages), add_generation_prompt=True, **known)
+        text = template.render(messages=list(messages), add_generation_prompt=answer, **known)
     except GptlabError:
         raise
     except Exception as error:  # a template may fail in any way that a program can
@@ -47,6 +48,11 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> 
         raise GptlabError(
             f"the model's chat template cannot be used ({reason}); give the model a text instead"
         ) from None
+    if answer or not messages:
+        return text
+    # Without what the template puts after the last message; some templates strip the messages.
+    last = messages[-1]["content"].strip()
+    return text[: text.rindex(last) + len(last)] if last in text else text
 
 
 def _refuse(message: str) -> NoReturn:

@@ -7,9 +7,9 @@ two are the same.
 
 from __future__ import annotations
 
-from gptlab.checkpoints.gguf.read import read, read_card, read_config, recognises
+from gptlab.checkpoints.gguf.read import read, read_card, read_config, read_tokenizer, recognises
 from gptlab.checkpoints.gguf.write import Home, plan, write
 
-__all__ = ["ABOUT", "Home", "plan", "read", "read_card", "read_config", "recognises", "write"]
+__all__ = ["ABOUT", "Home", "plan", "read", "read_card", "read_config", "read_tokenizer", "recognises", "write"]
 
 ABOUT = "a GGUF file"

@@ -20,6 +20,7 @@ from gptlab.checkpoints.huggingface.rotary import no_biases
 from gptlab.config import ModelConfig, RopeConfig
 from gptlab.errors import GptlabError
 from gptlab.model.rope import frequencies
+from gptlab.text.tokenizers import Tokenizer
 
 _OURS = {theirs: ours for ours, theirs in NAMES.items()}
 NORM_EPS = {"layer": "attention.layer_norm_epsilon", "rms": "attention.layer_norm_rms_epsilon"}
@@ -63,6 +64,12 @@ def read(path: Path, dtype: torch.dtype) -> Checkpoint:
     config = _config(file, metadata, tensors)
     state = complete_state(config, _renamed(tensors, config), dtype, file, described_by="metadata")
     return Checkpoint(config, state, read_vocabulary(metadata, file))
+
+
+def read_tokenizer(path: Path) -> Tokenizer | None:
+    """Read only the tokenizer of a GGUF file; arguments and errors as `read`."""
+    file = _file(path)
+    return read_vocabulary(open_gguf(file)[0], file)
 
 
 def read_card(path: Path) -> str:
