@@ -23,6 +23,7 @@ import torch
 from gptlab import checkpoints
 from gptlab.checkpoints import hub
 from gptlab.config import PRESETS, ModelConfig
+from gptlab.devices import timed
 from gptlab.errors import GptlabError, nearest
 from gptlab.generation.compiled.decoder import Compiled, read_prompt, serves
 from gptlab.generation.compiled.step import CompiledStep, Text
@@ -35,7 +36,7 @@ from gptlab.model.quantised import Bits, quantise_model
 from gptlab.progress import Report
 from gptlab.study.measure import extended, machine
 from gptlab.study.results import Machine, Record
-from gptlab.study.timing import Step, fill, timed
+from gptlab.study.timing import Step, fill
 
 CPU = torch.device("cpu")
 WEIGHTS = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.625}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from gptlab.errors import GptlabError, nearest
@@ -65,3 +67,19 @@ def find_precision(dtype: Any) -> tuple[torch.dtype, Literal[8, 4] | None]:
     if isinstance(dtype, str) and dtype not in (*names, *SHORT):
         raise GptlabError(f"dtype must be one of {', '.join(names)}, got {dtype!r}{nearest(dtype, names)}")
     return find_dtype(dtype), None
+
+
+def timed(step: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that a call takes on a device."""
+    _wait(device)
+    start = time.perf_counter()
+    step()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)

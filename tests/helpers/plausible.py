@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gptlab import roofline
 from gptlab.config import ModelConfig
 from gptlab.model import cost
-from gptlab.report import roofline
 from gptlab.report.view import Study
 from gptlab.study.results import TIMINGS_FORMAT, Results, Timings
 from gptlab.study.statistics import factorial, seeds_interval

@@ -14,8 +14,8 @@ import pytest
 from gptlab.config import ModelConfig
 from gptlab.model import cost
 from gptlab.report import speed
-from gptlab.report.roofline import Machine, predict
 from gptlab.report.view import make_config
+from gptlab.roofline import Machine, predict
 
 SMALL = ModelConfig(vocab_size=10, context_length=8, n_layer=2, n_head=2, n_embd=4, n_inner=12, bias=False)
 TEMPLATES = Path(speed.__file__).parent / "templates"

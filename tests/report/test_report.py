@@ -21,8 +21,9 @@ from gptlab.model import cost
 from gptlab.report import page as report
 from gptlab.report.blocks import Section, Table, in_noise, nats, to_html, to_plain, verdict
 from gptlab.report.page import write_report
-from gptlab.report.view import read_study
-from gptlab.study.results import Interval
+from gptlab.report.view import machine_of, read_study
+from gptlab.roofline import Machine
+from gptlab.study.results import Interval, Timings
 
 Results = dict[str, Any]
 LADDER: list[tuple[str, ...]] = [(), ("rope",), ("gqa",), ("swa",), ("rope", "gqa"), ("rope", "gqa", "swa")]
@@ -566,3 +567,10 @@ def test_a_file_of_a_study_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert math.isclose(
         study.rates("base", "decode")[128, 1], timed["variants"]["base"]["decode"][0]["tokens_per_second"]
     )
+
+
+def test_the_machine_is_that_of_the_dtype_that_was_timed() -> None:
+    timed = plausible.timings({"variants": {}})
+    for dtype, machine in (("float32", Machine(3e10, 1e11)), ("bfloat16", Machine(3e10, 2e11)), ("int8", None)):
+        assert machine_of(Timings.model_validate({**timed, "dtype": dtype})) == machine
+    assert machine_of(None) is None

@@ -174,6 +174,16 @@ def _rotations(factors: Tensor) -> Tensor:
 def circuit_errors(source: Heads, converted: Heads, moments: Moments) -> tuple[float, float]:
     """Return how far the QK and the OV circuits of a layer moved: squared error over squared size, summed over heads.
 
+    Arguments as in `head_energies`.
+    """
+    lost, whole = head_energies(source, converted, moments)
+    keys, values = (lost.sum(1) / whole.sum(1)).tolist()
+    return keys, values
+
+
+def head_energies(source: Heads, converted: Heads, moments: Moments) -> tuple[Tensor, Tensor]:
+    """Return the squared error of each head's circuits, and their squared size: each (2, H), QK and then OV.
+
     Weighed by what the layer reads, and without what cancels: for QK the part of M_h that is the same for all keys, for
     OV that which is the same for all tokens (`Moments.centred`). With rotary positions, QK is that of tokens at the
     same place.
@@ -187,14 +197,16 @@ def circuit_errors(source: Heads, converted: Heads, moments: Moments) -> tuple[f
 
     def energy(write: Tensor, read: Tensor, weigh: Tensor) -> Tensor:
         # |write^T read|^2 in its own width: the Gram matrices of both sides multiplied, element by element.
-        return ((write @ weigh @ write.mT) * (read @ moments.centred @ read.mT)).sum()
+        return ((write @ weigh @ write.mT) * (read @ moments.centred @ read.mT)).sum((1, 2))  # (H,)
 
-    def error(write: Tensor, read: Tensor, new_write: Tensor, new_read: Tensor, weigh: Tensor) -> float:
-        both = torch.cat([write, -new_write], 1), torch.cat([read, new_read], 1)  # each (H, 2 D, ...)
-        return (energy(*both, weigh) / energy(write, read, weigh)).item()
+    def error(write: Tensor, read: Tensor, new_write: Tensor, new_read: Tensor, weigh: Tensor) -> Tensor:
+        return energy(torch.cat([write, -new_write], 1), torch.cat([read, new_read], 1), weigh)  # (H, 2 D, ...)
 
     everything = torch.eye(before.o.shape[1], dtype=torch.float64)
-    return (
-        error(before.q, before.k, after.q, after.k, moments.uncentred),
-        error(before.o.mT, before.v, after.o.mT, after.v, everything),
+    keys = before.q, before.k
+    values = before.o.mT, before.v
+    lost = (
+        error(*keys, after.q, after.k, moments.uncentred),
+        error(*values, after.o.mT, after.v, everything),
     )
+    return torch.stack(lost), torch.stack([energy(*keys, moments.uncentred), energy(*values, everything)])

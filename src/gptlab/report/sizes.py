@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gptlab import roofline
 from gptlab.config import ModelConfig
 from gptlab.formatting import count, digits, memory, percent, times
-from gptlab.report import roofline
 from gptlab.report.blocks import Block, Column, Paragraph, Table
 from gptlab.report.texts import known
 from gptlab.report.view import NAMES, Study, make_config, sequences, tokens

@@ -7,12 +7,12 @@ import statistics
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from gptlab import roofline
 from gptlab.config import ModelConfig, divisors
 from gptlab.formatting import count, digits, memory
 from gptlab.model import cost
 from gptlab.plotting import lines
 from gptlab.plotting.lines import Series
-from gptlab.report import roofline
 from gptlab.report.blocks import (
     VARIANT,
     Block,

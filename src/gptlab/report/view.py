@@ -9,13 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from gptlab import roofline
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.formatting import NBSP, count, listed, millions
 from gptlab.model import cost
 from gptlab.plotting import style
 from gptlab.plotting.style import Look
-from gptlab.report import roofline
 from gptlab.report.blocks import literal
 from gptlab.study.results import (
     RESULTS,
@@ -32,6 +32,12 @@ from gptlab.study.results import (
 
 NAMES = {"rope": "RoPE", "gqa": "GQA", "swa": "SWA"}
 """The three changes that the report has a section for."""
+
+
+def machine_of(timings: Timings | None) -> roofline.Machine | None:
+    """Return the limits that a study measured, for the dtype that it timed; None where it measured none."""
+    flops = timings.peaks.flops.get(timings.dtype) if timings else None
+    return roofline.Machine(timings.peaks.bandwidth_bytes_per_second, flops) if timings and flops else None
 
 
 class Study:
@@ -156,7 +162,7 @@ class Study:
     @property
     def machine(self) -> roofline.Machine | None:
         """The measured limits of the machine, for the dtype that was timed."""
-        return roofline.machine_of(self.timings)
+        return machine_of(self.timings)
 
     @property
     def dtype(self) -> str:

@@ -25,6 +25,7 @@ from gptlab.conversion.calibration import (
 from gptlab.conversion.changes import Changes
 from gptlab.conversion.convert import convert
 from gptlab.conversion.convert import plan as plan_steps
+from gptlab.devices import timed
 from gptlab.errors import GptlabError
 from gptlab.language_model import LanguageModel
 from gptlab.progress import Report
@@ -42,7 +43,7 @@ from gptlab.study.runs import (
     uptrain_run,
     with_seed,
 )
-from gptlab.study.timing import timed, training_step
+from gptlab.study.timing import training_step
 from gptlab.study.uptraining import Uptraining
 from gptlab.study.variants import Converted, Loaded, Trained
 from gptlab.text.shards import Dataset

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from gptlab import roofline
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.generation.compiled.library import library_path
@@ -32,7 +33,7 @@ from gptlab.study.directory import cached, key, plain
 from gptlab.study.memory import peak_memory
 from gptlab.study.results import Decode, Machine, Peaks, Prefill, Timings, VariantTimings
 from gptlab.study.settings import MeasurementSettings
-from gptlab.study.timing import ROUNDS, Step, computed_by, decoding_step, prefill_step, take_turns, timed, training_step
+from gptlab.study.timing import ROUNDS, Step, computed_by, decoding_step, prefill_step, take_turns, training_step
 from gptlab.training.recipe import Recipe
 
 MOST_BYTES = 2**31
@@ -76,15 +77,11 @@ def _processor() -> str:
 
 def peaks(device: torch.device) -> Peaks:
     """Measure the bandwidth of memory and the rate of matrix products, the best of several tries each."""
-    large = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
-    seconds = min(timed(large.sum, device) for _ in range(7))
-    n = 8192 if device.type == "cuda" else 1024
-    flops = {}
-    for name in ("float32", "bfloat16"):
-        a = torch.randn(n, n, device=device).to(getattr(torch, name))
-        flops[name] = 2 * n**3 / min(timed(functools.partial(torch.mm, a, a), device) for _ in range(7))
-    how = f"the best of 7: a sum over {large.nbytes >> 20} MiB of float32, products of {n} x {n} matrices"
-    return Peaks(bandwidth_bytes_per_second=large.nbytes / seconds, flops=flops, how=how)
+    return Peaks(
+        bandwidth_bytes_per_second=roofline.read_rate(device),
+        flops={dtype: roofline.product_rate(device, dtype) for dtype in ("float32", "bfloat16")},
+        how=roofline.how_measured(device),
+    )
 
 
 def measure(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from gptlab.devices import timed
 from gptlab.generation.compiled.decoder import can_serve, serves
 from gptlab.generation.compiled.step import CompiledStep, Text
 from gptlab.generation.padded import CHUNK, last_logits, nothing
@@ -119,17 +120,3 @@ def take_turns(steps: Mapping[str, Step], device: torch.device, seconds: float) 
         if (time.perf_counter() - started) * (done + 2) / (done + 1) > seconds:
             break
     return {name: statistics.median(times) for name, times in seconds_of.items()}
-
-
-def timed(step: Step, device: torch.device) -> float:
-    """Return the seconds that a call takes."""
-    _wait(device)
-    start = time.perf_counter()
-    step()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-// The prediction of gptlab/report/roofline.py, for models whose layers all have the same window and no sinks.
+// The prediction of gptlab/roofline.py, for models whose layers all have the same window and no sinks.
 // Every count is a whole number below 2^53, and the order of operations is Python's: the results are equal, not close.
 "use strict";
 

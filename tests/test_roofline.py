@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from helpers import plausible
 
+from gptlab import roofline
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.model import cost
-from gptlab.report import roofline
-from gptlab.report.roofline import Machine, predict
-from gptlab.study.results import Timings
+from gptlab.roofline import Machine, predict
 
 SMALL = ModelConfig(vocab_size=10, context_length=8, n_layer=2, n_head=2, n_embd=4, n_inner=12, bias=False)
 
@@ -79,10 +77,3 @@ def test_the_cache_outweighs_the_weights_from_so_many_sequences_on() -> None:
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(GptlabError, match=r"'bflot16'.*did you mean 'bfloat16'"):
         predict(SMALL, Machine(1, 1), context=1, batch=1, dtype="bflot16")
-
-
-def test_the_machine_is_that_of_the_dtype_that_was_timed() -> None:
-    timed = plausible.timings({"variants": {}})
-    for dtype, machine in (("float32", Machine(3e10, 1e11)), ("bfloat16", Machine(3e10, 2e11)), ("int8", None)):
-        assert roofline.machine_of(Timings.model_validate({**timed, "dtype": dtype})) == machine
-    assert roofline.machine_of(None) is None

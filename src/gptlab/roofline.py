@@ -10,20 +10,25 @@ Weights are read once for the whole batch, keys and values once for each sequenc
 else (launching operators, sampling) is not in it, so that it is a limit; only a model that fits into the processor's
 caches may be faster, since it is read from there.
 
-`templates/roofline.js` computes the same numbers in the report; the tests hold the two together.
+`report/templates/roofline.js` computes the same numbers in the report; the tests hold the two together.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+import torch
+
 from gptlab.config import ModelConfig
+from gptlab.devices import timed
 from gptlab.errors import GptlabError, nearest
 from gptlab.model import cost
-from gptlab.study.results import Timings
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 """Bytes of a number, by dtype."""
+MEASURED = ("float32", "bfloat16", "float16")
+TRIES = 7
 
 
 @dataclass(frozen=True)
@@ -95,10 +100,46 @@ def predict(config: ModelConfig, machine: Machine, *, context: int, batch: int, 
     return Step(batch, *read, weights, cache, limit)
 
 
-def machine_of(timings: Timings | None) -> Machine | None:
-    """Return the limits that a study measured, for the dtype that it timed; None where it measured none."""
-    flops = timings.peaks.flops.get(timings.dtype) if timings else None
-    return Machine(timings.peaks.bandwidth_bytes_per_second, flops) if timings and flops else None
+def measure(device: torch.device, dtype: str) -> Machine:
+    """Return what a machine reaches at this moment; it takes about a second. `how_measured` says how.
+
+    Args:
+        device: to measure on.
+        dtype: of the products, as for `product_rate`.
+    """
+    return Machine(read_rate(device), product_rate(device, dtype))
+
+
+def read_rate(device: torch.device) -> float:
+    """Return the bytes per second at which memory is read."""
+    large = torch.ones(_probe(device)[0], device=device)
+    return large.nbytes / min(timed(large.sum, device) for _ in range(TRIES))
+
+
+def product_rate(device: torch.device, dtype: str) -> float:
+    """Return the operations per second of matrix products in ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        GptlabError: another dtype.
+    """
+    if dtype not in MEASURED:
+        raise GptlabError(
+            f"no products of {dtype!r} to measure{nearest(dtype, MEASURED)}; there are {', '.join(MEASURED)}"
+        )
+    n = _probe(device)[1]
+    a = torch.randn(n, n, device=device).to(getattr(torch, dtype))
+    return 2 * n**3 / min(timed(functools.partial(torch.mm, a, a), device) for _ in range(TRIES))
+
+
+def how_measured(device: torch.device) -> str:
+    """Return in words how `measure` measures on a device."""
+    numbers, n = _probe(device)
+    return f"the best of {TRIES}: a sum over {numbers * 4 >> 20} MiB of float32, products of {n} x {n} matrices"
+
+
+def _probe(device: torch.device) -> tuple[int, int]:
+    """Return how many float32 are read, and the rows of the matrices that are multiplied."""
+    return (2**28, 8192) if device.type == "cuda" else (2**26, 1024)
 
 
 def balance(config: ModelConfig, context: int) -> float:
