@@ -134,10 +134,14 @@ def test_everything_is_restored_after_an_error(how: str) -> None:
         changed = ablated(model, heads=[(0, 0)], attention=[1], mlps=[2], sinks=True)
     else:
         changed = patched(model, trace(model, text(seed=4), sites(model.config)))
-    with pytest.raises(GptlabError, match="in the block"), changed:
+
+    def fail() -> None:
         assert hooks(model)
         assert not torch.equal(logits(model, ids), before)
         raise GptlabError("in the block")
+
+    with pytest.raises(GptlabError, match="in the block"), changed:
+        fail()
     with pytest.raises(GptlabError, match="mean"), ablated(model, heads=[(0, 0)], by="mean"):
         pass
     assert hooks(model) == 0
