@@ -14,7 +14,7 @@ from gptlab.config import ModelConfig
 from gptlab.model import cost
 from gptlab.report.view import Study
 from gptlab.study.results import TIMINGS_FORMAT, Results, Timings
-from gptlab.study.statistics import factorial, seeds_interval
+from gptlab.study.statistics import factorial, over_seeds
 
 FACTORS: dict[str, dict[str, Any]] = {
     "rope": {"position": "rope"},
@@ -170,7 +170,7 @@ def variant(factors: Sequence[str], seeds: Sequence[int] = (0, 1, 2), **more: An
 
 
 def interval(differences: Sequence[float]) -> dict[str, Any]:
-    return dict(seeds_interval(list(differences)))
+    return dict(over_seeds(list(differences)).interval)
 
 
 def results(cells: Sequence[Sequence[str]] | None = None, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from test_statistics import scored
 
-from gptlab.study.claims import CLAIMS, claims_of_results
+from gptlab.study.claims import claims_of_results
+from gptlab.study.papers import CLAIMS
 from gptlab.study.results import Claim
-from gptlab.study.statistics import at
+from gptlab.study.statistics import Scored, at
 
 
 def judged(claim: str, losses: dict[tuple[str, float], float], whole: bool = False) -> Claim:
@@ -23,10 +24,11 @@ def judged(claim: str, losses: dict[tuple[str, float], float], whole: bool = Fal
     variants = {}
     for name in names:
         points = [record(share=share) for n, share in losses if n == name]
-        variants[name] = record(conversion=record(checkpoints=points))
+        variants[name] = record(factors=(), conversion=record(checkpoints=points))
     about = record(base="base", conversion=record(reference="longer"))
     results: Any = record(study=about, variants=variants)
-    (one,) = claims_of_results([claim], results, dict(zip(keys, scores.values(), strict=True)))
+    renamed = Scored(dict(zip(keys, scores.results.values(), strict=True)), [frozenset(keys)])
+    (one,) = claims_of_results([claim], [], results, renamed)
     return one
 
 

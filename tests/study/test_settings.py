@@ -12,7 +12,7 @@ from helpers.studies import GRID, settings, small
 from gptlab.checkpoints.hub import built_in
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
-from gptlab.study.claims import CLAIMS
+from gptlab.study.papers import CLAIMS
 from gptlab.study.settings import make_study, read_study, study_names
 from gptlab.study.variants import Converted, Loaded, Trained, changes_of, choose, kinds_of, read_variants
 

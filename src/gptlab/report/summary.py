@@ -28,7 +28,7 @@ from gptlab.report.blocks import (
 )
 from gptlab.report.claims import claim_words
 from gptlab.report.view import NAMES, Study, tokens
-from gptlab.study.claims import TIE
+from gptlab.study.papers import TIE
 
 
 def in_brief(study: Study) -> Section:

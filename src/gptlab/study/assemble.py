@@ -33,7 +33,7 @@ from gptlab.study.results import (
     Results,
     Variant,
 )
-from gptlab.study.statistics import Scored, at, contrast
+from gptlab.study.statistics import Scored, at, contrast, residual
 from gptlab.study.variants import Converted, Loaded, Trained, continued_base, rank
 
 _Row = TypeVar("_Row", Copy, Induction)
@@ -48,24 +48,43 @@ def assemble(plan: Plan, made: Mapping[tuple[str, int], Made], evaluation: Evalu
         evaluation: what the models answered.
     """
     scored = all_scores(plan, evaluation)
-    variants = {entry.name: _variant(entry, plan, made, evaluation, scored) for entry in plan.entries}
+    variants = _corrected({entry.name: _variant(entry, plan, made, evaluation, scored) for entry in plan.entries})
+    trained = [entry.name for entry in plan.entries if isinstance(entry.variant, Trained)]
     results = Results(
         study=_about(plan, evaluation, variants),
         variants=variants,
         effects=statistics.effects({name: variant.factors for name, variant in variants.items()}, scored),
         four_sizes=costs.four_sizes({entry.name: entry.config for entry in plan.entries}, plan.base.name),
+        residual=residual(trained, scored),
     )
-    return results.model_copy(update={"claims": claims_of_results(plan.study.claims, results, scored)})
+    claims = claims_of_results(plan.study.claims, plan.study.claim, results, scored)
+    return results.model_copy(update={"claims": claims})
 
 
 def all_scores(plan: Plan, evaluation: Evaluation) -> Scored:
-    """Return all scores: of finished models by variant, on the way under the names of `at`; the base's own at 0."""
-    scored: dict[str, Mapping[int, Result]] = {name: one.scores for name, one in evaluation.answers.items()}
-    scored[at(plan.base.name, 0.0)] = scored[plan.base.name]
+    """Return all scores: of finished models by variant, on the way under the names of `at`; the base's own at 0.
+
+    Models have noise of one size that were trained from scratch, and conversions after the same share.
+    """
+    scores: dict[str, Mapping[int, Result]] = {name: one.scores for name, one in evaluation.answers.items()}
+    scores[at(plan.base.name, 0.0)] = scores[plan.base.name]
+    pools = [frozenset(entry.name for entry in plan.entries if isinstance(entry.variant, Trained))]
+    by_share: dict[float, set[str]] = {}
     for name, course in evaluation.courses.items():
-        scored |= {at(name, share): scores for share, scores in course.scores.items()}
-        scored |= {at(name, share, own_context=True): scores for share, scores in course.own_context.items()}
-    return scored
+        for share, at_share in course.scores.items():
+            scores[at(name, share)] = at_share
+            by_share.setdefault(share, set()).add(at(name, share))
+        for share, at_share in course.own_context.items():
+            scores[at(name, share, own_context=True)] = at_share
+    last = {name: max(course.scores) for name, course in evaluation.courses.items() if course.scores}
+    pools += [frozenset(names | {n for n, end in last.items() if end == share}) for share, names in by_share.items()]
+    return Scored(scores, pools)
+
+
+def _corrected(variants: dict[str, Variant]) -> dict[str, Variant]:
+    """The variants with the p-values of their differences adjusted for each other."""
+    gaps = statistics.corrected({n: one.difference for n, one in variants.items() if one.difference is not None})
+    return {n: one.model_copy(update={"difference": gaps.get(n)}) for n, one in variants.items()}
 
 
 def _about(plan: Plan, evaluation: Evaluation, variants: Mapping[str, Variant]) -> About:
@@ -114,7 +133,7 @@ def _variant(
     contexts, batches = sorted({*settings.contexts, config.context_length}), sorted(settings.batches)
     difference = None
     if entry.reference is not None:
-        difference = contrast({entry.name: 1.0, entry.reference: -1.0}, scored)
+        difference = _difference(entry.name, entry.reference, scored)
     own = [made[entry.name, seed] for seed in entry.seeds]
     source = entry.variant
     return Variant(
@@ -141,6 +160,11 @@ def _variant(
         samples=answers.samples,
         conversion=_conversion(entry, plan, own, evaluation, scored) if isinstance(source, Converted) else None,
     )
+
+
+def _difference(name: str, other: str, scored: Scored) -> Interval | None:
+    estimate = contrast({name: 1.0, other: -1.0}, scored)
+    return None if estimate is None else estimate.interval
 
 
 def _quality(answers: Answers, evaluation: Evaluation) -> Quality | None:
@@ -184,7 +208,7 @@ def _checkpoint(entry: Entry, share: float, plan: Plan, evaluation: Evaluation, 
     rivals: dict[str, Interval] = {}
     for other in plan.entries:
         if other.milestones and other.name != name and other.config == entry.config:
-            difference = contrast({at(name, share): 1.0, at(other.name, share): -1.0}, scored)
+            difference = _difference(at(name, share), at(other.name, share), scored)
             if difference is not None:
                 rivals[other.name] = difference
     own = course.own_context.get(share)
@@ -193,7 +217,7 @@ def _checkpoint(entry: Entry, share: float, plan: Plan, evaluation: Evaluation, 
         tokens=next(milestone.tokens for milestone in entry.milestones if milestone.share == share),
         nats_per_token=fmean(by_run),
         by_run=by_run,
-        difference=None if against is None else contrast({at(name, share): 1.0, at(against, share): -1.0}, scored),
+        difference=None if against is None else _difference(at(name, share), at(against, share), scored),
         rivals=rivals,
         own_context=None if own is None else fmean([result.metrics["nats_per_token"] for result in own.values()]),
     )

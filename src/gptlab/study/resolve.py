@@ -15,6 +15,7 @@ from gptlab.checkpoints.hub import locate
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.progress import Report
+from gptlab.study.claims import check_claims
 from gptlab.study.directory import DATA, Request, claim_directory, model_key
 from gptlab.study.evaluator import check_settings
 from gptlab.study.results import Kind
@@ -145,6 +146,8 @@ def resolve(request: Request, out: Path, report: Report) -> Plan:
         )
     configs = _configs(variants, 0 if dataset is None else dataset.tokenizer.vocab_size)
     entries = _entries(variants, configs, dataset, seeds)
+    if not request.only:
+        check_claims(study.claim, {entry.name: entry.factors for entry in entries})
     length = _length(study.evaluate, configs)
     check_settings(study.evaluate, length, None if dataset is None else dataset.tokenizer)
     return Plan(study, out, device, seeds, recipe, dataset, entries, base_key, length)

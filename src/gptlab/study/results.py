@@ -47,7 +47,20 @@ class Record(BaseModel):
 
 
 class Interval(Record):
-    """A difference of losses and its 95% interval, whose ends are None where there is none; below 0 it is lower."""
+    """A difference of losses and its 95% interval, whose ends are None where there is none; below 0 it is lower.
+
+    Attributes:
+        mean: of the difference.
+        low: lower end of the interval.
+        high: its upper end.
+        n: seeds, or units of text (`Quality.unit`), that the method is over.
+        unit: of all three.
+        method: how the interval was made, in words.
+        df: degrees of freedom of Student's t; None where the interval is another.
+        p: of a difference of 0, two-sided; None where there is no interval, and in files of before it was kept.
+        adjusted: p by Holm's correction over the family that the difference is one of: all variants' differences, or
+            all terms of a factorial.
+    """
 
     mean: float
     low: float | None
@@ -55,6 +68,9 @@ class Interval(Record):
     n: int
     unit: str
     method: str
+    df: int | None = None
+    p: float | None = None
+    adjusted: float | None = None
 
 
 class Corpus(Record):
@@ -149,7 +165,20 @@ class Run(Record):
 
 
 class Quality(Record):
-    """Loss on the held-out text: the mean over the runs, and each one's; documents may be parts of long ones."""
+    """Loss on the held-out text: the mean over the runs, and each one's.
+
+    Attributes:
+        protocol: how it was scored, in words.
+        text: what it is.
+        nats_per_token: mean over the runs.
+        bits_per_byte: the same.
+        documents: units that the text is scored in and resampled by.
+        tokens: that are predicted.
+        by_run: nats per token of each run.
+        unit: what these units are, ``document`` or ``part of a document``; None in files of before it was kept.
+        part: which of the held-out documents they are, see `gptlab.text.splits.part_of`; None where the text is
+            another one, or its documents are not divided.
+    """
 
     protocol: str
     text: str
@@ -158,6 +187,8 @@ class Quality(Record):
     documents: int
     tokens: int
     by_run: list[float]
+    unit: Literal["document", "part of a document"] | None = None
+    part: Literal["tune", "test"] | None = None
 
 
 class ByPosition(Record):
@@ -325,14 +356,101 @@ class Effects(Record):
     interactions: dict[str, Interval]
 
 
+class Residual(Record):
+    """What is left of the losses of runs once every variant and every seed has its own mean.
+
+    Attributes:
+        deviation: standard deviation of one run, nats per token; all intervals over seeds are made from it.
+        df: its degrees of freedom, (variants - 1) (seeds - 1) where no run failed.
+        by_variant: the root mean square residual of each variant, to see whether they are alike.
+    """
+
+    deviation: float
+    df: int
+    by_variant: dict[str, float]
+
+
+class Baseline(Record):
+    """A count model as a yardstick, in every table of losses.
+
+    Attributes:
+        label: what to call it.
+        definition: what it is, in a sentence.
+        tokens: of the training data that it was counted on.
+        quality: its loss on the text that the variants were asked about.
+        difference: the base's loss less its own, over documents, at the age at which the base has seen as many tokens;
+            None where it has not.
+    """
+
+    label: str
+    definition: str
+    tokens: int
+    quality: Quality
+    difference: Interval | None = None
+
+
+class Age(Record):
+    """All variants after so many tokens: the end of a run of its own, with a decay of its own.
+
+    Attributes:
+        tokens: of training.
+        quality: by variant; none where every run failed.
+        differences: to the base, by variant.
+        effects: None where the variants form no full factorial.
+        induction: by variant.
+        copying: by variant.
+        residual: of the runs of this age.
+        baseline: counted on as many tokens.
+    """
+
+    tokens: int
+    quality: dict[str, Quality]
+    differences: dict[str, Interval]
+    effects: Effects | None
+    induction: dict[str, Induction]
+    copying: dict[str, list[Copy]]
+    residual: Residual | None
+    baseline: Baseline | None
+
+
+class Rate(Record):
+    """One learning rate of a search.
+
+    Attributes:
+        learning_rate: of the recipe.
+        variant: the name under which its runs are.
+        nats_per_token: mean over the runs; None where all failed.
+    """
+
+    learning_rate: float
+    variant: str
+    nats_per_token: float | None
+
+
 class Claim(Record):
-    """A paper's claim, what was obtained here, and whether it holds; None where this study cannot tell."""
+    """A claim, what was obtained here, and whether it holds; None where this study cannot tell.
+
+    Attributes:
+        paper: that makes it; empty for a claim of the study's own.
+        claim: in words.
+        ours: what was obtained.
+        holds: whether it does.
+        note: what the verdict rests on.
+        margin: beyond or within which the difference must be, where the claim states one.
+        interval: of the difference, where the claim is about one.
+        p: of the verdict, before correction; None where a clock decides, and where nothing was obtained.
+        adjusted: by Holm's correction over all claims of the study about losses.
+    """
 
     paper: str
     claim: str
     ours: str
     holds: bool | None
     note: str
+    margin: float | None = None
+    interval: Interval | None = None
+    p: float | None = None
+    adjusted: float | None = None
 
 
 class Counterpart(Record):
@@ -354,7 +472,11 @@ class Results(Record):
         variants: by name, in the order in which a reader expects them: the base first, then as in the study's file.
         effects: None where the variants form no full factorial.
         four_sizes: by GPT-2's sizes and variants.
-        claims: of papers, those about quality.
+        claims: of papers and of the study, those about losses; together they are the family of Holm's correction.
+        residual: of the runs of all variants that were trained from scratch; None where there is one seed.
+        baselines: count models; one for each number of tokens that variants were trained on.
+        ages: by tokens, ascending; the last is what ``variants`` have. empty where a study has one age.
+        rates: of a search, by what was searched, in the order of the rates.
     """
 
     format: Literal["gptlab study"] = "gptlab study"
@@ -364,6 +486,10 @@ class Results(Record):
     effects: Effects | None
     four_sizes: dict[str, dict[str, Counterpart]]
     claims: list[Claim] = []
+    residual: Residual | None = None
+    baselines: list[Baseline] = []
+    ages: list[Age] = []
+    rates: dict[str, list[Rate]] = {}
 
 
 class Machine(Record):

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gptlab.errors import GptlabError, nearest
-from gptlab.study.claims import CLAIMS
+from gptlab.study.findings import Expect
+from gptlab.study.papers import CLAIMS
 from gptlab.training.toml import read_toml, toml_names
 
 _FOLDER = importlib.resources.files("gptlab") / "study" / "studies"
@@ -122,6 +123,42 @@ class MeasurementSettings(_Section):
     timed: bool = True
 
 
+class ClaimSettings(_Section):
+    """A claim of the study's own, stated before anything is trained.
+
+    Attributes:
+        claim: in words.
+        of: a difference of losses: what each variant's is multiplied by, by name, adding up to 0. ``trigram`` is the
+            count model of equal tokens.
+        effect: of a factorial in place of that: a factor, or an interaction as ``a x b``.
+        expect: where the difference lies: ``lower`` or ``higher`` than 0, by more than the margin; ``equal`` to 0, or
+            ``not higher``, within it.
+        margin: nats per token; "no loss" means nothing without one.
+        tokens: one of the study's ages; None is the last.
+        share: of the pre-training, after which conversions are compared; None is the last.
+    """
+
+    claim: str
+    of: dict[str, float] | None = None
+    effect: str | None = None
+    expect: Expect
+    margin: float = Field(0.0, ge=0, allow_inf_nan=False)
+    tokens: int | None = Field(None, ge=1)
+    share: float | None = Field(None, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _testable(self) -> ClaimSettings:
+        if (self.of is None) == (self.effect is None):
+            raise ValueError("give one of of and effect")
+        if self.of is not None and (len(self.of) < 2 or abs(sum(self.of.values())) > 1e-9):
+            raise ValueError("the weights in of must add up to 0, as in { rope = 1, base = -1 }")
+        if self.expect in ("equal", "not higher") and not self.margin:
+            raise ValueError(f"expect {self.expect!r} needs a margin: the difference that would not matter")
+        if self.tokens is not None and self.share is not None:
+            raise ValueError("give one of tokens and share")
+        return self
+
+
 class StudySettings(_Section):
     """A study file.
 
@@ -138,7 +175,9 @@ class StudySettings(_Section):
         uptrain: how variants that are made by conversion are uptrained; None leaves them as they were converted.
         evaluate: what is asked of every model.
         measure: what is timed.
-        claims: which claims of papers to examine, see `gptlab.study.claims.CLAIMS`.
+        claims: which claims of papers to examine, see `gptlab.study.papers.CLAIMS`.
+        claim: claims of the study's own. Together with those of papers about losses they are the family over which
+            p-values are corrected.
         quick: the study shows what there is to see, in minutes.
         needs_data: refuse to start on the recipe's corpus; prepared data or a corpus must be named.
     """
@@ -156,6 +195,7 @@ class StudySettings(_Section):
     evaluate: EvaluationSettings = EvaluationSettings()
     measure: MeasurementSettings = MeasurementSettings()
     claims: list[str] = Field(default_factory=list)
+    claim: list[ClaimSettings] = Field(default_factory=list)
     quick: bool = False
     needs_data: bool = False
 
@@ -207,6 +247,8 @@ def _explain(error: ValidationError) -> str:
         return f"unknown setting {where!r} in the study{nearest(path[-1], known)}; there are {', '.join(known)}"
     if first["type"] == "missing":
         return f"the study lacks {where}; add it"
+    if first["type"] == "value_error":
+        return f"impossible value for {where} in the study: {first['msg'].removeprefix('Value error, ')}"
     return f"impossible value for {where} in the study: {first['msg'].lower()}, got {first['input']!r}"
 
 
@@ -215,6 +257,7 @@ def _home(path: list[str]) -> type[BaseModel]:
     sections: dict[str, type[BaseModel]] = {
         "variant": VariantSettings,
         "grid": FactorSettings,
+        "claim": ClaimSettings,
         "uptrain": UptrainSettings,
         "evaluate": EvaluationSettings,
         "measure": MeasurementSettings,

@@ -1,20 +1,30 @@
-"""Differences between variants, with intervals that say what they are over: training seeds, or documents."""
+"""Differences between variants, with intervals that say what they are over: training seeds, or documents.
+
+Where variants were trained with several seeds, every loss is taken for the sum of a mean of its variant, one of its
+seed, and noise (a two-way layout without replication, the seeds being blocks; Montgomery, *Design and Analysis of
+Experiments*, 4.1). The noise has one variance, estimated from the residuals of all variants together: with 8 variants
+and 3 seeds from 14 degrees of freedom, where the differences of two variants have 2.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from gptlab.evaluation.compare import COVERAGE, refuse_unlike, resampled_ratios
 from gptlab.evaluation.scoring import Result
-from gptlab.study.results import Effects, Interval
+from gptlab.study.results import Effects, Interval, Residual
+from gptlab.study.student import holm, t_distribution, t_quantile
 
 UNIT = "nats per token"
 OVER_SEEDS = "paired over seeds"
+POOLED = "paired over seeds, residual variance of all variants"
 OVER_DOCUMENTS = "paired bootstrap over documents"
+OVER_PARTS = "paired bootstrap over parts of documents"
 DEFINITION = (
     "A main effect is the mean change of the loss when the change is made, over all combinations of the others. An"
     " interaction of a and b is how much more a changes the loss with b than without it; one of three is how much more"
@@ -23,10 +33,54 @@ DEFINITION = (
 
 Weights = Mapping[str, float]
 """A contrast: what each variant's loss is multiplied by before the products are added up."""
-Verdict = tuple[str, bool | None, str]
-"""What was obtained, whether a claim holds, and a note."""
-Scored = Mapping[str, Mapping[int, Result]]
-"""The held-out text's score by variant and seed."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """All scores on the held-out text.
+
+    Attributes:
+        results: by name and seed.
+        pools: names whose noise is taken to be of one size: variants of one kind after as many tokens.
+    """
+
+    results: Mapping[str, Mapping[int, Result]]
+    pools: Sequence[frozenset[str]] = ()
+
+    def losses(self, name: str) -> dict[int, float]:
+        """Return nats per token by seed."""
+        return {seed: result.metrics["nats_per_token"] for seed, result in self.results.get(name, {}).items()}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A contrast with all that is known of its distribution.
+
+    Attributes:
+        interval: of 95%.
+        error: standard error, where the interval is Student's; else None.
+        draws: of the bootstrap, where it is one; else none.
+    """
+
+    interval: Interval
+    error: float | None = None
+    draws: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    def below(self, value: float) -> float | None:
+        """Return the one-sided p-value for the contrast being below a value: small where it surely is."""
+        if self.error is not None and self.interval.df is not None:
+            gap = self.interval.mean - value
+            if self.error == 0:  # the same in all seeds
+                return 0.0 if gap < 0 else 1.0
+            return t_distribution(gap / self.error, self.interval.df)
+        if len(self.draws):
+            return float(1 + np.count_nonzero(self.draws >= value)) / (1 + len(self.draws))
+        return None
+
+    def above(self, value: float) -> float | None:
+        """Return the one-sided p-value for the contrast being above a value."""
+        mirrored = self.interval.model_copy(update={"mean": -self.interval.mean})
+        return Estimate(mirrored, self.error, -self.draws).below(-value)
 
 
 def at(name: str, share: float, *, own_context: bool = False) -> str:
@@ -34,18 +88,115 @@ def at(name: str, share: float, *, own_context: bool = False) -> str:
     return f"{name} at {share:g}" + (" in its own context" if own_context else "")
 
 
-def seeds_interval(differences: Sequence[float]) -> Interval:
+def at_age(name: str, tokens: int) -> str:
+    """Return what a variant's scores after so many tokens of training are called among all scores."""
+    return f"{name} at {tokens:,} tokens"
+
+
+def contrast(weights: Weights, scored: Scored) -> Estimate | None:
+    """Return a contrast of losses on the held-out text; None where no seed was trained to the end in every variant.
+
+    The interval is over seeds where there are several, else over documents.
+    """
+    common = sorted(set.intersection(*(set(scored.results.get(name, ())) for name in weights)))
+    if not common:
+        return None
+    if len(common) == 1:
+        return over_documents({name: scored.results[name][common[0]] for name in weights}, weights)
+    pool = next((pool for pool in scored.pools if weights.keys() <= pool), None)
+    if pool is not None:
+        fit = Fit({name: losses for name in sorted(pool) if (losses := scored.losses(name))})
+        estimate = fit.contrast(weights, len(common))
+        if estimate is not None:
+            return estimate
+    own = {name: scored.losses(name) for name in weights}
+    return over_seeds([math.fsum(w * own[name][seed] for name, w in weights.items()) for seed in common])
+
+
+def over_seeds(differences: Sequence[float]) -> Estimate:
     """Return the mean of paired differences, one for each seed, with Student's t interval (none for a single seed)."""
     n = len(differences)
     mean = math.fsum(differences) / n
     if n < 2:
-        return Interval(mean=mean, low=None, high=None, n=n, unit=UNIT, method=OVER_SEEDS)
+        return Estimate(Interval(mean=mean, low=None, high=None, n=n, unit=UNIT, method=OVER_SEEDS))
     deviation = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1))
-    half = t_quantile(1 - (1 - COVERAGE) / 2, n - 1) * deviation / math.sqrt(n)
-    return Interval(mean=mean, low=mean - half, high=mean + half, n=n, unit=UNIT, method=OVER_SEEDS)
+    return _student(mean, deviation / math.sqrt(n), n - 1, n, OVER_SEEDS)
 
 
-def documents_interval(results: Mapping[str, Result], weights: Weights, resamples: int = 10_000) -> Interval:
+def _student(mean: float, error: float, df: int, n: int, method: str) -> Estimate:
+    half = t_quantile(1 - (1 - COVERAGE) / 2, df) * error
+    interval = Interval(mean=mean, low=mean - half, high=mean + half, n=n, unit=UNIT, method=method, df=df)
+    return _with_p(Estimate(interval, error))
+
+
+def _with_p(estimate: Estimate) -> Estimate:
+    below, above = estimate.below(0.0), estimate.above(0.0)
+    p = None if below is None or above is None else min(2 * min(below, above), 1.0)
+    return Estimate(estimate.interval.model_copy(update={"p": p}), estimate.error, estimate.draws)
+
+
+class Fit:
+    """Losses as the sum of a mean of each variant, one of each seed, and noise, by least squares.
+
+    Variants that are the same model by the same recipe have the same losses and count once.
+
+    Args:
+        losses: by variant and seed; seeds may be missing.
+
+    Attributes:
+        residuals: of every run, by variant.
+        df: degrees of freedom of the residuals.
+    """
+
+    def __init__(self, losses: Mapping[str, Mapping[int, float]]) -> None:
+        first: dict[tuple[tuple[int, float], ...], str] = {}
+        self._same = {name: first.setdefault(tuple(sorted(row.items())), name) for name, row in losses.items()}
+        self._names = list(dict.fromkeys(self._same.values()))
+        seeds = sorted({seed for row in losses.values() for seed in row})
+        runs = [(name, seed) for name in self._names for seed in sorted(losses[name])]
+        design = np.zeros((len(runs), len(self._names) + len(seeds)))
+        for i, (name, seed) in enumerate(runs):
+            design[i, self._names.index(name)] = design[i, len(self._names) + seeds.index(seed)] = 1.0
+        observed = np.array([losses[name][seed] for name, seed in runs])
+        self._inverse = np.linalg.pinv(design.T @ design)
+        self._projection = self._inverse @ (design.T @ design)  # onto what can be estimated
+        self._means = self._inverse @ (design.T @ observed)
+        rest = observed - design @ self._means
+        self.df = len(runs) - int(np.linalg.matrix_rank(design))
+        self.variance = float(rest @ rest) / self.df if self.df else math.nan
+        self.residuals: dict[str, list[float]] = {name: [] for name in self._names}
+        for (name, _), value in zip(runs, rest.tolist(), strict=True):
+            self.residuals[name].append(value)
+
+    def contrast(self, weights: Weights, n: int) -> Estimate | None:
+        """Return a contrast of the variants' means; None where it cannot be estimated.
+
+        Args:
+            weights: that add up to 0, so that the seeds' means cancel.
+            n: seeds that all of its variants have.
+        """
+        vector = np.zeros(len(self._means))
+        for name, weight in weights.items():
+            if name not in self._same:
+                return None
+            vector[self._names.index(self._same[name])] += weight
+        if not self.df or not np.allclose(vector @ self._projection, vector, atol=1e-9):
+            return None
+        error = math.sqrt(self.variance * max(float(vector @ self._inverse @ vector), 0.0))
+        return _student(float(vector @ self._means), error if vector.any() else 0.0, self.df, n, POOLED)
+
+
+def residual(names: Sequence[str], scored: Scored) -> Residual | None:
+    """Return what is left of the losses of these variants beside their means and those of the seeds."""
+    losses = {name: row for name in names if (row := scored.losses(name))}
+    fit = Fit(losses) if losses else None
+    if fit is None or not fit.df:
+        return None
+    spread = {name: math.sqrt(math.fsum(r * r for r in rest) / len(rest)) for name, rest in fit.residuals.items()}
+    return Residual(deviation=math.sqrt(fit.variance), df=fit.df, by_variant=spread)
+
+
+def over_documents(results: Mapping[str, Result], weights: Weights, resamples: int = 10_000) -> Estimate:
     """Return a contrast of several models' losses on the same documents, with a bootstrap interval over these.
 
     As `gptlab.evaluation.compare.paired_difference`, for more than two models. It says how much the text matters, not
@@ -63,28 +214,22 @@ def documents_interval(results: Mapping[str, Result], weights: Weights, resample
         gaps += weight * np.array([score.nats for score in results[name].scores])
     gaps, tokens = gaps[tokens > 0], tokens[tokens > 0]
     mean, n = float(gaps.sum() / tokens.sum()), len(tokens)
+    method = OVER_DOCUMENTS if first.data.get("unit", "document") == "document" else OVER_PARTS
+    interval = Interval(mean=mean, low=None, high=None, n=n, unit=UNIT, method=method)
     if n < 2:
-        return Interval(mean=mean, low=None, high=None, n=n, unit=UNIT, method=OVER_DOCUMENTS)
-    tail = (1 - COVERAGE) / 2
-    low, high = np.quantile(resampled_ratios(gaps, tokens, 0, resamples), [tail, 1 - tail])
-    return Interval(mean=mean, low=float(low), high=float(high), n=n, unit=UNIT, method=OVER_DOCUMENTS)
+        return Estimate(interval)
+    if not gaps.any():  # the same model, of whose difference nothing is uncertain
+        return Estimate(interval.model_copy(update={"low": 0.0, "high": 0.0, "p": 1.0}))
+    tail, draws = (1 - COVERAGE) / 2, resampled_ratios(gaps, tokens, 0, resamples)
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return _with_p(Estimate(interval.model_copy(update={"low": float(low), "high": float(high)}), draws=draws))
 
 
-def contrast(weights: Weights, results: Scored) -> Interval | None:
-    """Return a contrast of losses on the held-out text; None where no seed was trained to the end in every variant.
-
-    The interval is over seeds where there are several, else over documents.
-    """
-    common = sorted(set.intersection(*(set(results.get(name, ())) for name in weights)))
-    if not common:
-        return None
-    if len(common) == 1:
-        return documents_interval({name: results[name][common[0]] for name in weights}, weights)
-    gaps = []
-    for seed in common:
-        losses = {name: results[name][seed].metrics["nats_per_token"] for name in weights}
-        gaps.append(math.fsum(weight * losses[name] for name, weight in weights.items()))
-    return seeds_interval(gaps)
+def corrected(intervals: Mapping[str, Interval]) -> dict[str, Interval]:
+    """Return the intervals of a family with their p-values adjusted for each other by Holm's method."""
+    names = [name for name, interval in intervals.items() if interval.p is not None]
+    adjusted = dict(zip(names, holm([intervals[name].p or 0.0 for name in names]), strict=True))
+    return {n: one.model_copy(update={"adjusted": adjusted.get(n)}) for n, one in intervals.items()}
 
 
 def factorial(factors: Mapping[str, Sequence[str]]) -> tuple[dict[str, Weights], dict[str, Weights]] | None:
@@ -108,69 +253,18 @@ def factorial(factors: Mapping[str, Sequence[str]]) -> tuple[dict[str, Weights],
     return main, interactions
 
 
-def effects(factors: Mapping[str, Sequence[str]], results: Scored) -> Effects | None:
+def effects(factors: Mapping[str, Sequence[str]], scored: Scored) -> Effects | None:
     """Return the effects of a factorial with their intervals; None where the variants form none, or one has no run."""
     contrasts = factorial(factors)
     if contrasts is None:
         return None
-    main, interactions = ({name: contrast(w, results) for name, w in part.items()} for part in contrasts)
-    terms = {name: interval for name, interval in (main | interactions).items() if interval is not None}
-    if len(terms) < len(main | interactions):
+    main, interactions = contrasts
+    estimates = {name: contrast(weights, scored) for name, weights in (main | interactions).items()}
+    terms = corrected({name: one.interval for name, one in estimates.items() if one is not None})
+    if len(terms) < len(estimates):
         return None
     return Effects(
         definition=DEFINITION,
         main={name: terms[name] for name in main},
         interactions={name: terms[name] for name in interactions},
     )
-
-
-def below(interval: Interval) -> bool | None:
-    """Is the difference below zero, beyond its interval?"""
-    if interval.low is None or interval.high is None:
-        return None
-    return True if interval.high < 0 else False if interval.low > 0 else None
-
-
-def above(interval: Interval) -> bool | None:
-    """Is the difference above zero, beyond its interval?"""
-    verdict = below(interval)
-    return None if verdict is None else not verdict
-
-
-def every(*verdicts: bool | None) -> bool | None:
-    """Are all true? None where one cannot be told and none is false."""
-    return False if False in verdicts else None if None in verdicts else True
-
-
-def said(interval: Interval) -> str:
-    """A difference with its interval."""
-    ends = "" if interval.low is None else f" [{interval.low:+.4f}, {interval.high:+.4f}]"
-    return f"{interval.mean:+.4f}{ends} {interval.unit}"
-
-
-def over(interval: Interval) -> str:
-    """What an interval is over, in words."""
-    return f"95% interval {interval.method}, n = {interval.n}" if interval.low is not None else "a single seed"
-
-
-def t_quantile(share: float, df: int) -> float:
-    """Return the quantile of Student's t distribution with ``df`` degrees of freedom, for 0.5 < ``share`` < 1."""
-    low, high = 0.0, 1.0
-    while t_distribution(high, df) < share:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_distribution(middle, df) < share else (low, middle)
-    return (low + high) / 2
-
-
-def t_distribution(t: float, df: int) -> float:
-    """Return the probability of a value up to ``t`` >= 0 (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(df))
-    cosine, sine = math.cos(angle), math.sin(angle)
-    term, total = (cosine, 0.0) if df % 2 else (1.0, 0.0)
-    for k in range(2 + df % 2, df + 1, 2):
-        total += term
-        term *= cosine**2 * (k - 1) / k
-    inside = 2 / math.pi * (angle + sine * total) if df % 2 else sine * total
-    return 0.5 + inside / 2
