@@ -149,7 +149,7 @@ def test_what_is_kept_of_a_study(docs: ModuleType, tmp_path: Path, monkeypatch: 
     directory, written, timed = study(tmp_path)
     results, timings = keep(directory, docs, monkeypatch)
     assert (results.name, timings.name) == ("standard.json", "standard-timings.json")
-    assert json.loads(timings.read_text()) == json.loads(json.dumps(timed))
+    assert json.loads(timings.read_text()) == plausible.study(written, timed).timings.model_dump(mode="json")
     expected = plausible.study(written).results.model_dump(mode="json")
     expected["study"]["recipe"]["data"]["corpus"] = ["enwiki.txt", "pydoc"]
     for variant in expected["variants"].values():
