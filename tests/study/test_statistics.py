@@ -293,7 +293,7 @@ def results_of(scores: Scored, curves: dict[str, Any] | None = None) -> Any:
         for name, rows in (curves or {}).items()
     }
     factors = dict.fromkeys((*scores.results, *runs), ()) | CELLS
-    names = {*scores.results, *runs}
+    names = dict.fromkeys([*scores.results, *runs])
     return SimpleNamespace(
         variants={name: SimpleNamespace(runs=runs.get(name, []), factors=factors[name]) for name in names}
     )
