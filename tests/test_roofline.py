@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from gptlab import roofline
 from gptlab.config import ModelConfig
@@ -77,3 +78,17 @@ def test_the_cache_outweighs_the_weights_from_so_many_sequences_on() -> None:
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(GptlabError, match=r"'bflot16'.*did you mean 'bfloat16'"):
         predict(SMALL, Machine(1, 1), context=1, batch=1, dtype="bflot16")
+
+
+def test_a_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.5, 0.25, *[1.0] * 5, 2.0, *[4.0] * 6])
+    monkeypatch.setattr(roofline, "timed", lambda step, device: (step(), next(seconds))[1])
+    monkeypatch.setattr(roofline, "_probe", lambda device: (1000, 8))
+    assert roofline.measure(torch.device("cpu"), "bfloat16") == Machine(4000 / 0.25, 2 * 8**3 / 2.0)
+    with pytest.raises(GptlabError, match=r"'int8' to measure.*float32, bfloat16, float16"):
+        roofline.product_rate(torch.device("cpu"), "int8")
+
+
+def test_the_words_on_how_a_machine_is_measured() -> None:
+    said = roofline.how_measured(torch.device("cpu"))
+    assert said == "the best of 7: a sum over 256 MiB of float32, products of 1024 x 1024 matrices"

@@ -72,10 +72,22 @@ class Theirs:
             out.register_forward_hook(self._keep(f"heads.{i}", lambda x, _, s=by_head: x[0].unflatten(-1, s)))
         final = inner.ln_f if hasattr(inner, "ln_f") else inner.norm
         final.register_forward_hook(self._keep(f"residual.{config.n_layer}", lambda x, _: x[0]))
-        with torch.no_grad():
-            made = judge(ids[None], output_attentions=True, output_hidden_states=True, use_cache=False)
-        self.logits, self.maps = made.logits[0], torch.stack(made.attentions)[:, 0]
-        self.inside |= {f"residual.{i}": made.hidden_states[i][0] for i in range(config.n_layer)}
+        self._judge, self._ids, inside = judge, ids, self.inside
+        self.logits, self.maps = self.at(torch.arange(len(ids)))
+        self.inside = {**inside, **self._streams}
+
+    @torch.no_grad()
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits and maps of the text at other positions (T,)."""
+        made = self._judge(
+            self._ids[None],
+            position_ids=positions[None],
+            output_attentions=True,
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        self._streams = {f"residual.{i}": x[0] for i, x in enumerate(made.hidden_states[:-1])}
+        return made.logits[0], torch.stack(made.attentions)[:, 0]
 
     def _keep(self, name: str, part: Any) -> Any:
         return lambda _, inputs, output: self.inside.update({name: part(inputs[0] if inputs else None, output)})

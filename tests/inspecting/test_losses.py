@@ -27,7 +27,7 @@ def test_losses_are_those_of_transformers(known: tuple[GPT, Tensor, Theirs]) -> 
 
 
 @every
-@pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
+@pytest.mark.parametrize("batch_tokens", [100, 10_000])
 def test_effects_are_the_losses_without_each_head(
     changes: dict[str, Any], batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -49,7 +50,8 @@ class Sharing:
     """A model with fewer key/value heads.
 
     Attributes:
-        model: the converted model; the source is left as it is.
+        source: the model as it was.
+        model: the converted model, with weights of its own.
         groups: for each layer the query heads of the source that share a key and a value, group by group. Heads of the
             converted model stand in this order.
         errors: (n_layer, n_head) each, by the source's heads.
@@ -58,6 +60,7 @@ class Sharing:
         losses_after: the same of the converted model.
     """
 
+    source: GPT
     model: GPT
     groups: tuple[tuple[tuple[int, ...], ...], ...]
     errors: CircuitErrors
@@ -74,6 +77,12 @@ class Sharing:
     def loss_after(self) -> float:
         """The same of the converted model."""
         return self.losses_after.double().mean().item()
+
+    def on(self, ids: Tensor | Sequence[int]) -> Sharing:
+        """Return the same conversion with the losses of another text, (T,) int64: nothing is converted again."""
+        return dataclasses.replace(
+            self, losses_before=token_losses(self.source, ids), losses_after=token_losses(self.model, ids)
+        )
 
     def in_source_order(self, by_head: Tensor, layer: int) -> Tensor:
         """Put what the converted model has for each head of a layer, (H, ...), into the order of the source's heads."""
@@ -110,10 +119,13 @@ def share_keys(
     method = best_method(config) if method is None else method
     check_method(config, method)
     grouping = best_grouping(method) if grouping is None else grouping
-    orders = group_heads(model, n_kv_head, grouping=grouping, statistics=statistics)
-    before = token_losses(model, ids)
-    source = permute_heads(repeat_heads(model), orders)
-    new = regroup(source, n_kv_head, method=method, grouping="contiguous", statistics=statistics)
+    if n_kv_head == config.kv_heads:
+        orders = [list(range(config.n_head))] * config.n_layer
+        source, new = model, repeat_heads(model, n_kv_head)
+    else:
+        orders = group_heads(model, n_kv_head, grouping=grouping, statistics=statistics)
+        source = permute_heads(repeat_heads(model), orders)
+        new = regroup(source, n_kv_head, method=method, grouping="contiguous", statistics=statistics)
     by_head = torch.zeros(2, config.n_layer, config.n_head, dtype=torch.float64)
     by_layer = torch.zeros(2, config.n_layer, dtype=torch.float64)
     for layer, order in enumerate(orders):
@@ -125,4 +137,5 @@ def share_keys(
         by_layer[:, layer] = lost.sum(1) / whole.sum(1).clamp(min=LEAST)
     size = config.n_head // n_kv_head
     groups = tuple(tuple(tuple(order[i : i + size]) for i in range(0, len(order), size)) for order in orders)
-    return Sharing(new, groups, CircuitErrors(*by_head), CircuitErrors(*by_layer), before, token_losses(new, ids))
+    errors, layer_errors = CircuitErrors(*by_head), CircuitErrors(*by_layer)
+    return Sharing(model, new, groups, errors, layer_errors, token_losses(model, ids), token_losses(new, ids))

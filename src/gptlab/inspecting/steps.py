@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,6 @@ class GenerationStep:
     ends: bool
 
 
-@torch.no_grad()
 def generation_steps(
     lm: LanguageModel,
     ids: Tensor | Sequence[int],
@@ -80,7 +80,7 @@ def generation_steps(
         lm: a model with its tokenizer.
         ids: (T,) int64, the prompt.
         n: most tokens to add; a token that ends texts ends it sooner, and so do learned positions.
-        seed: as in `LanguageModel.generate`; None is 0.
+        seed: as in `LanguageModel.generate`; None takes a new one.
         temperature: as in `Sampling`, and so for the next two.
         top_k: see there.
         top_p: see there.
@@ -91,18 +91,25 @@ def generation_steps(
     Raises:
         GptlabError: no tokenizer, a prompt that the model cannot continue, or impossible settings.
     """
-    tokenizer, model = lm.needs_tokenizer(), lm.model
-    row = as_row(model, ids)
-    check_prompt(row[0].tolist(), model.config)
+    row = as_row(lm.model, ids)
+    lm.needs_tokenizer()
+    check_prompt(row[0].tolist(), lm.config)
     check_new_tokens(n)
     if top < 1 or chunk < 1:
         raise GptlabError(f"top and chunk must be at least 1, got {top} and {chunk}")
-    sampling = Sampling(temperature, top_k, top_p, 0 if seed is None else seed)
-    random, vocabulary = random_stream(sampling, 0), lm.vocabulary()
-    length = row.shape[1]
-    cache = model.make_cache(1, min(length + n, longest_text(model.config)), chunk=chunk)
+    sampling = Sampling(temperature, top_k, top_p, secrets.randbits(32) if seed is None else seed)
+    return _steps(lm, row, n, sampling, top, chunk)
+
+
+@torch.no_grad()
+def _steps(
+    lm: LanguageModel, row: Tensor, n: int, sampling: Sampling, top: int, chunk: int
+) -> Iterator[GenerationStep]:
+    tokenizer, model, vocabulary = lm.needs_tokenizer(), lm.model, lm.vocabulary()
+    random, length, limit = random_stream(sampling, 0), row.shape[1], longest_text(lm.config)
+    cache = model.make_cache(1, min(length + n, limit), chunk=chunk)
     new = row
-    for _ in range(min(n, longest_text(model.config) - length + 1)):
+    for _ in range(min(n, limit - length + 1)):
         start = time.perf_counter()
         logits = allowed(_read(model, new, cache, chunk), vocabulary["vocab_size"], vocabulary["never"])
         uniform = torch.tensor([random.random()], dtype=torch.float64, device=logits.device)
