@@ -304,6 +304,13 @@ def conversion_table() -> str:
     return table({name: study_results(name) for name in there})
 
 
+def conversion_digest() -> str:
+    from conversion_tables import DIGEST, STUDIES, table
+
+    there = (name for name in STUDIES if (ROOT / "docs" / "results" / kept(name)[0]).exists())
+    return table({name: study_results(name) for name in there}, DIGEST)
+
+
 def conversion_headline() -> str:
     from conversion_tables import STUDIES, headline
 
@@ -315,6 +322,31 @@ def real_table() -> str:
     from real_study import table
 
     return table(study_results("real")) if (ROOT / "docs" / "results" / kept("real")[0]).exists() else ""
+
+
+def viewed(name: str) -> Any:
+    """A kept study as the report asks for it."""
+    from gptlab.report.view import read_study
+
+    return read_study(ROOT / "docs" / "results", kept(name))
+
+
+def small_models() -> str:
+    from study_tables import small_models
+
+    return small_models(viewed("standard"))
+
+
+def measured(change: str) -> str:
+    from study_tables import measured
+
+    return measured(change, viewed("standard"), cards())
+
+
+def gpt2_sizes() -> str:
+    from study_tables import gpt2_sizes
+
+    return gpt2_sizes(viewed("standard"), viewed("real"), cards())
 
 
 def drawings() -> dict[Path, bytes]:
@@ -335,14 +367,15 @@ def _heads_drawing() -> dict[Path, bytes]:
 
 
 def _real_drawing() -> dict[Path, bytes]:
-    image, end = ROOT / "docs/images/real.svg", stamp("real")
-    if not (ROOT / "docs" / "results" / kept("real")[0]).exists() or (
-        image.exists() and image.read_bytes().endswith(end)
-    ):
+    folder, end = ROOT / "docs/images", stamp("real")
+    if not (ROOT / "docs" / "results" / kept("real")[0]).exists():
         return {}
-    from real_study import draw
+    from real_study import draw, draw_windows, windows
 
-    return {image: draw(study_results("real")) + end}
+    values = study_results("real")
+    made = {"real.svg": draw} | ({"real-windows.svg": draw_windows} if windows(values) else {})
+    old = {name for name in made if (folder / name).exists() and (folder / name).read_bytes().endswith(end)}
+    return {folder / name: make(values) + end for name, make in made.items() if name not in old}
 
 
 def kept(name: str) -> tuple[str, str]:
@@ -359,7 +392,7 @@ def excerpt(folder: Path, name: str) -> tuple[Any, list] | None:
     from gptlab.report.view import read_study
 
     study = read_study(folder, kept(name))
-    return study, excerpt(study, " and ".join(f"[{file}](results/{file})" for file in kept(name)))
+    return study, excerpt(study, " and ".join(f"[{file}](../results/{file})" for file in kept(name)))
 
 
 def study(name: str) -> str:
@@ -368,7 +401,7 @@ def study(name: str) -> str:
         return ""
     from gptlab.report.page import render
 
-    return render("report.md.j2", *kept, {}, level=2, folder=f"results/{name}").strip()
+    return render("report.md.j2", *kept, {}, folder=f"../results/{name}").strip()
 
 
 def figures(name: str) -> dict[Path, bytes]:
@@ -402,9 +435,13 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "precisions": precisions,
     "conversion heads": conversion_heads,
     "conversion table": conversion_table,
+    "conversion digest": conversion_digest,
     "conversion headline": conversion_headline,
     "llama sizes": llama_sizes,
     "real table": real_table,
+    "small models": small_models,
+    "gpt2 sizes": gpt2_sizes,
+    **{f"measured {change}": functools.partial(measured, change) for change in ("rope", "gqa", "swa")},
     **{name: functools.partial(study, name) for name in STUDIES},
 }
 
@@ -456,7 +493,8 @@ def current(path: Path) -> str:
 def pages() -> list[Path]:
     """All files with generated parts."""
     cards = ROOT.glob("src/gptlab/assets/*/README.md")
-    return [ROOT / "README.md", *ROOT.glob("CONTRIBUTING.md"), *sorted((ROOT / "docs").glob("*.md")), *sorted(cards)]
+    docs = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/appendix").glob("*.md"))]
+    return [ROOT / "README.md", *ROOT.glob("CONTRIBUTING.md"), *docs, *sorted(cards)]
 
 
 def stale() -> dict[Path, bytes | None]:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
+from gptlab.formatting import signed
 from gptlab.model.cost import cache_bytes
+from gptlab.report.blocks import identical, in_noise
 from gptlab.study.results import Checkpoint, Conversion, Interval, Results
 
 STUDIES = ("convert", "convert-8m")
 """In the order of the columns; those without results are left out."""
 METHODS = ("svd", "procrustes", "mean", "first", "random")
+ALL = "all three: 2 key heads, RoPE, fit, window 128"
+DIGEST = (
+    *("half of the key heads, svd", "half of the key heads, mean", "2 key heads, svd", "2 key heads, mean"),
+    *("1 key head, svd", "1 key head, mean", "RoPE, fit", "RoPE, abrupt", "window 128", "window 128, 4 sinks"),
+    *(ALL, f"{ALL}, distilled, attention faster"),
+)
+"""The rows that docs/conversion_results.md shows."""
 
 
-def table(studies: Mapping[str, Results]) -> str:
+def table(studies: Mapping[str, Results], only: Collection[str] = ()) -> str:
     """Return Markdown.
 
     Args:
         studies: the results of `STUDIES`, by name; empty gives an empty text.
+        only: titles of the rows to show, then with intervals; all without, where none are named.
     """
     if not studies:
         return ""
@@ -25,11 +35,13 @@ def table(studies: Mapping[str, Results]) -> str:
     heads = [f"{_base(studies[name])}, {when}" for name in columns for when in ("0%", f"{100 * last:g}%")]
     rows = [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     for title, names in _rows(studies).items():
+        if only and title not in only:
+            continue
         cells = []
         for study in columns:
             about = converted(studies[study]).get(names.get(study, ""))
             by_share = {c.share: c for c in about.checkpoints} if about else {}
-            cells += [_cell(by_share.get(share)) for share in (0.0, last)]
+            cells += [_cell(by_share.get(share), bool(only)) for share in (0.0, last)]
         rows.append(f"| {title} | {' | '.join(cells)} |")
     of = (f"{_base(studies[name])} {_pretraining(studies[name]) / 1e6:.1f} million" for name in columns)
     rows.append(
@@ -42,7 +54,7 @@ def table(studies: Mapping[str, Results]) -> str:
 
 
 def headline(results: Results, name: str = "all-fit-distilled-faster") -> str:
-    """Return what all three changes at once cost, in one sentence.
+    """Return what all three changes at once cost, in a few sentences.
 
     Args:
         results: of the study ``convert``.
@@ -53,30 +65,33 @@ def headline(results: Results, name: str = "all-fit-distilled-faster") -> str:
     before, after = base.config, variant.config
     sizes = [cache_bytes(config, before.context_length, 2) / 2**20 for config in (before, after)]
     first, last = (about.checkpoints[i] for i in (0, -1))
-    taught = any(setting.startswith("distill.") for setting in about.settings)
-    how = ", with the original as teacher" if taught else ""
+    how = ", with the original as teacher" if any(setting.startswith("distill.") for setting in about.settings) else ""
     return (
         f"A trained model converted: `{base.label}` with {after.kv_heads} of its {before.kv_heads} key heads, rotary"
         f" positions and a window of {after.windows[0]} needs {sizes[1]:.2f} MiB of cache for {before.context_length}"
-        f" tokens in place of {sizes[0]:.2f}. Right after the conversion its loss is {_apart(first.difference)} that"
-        f" of the base. After continued training for {100 * last.share:g}% of its pre-training{how}, it is"
-        f" {_apart(last.difference)} that of the base after the same training. 95% intervals over documents, one seed"
-        " ([results](docs/conversion_results.md))."
+        f" tokens in place of {sizes[0]:.2f}. Loss added, in nats per token: {_with_interval(first.difference)} right"
+        f" after the conversion; {_untouched(results, name)} after continued training for {100 * last.share:g}% of its"
+        f" pre-training{how}; {_with_interval(last.difference)} against the original after the same training. 95%"
+        " intervals over documents, one seed ([results](docs/conversion_results.md))."
     )
 
 
-def _apart(gap: Interval | None) -> str:
-    """A difference in words, to be followed by what it is to."""
-    assert gap is not None
-    assert gap.low is not None
-    assert gap.high is not None
-    low, high = gap.low, gap.high
-    if low <= 0 <= high:
-        signed = (f"{value:+.3f}".replace("-", "−") for value in (gap.mean, low, high))
-        return "within noise ({} nats per token, {} to {}) of".format(*signed)
-    ends = sorted((abs(low), abs(high)))
-    where = "higher" if gap.mean > 0 else "lower"
-    return f"{abs(gap.mean):.3f} nats per token ({ends[0]:.3f} to {ends[1]:.3f}) {where} than"
+def _with_interval(gap: Interval | None) -> str:
+    if gap is None or gap.low is None or gap.high is None:
+        return "not measured" if gap is None else signed(gap.mean)
+    noise = ", within noise" if in_noise(gap) else ""
+    return f"{signed(gap.mean)} ({signed(gap.low)} to {signed(gap.high)}{noise})"
+
+
+def _untouched(results: Results, name: str) -> str:
+    """The final loss less that of the base as it was, and a bound: two upper ends added hold at 95% at least."""
+    variant, base = results.variants[name], results.variants[results.study.base]
+    assert variant.quality is not None
+    assert base.quality is not None
+    reference = results.variants[variant.reference or results.study.base]
+    highs = [gap.high for one in (variant, reference) if (gap := one.difference) and gap.high is not None]
+    bound = f" (at most {signed(sum(highs))})" if len(highs) == 2 else ""
+    return f"{signed(variant.quality.nats_per_token - base.quality.nats_per_token)}{bound}"
 
 
 def converted(results: Results) -> dict[str, Conversion]:
@@ -137,9 +152,12 @@ def _rank(title: str) -> tuple[int, int]:
     return kind, method
 
 
-def _cell(checkpoint: Checkpoint | None) -> str:
+def _cell(checkpoint: Checkpoint | None, interval: bool) -> str:
     if checkpoint is None or checkpoint.difference is None:
         return ""
     gap = checkpoint.difference
-    text = f"{gap.mean:+.3f}".replace("-", "−") if abs(gap.mean) >= 5e-4 else "0.000"
-    return f"({text})" if gap.low is not None and gap.high is not None and gap.low <= 0 <= gap.high else text
+    if identical(gap):
+        return "identical"
+    text = f"({signed(gap.mean)})" if in_noise(gap) else signed(gap.mean)
+    shown = interval and gap.low is not None and gap.high is not None
+    return f"{text} [{signed(gap.low or 0)}, {signed(gap.high or 0)}]" if shown else text

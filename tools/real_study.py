@@ -1,4 +1,4 @@
-"""What the kept study `real` found, for the top of docs/results.md: one table and one figure."""
+"""What the kept study `real` found, for the top of docs/results.md: one table and two figures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def table(results: Results) -> str:
     base = results.variants[results.study.base]
     far = base.by_position.buckets[-1] if base.by_position else (0, 0)
     distances = [copy.distance for copy in base.copying]
-    heads = ["cache, MiB", "loss", "less SmolLM2's", "95% interval", f"after {far[0]:,} to {far[1]:,} tokens"]
+    heads = ["cache, MiB", "loss", "added", "95% interval", f"after {far[0]:,} to {far[1]:,} tokens"]
     heads += [f"copies from {distance}" for distance in distances]
     rows = [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     rows += [f"| {one.label} | {' | '.join(_cells(one))} |" for one in results.variants.values()]
@@ -37,10 +37,35 @@ def table(results: Results) -> str:
     rows.append(
         f"\nNats per token. Cache of one sequence of {CONTEXT:,} tokens in bfloat16. Loss: {quality.tokens:,} tokens of"
         f" {quality.documents} documents of {quality.text}, {quality.protocol}; intervals by paired bootstrap over"
-        f" documents. The fifth column: {position.protocol}. Copies: share of the tokens of random strings that are"
-        " reproduced so many tokens after they stood there first."
+        f" documents. After {far[0]:,} to {far[1]:,} tokens: {position.protocol}. Copies: share of the tokens of random"
+        " strings that are reproduced so many tokens after they stood there first."
     )
+    if windows(results):
+        rows.append("\n![Loss added against the window, by the number of sinks.](images/real-windows.svg)")
     return "\n".join(rows)
+
+
+def windows(results: Results) -> dict[int, list[tuple[int, float]]]:
+    """Return (window, loss added) by the number of sinks, of the conversions that change nothing else.
+
+    Empty where no two windows can be compared.
+    """
+    points: dict[int, list[tuple[int, float]]] = {}
+    for variant in results.variants.values():
+        about, gap = variant.conversion, variant.difference
+        if about and gap and set(about.changes) <= {"window", "sinks"} and isinstance(about.changes["window"], int):
+            points.setdefault(about.changes.get("sinks", 0), []).append((about.changes["window"], gap.mean))
+    return {sinks: sorted(row) for sinks, row in sorted(points.items())} if max(map(len, points.values())) > 1 else {}
+
+
+def draw_windows(results: Results) -> bytes:
+    """Return the loss added against the window, a line for each number of sinks, as SVG."""
+    series = []
+    for i, (sinks, row) in enumerate(windows(results).items()):
+        x, y = zip(*row, strict=True)
+        label = "no sinks" if not sinks else f"{sinks} sink{'s' * (sinks > 1)}"
+        series.append(Series(label, Look(COLOURS[i % len(COLOURS)]), x, y, marks=True))
+    return encode(lines.draw(series, "window (tokens)", "loss added (nats per token)", powers=True, zero=True), "svg")
 
 
 def _cells(variant: Variant) -> list[str]:

@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptlab.errors import GptlabError
-from gptlab.formatting import MINUS, signed
+from gptlab.formatting import signed
 from gptlab.study.results import Interval
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
 
-NOISE = "within noise"
+NOISE, IDENTICAL = "within noise", "identical"
+ROUNDING = 5e-6
+"""Nats per token below which a difference is arithmetic: the two models compute the same function."""
 REQUIRED = "a report needs markdown-it-py, matplotlib and jinja2; install them: pip install 'gptlab[report]'"
 
 
@@ -180,22 +182,29 @@ def ends(interval: Interval) -> tuple[float, float] | None:
     return None if interval.low is None or interval.high is None else (interval.low, interval.high)
 
 
+def identical(interval: Interval) -> bool:
+    """Return whether a difference and its interval are nothing but rounding: no noise, the same function."""
+    return max(map(abs, (interval.mean, *(ends(interval) or ())))) < ROUNDING
+
+
 def in_noise(interval: Interval) -> bool:
-    """Return whether an interval covers zero."""
+    """Return whether an interval covers zero, where there is a difference at all."""
     around = ends(interval)
-    return around is not None and around[0] <= 0 <= around[1]
+    return around is not None and around[0] <= 0 <= around[1] and not identical(interval)
 
 
 def nats(difference: Interval | float) -> str:
     """Return a difference of the loss with its sign, in as many decimals as it, or its interval, needs."""
+    if isinstance(difference, Interval) and identical(difference):
+        return IDENTICAL
     if isinstance(difference, Interval):
         return signed(difference.mean, _places(difference.mean, ends(difference)))
     return signed(difference, _places(difference, None))
 
 
 def span(interval: Interval) -> str:
-    """Return the ends of an interval, or nothing where it has none."""
-    around = ends(interval)
+    """Return the ends of an interval, or nothing where it has none or nothing differs."""
+    around = None if identical(interval) else ends(interval)
     return " to ".join(signed(end, _places(interval.mean, around)) for end in around or ())
 
 
@@ -206,18 +215,11 @@ def bracketed(interval: Interval) -> str:
 
 def direction(interval: Interval, below: str = "lower loss", above: str = "higher loss") -> str:
     """Return what a difference says in two words."""
+    if identical(interval):
+        return IDENTICAL
     if in_noise(interval):
         return NOISE
     return "no interval" if ends(interval) is None else below if interval.mean < 0 else above
-
-
-def verdict(interval: Interval) -> str:
-    """Return what a difference of the loss says: its direction, its size, and whether it is more than noise."""
-    if in_noise(interval):
-        return f"{NOISE}, {nats(interval)} nats per token (95% interval {span(interval)})"
-    size = nats(interval).lstrip(f"+{MINUS}")
-    words = f"{size} nats per token {'lower' if interval.mean < 0 else 'higher'}"
-    return f"{words} ({f'95% interval {span(interval)}' if ends(interval) else 'no interval; it may be noise'})"
 
 
 def _places(mean: float, around: tuple[float, float] | None) -> int:

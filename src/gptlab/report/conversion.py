@@ -11,14 +11,13 @@ from gptlab.plotting.lines import Series
 from gptlab.plotting.style import COLOURS, INK, STROKES, Look
 from gptlab.report.blocks import (
     VARIANT,
-    Block,
     Column,
-    Paragraph,
     Picture,
     Section,
     Table,
     bracketed,
     ends,
+    identical,
     in_noise,
     literal,
     side_by_side,
@@ -51,33 +50,12 @@ def conversion(study: Study) -> Section:
     about, by_kind = study.about.conversion, families(study)
     if about is None or not by_kind:
         return Section("conversion", "Conversion", [])
-    blocks = [*_method(study, about), _losses(study, about), *side_by_side(_curves(study, by_kind))]
+    blocks = [_losses(study, about), *side_by_side(_curves(study, by_kind))]
     return Section("conversion", "Conversion", [*blocks, *_rivals(study), _steps(study)])
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:g}%"
-
-
-def _method(study: Study, about: Conversions) -> list[Block]:
-    """What was done, and what the figures mean."""
-    base = study.label(study.base_name)
-    text = f"Every variant is a conversion of {base}. Conversions were fitted on {literal(about.calibration)}."
-    if about.recipe is None or about.pretraining_tokens is None:
-        return [Paragraph(f"{text} There was no continued training. Differences are to {base}.")]
-    text += (
-        f" Variants with figures after 0% were then trained further (uptraining). Shares are of the"
-        f" {count(about.pretraining_tokens)} tokens of pre-training. Each row is one run, evaluated along the way."
-    )
-    if about.recipe["schedule"]["kind"] != "constant":
-        text += " The learning rate decays to the end of the run: a shorter run would do better at its own end."
-    if about.reference is None:
-        return [Paragraph(f"{text} Differences right after conversion are to {base}.")]
-    text += (
-        f" Differences at 0% are to {base}. Later ones are to {study.label(about.reference)}: the same {base} after"
-        " continued training on the same tokens in the same order."
-    )
-    return [Paragraph(text)]
 
 
 def _losses(study: Study, about: Conversions) -> Table:
@@ -97,13 +75,17 @@ def _losses(study: Study, about: Conversions) -> Table:
     if len(shares) > 1:
         columns += [Column("recovered"), Column(f"95% interval, {_percent(shares[0])}")]
     columns.append(Column(f"95% interval, {_percent(shares[-1])}"))
-    first = f"the loss of {study.label(about.reference)}, and " if about.reference else ""
-    note = (
-        f"Nats per token on {study.text}: {first}how much higher the others are, by share of the pre-training; 0% is"
-        " right after conversion. In brackets: within noise."
-    )
+    base = study.label(study.base_name)
+    note = f"Nats per token on {study.text}, less {base}'s at 0%, which is right after the conversion"
+    if about.reference and about.pretraining_tokens:
+        note += f"; after that less those of {study.label(about.reference)}, {base} after the same continued training,"
+        note += " whose own losses stand in its row"
+    note += ". In brackets: within noise."
     if len(shares) > 1:
-        note += " Recovered: the part of the loss added by the conversion that continued training removed."
+        note += f" Shares of {count(about.pretraining_tokens or 0)} tokens of pre-training."
+        note += " Recovered: the part of the added loss that continued training removed."
+        if about.recipe and about.recipe["schedule"]["kind"] != "constant":
+            note += " The rate decays to the end of the run; a shorter run would do better at its own end."
     return Table("Loss added", study.setting, columns, rows, note)
 
 
@@ -119,7 +101,9 @@ def _cell(at: Checkpoint, own: bool) -> str:
 def _recovered(at: Mapping[float, Checkpoint]) -> str:
     """The share of the added loss that is gone at the end; empty where nothing was added, or nobody trained."""
     first, last = at[min(at)].difference, at[max(at)].difference
-    if len(at) < 2 or first is None or last is None or first.mean <= 0 or in_noise(first) or ends(first) is None:
+    if len(at) < 2 or first is None or last is None or ends(first) is None or identical(first):
+        return ""
+    if first.mean <= 0 or in_noise(first):
         return ""
     back = 1 - last.mean / first.mean
     return f"{100 * back:.1f}%" if 0.9 < back < 1 else "all" if back >= 1 else f"{100 * back:.0f}%" if back >= 0 else ""
@@ -161,21 +145,26 @@ def _reversed(gap: Interval) -> Interval:
 
 def _steps(study: Study) -> Table:
     """How each variant was made, its size, and how far its outputs moved."""
-    context, rows, measured = study.configs[study.base_name].context_length, [], 0
-    for name, variant in study.variants.items():
-        if (about := variant.conversion) is None:
-            continue
-        moved, measured = about.divergence, max(measured, about.divergence_tokens)
+    context = study.configs[study.base_name].context_length
+    abouts = {name: about for name, variant in study.variants.items() if (about := variant.conversion)}
+    measured = max(about.divergence_tokens for about in abouts.values())
+    own = any(about.settings for about in abouts.values())
+    rows = []
+    for name, about in abouts.items():
         row = [f"**{study.label(name)}**", "; ".join(literal(step) for step in about.steps) or "none"]
-        row += [count(variant.parameters["total"]), memory(study.cache(name, context) or 0)]
-        row.append("-" if moved is None else "0" if moved < 1e-6 else digits(moved, 2))
-        rows.append([*row, literal(", ".join(about.settings))])
+        row += [count(study.variants[name].parameters["total"]), memory(study.cache(name, context) or 0)]
+        moved = about.divergence
+        row += ["-" if moved is None else "0" if moved < 1e-6 else digits(moved, 2)] * (measured > 0)
+        rows.append([*row, *[literal(", ".join(about.settings))] * own])
     columns = [VARIANT, Column("conversion", "text"), Column("parameters"), Column(f"cache, {count(context)} tokens")]
-    columns += [Column("divergence"), Column("own settings", "text")]
-    note = (
-        "Divergence: KL(base || converted) of the next token's distribution right after conversion, in nats per token,"
-        f" the mean over {count(measured)} tokens of the held-out text. Cache in bfloat16."
-    )
+    note = "Cache in bfloat16."
+    if measured:
+        columns.append(Column("divergence"))
+        note += (
+            " Divergence: KL(base || converted) of the next token's distribution right after conversion, in nats per"
+            f" token, the mean over {count(measured)} tokens of the held-out text."
+        )
+    columns += [Column("own settings", "text")] * own
     return Table("How each was made", study.setting, columns, rows, note)
 
 

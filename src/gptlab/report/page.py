@@ -20,7 +20,7 @@ from gptlab.report.making import making, samples
 from gptlab.report.operation import beyond, operation
 from gptlab.report.quality import quality
 from gptlab.report.speed import speed
-from gptlab.report.summary import in_brief, summary
+from gptlab.report.summary import summary
 from gptlab.report.texts import template as template_of
 from gptlab.report.view import Study, read_study
 
@@ -64,7 +64,6 @@ def write_report(directory: Path) -> Path:
 def outline(study: Study) -> list[Section]:
     """Return all sections that a report may have, those without content included."""
     return [
-        in_brief(study),
         summary(study),
         quality(study),
         conversion(study),
@@ -85,7 +84,7 @@ def excerpt(study: Study, files: str) -> list[Section]:
         study: what it is about.
         files: where its results lie, in words.
     """
-    sections = [in_brief(study), summary(study), quality(study), conversion(study), beyond(study), claims(study)]
+    sections = [summary(study), quality(study), conversion(study), beyond(study), claims(study)]
     return [section for section in (*sections, making(study, files)) if not section.empty]
 
 

@@ -80,7 +80,7 @@ def where_it_pays(study: Study, change: str) -> list[Block]:
     text = known()[change]["pays"]
     own = _counterparts(study, change).get("gpt2")
     plain = _plain(study, "gpt2") if own else None
-    if own is None or plain is None:
+    if own is None or plain is None or change == "rope":  # nothing to read or to compute is saved
         return [Paragraph(text)]
     configs = [make_config({**ModelConfig().to_dict(), **one.changes}) for one in (plain, own)]
     machine, rows = study.machine, []

@@ -63,26 +63,25 @@ def speed(study: Study) -> Section:
 
 def _fit(study: Study, machine: roofline.Machine) -> list[Block]:
     """How far the measured points are from the prediction."""
-    shares, gaps = [], []
+    rows = []
     for name, config in study.configs.items():
+        shares, gaps = [], []
         for point in timed.decode if (timed := study.timed(name)) else ():
             step = roofline.predict(config, machine, context=point.context, batch=point.batch, dtype=study.dtype)
-            shares.append(1000 * step.seconds / point.milliseconds)
+            shares.append(100_000 * step.seconds / point.milliseconds)
             gaps.append(point.milliseconds - 1000 * step.seconds)
-    if not shares:
+        if shares:
+            found = (min(shares), statistics.median(shares), max(shares))
+            row = [f"**{study.label(name)}**", str(len(shares)), *(f"{share:.0f}%" for share in found)]
+            rows.append([*row, digits(statistics.median(gaps), 2)])
+    if not rows:
         return []
-    share, gap, above = statistics.median(shares), statistics.median(gaps), sum(share > 1 for share in shares)
-    text = f"Over {len(shares)} measured points, decoding reaches {100 * share:.0f}% of the predicted limit (median;"
-    text += f" {100 * min(shares):.0f} to {100 * max(shares):.0f}%)."
-    if gap > 0:
-        text += f" A step takes {digits(gap, 2)} ms longer than predicted (median). The formula leaves out"
-        text += f" {known()['prediction']['leaves_out']}."
-        text += " In models this small, that is more than half of a step." if share < 0.5 else ""
-    if above:
-        smallest = min(v.parameters["total"] for v in study.variants.values()) * roofline.BYTES[study.dtype]
-        text += f" {above} point{'s are' if above > 1 else ' is'} above the limit: weights of {memory(smallest)} may"
-        text += " stay in the processor's caches, which are faster than the memory."
-    return [Paragraph(text)]
+    columns = [VARIANT, Column("points"), Column("least"), Column("median"), Column("most"), Column("ms longer")]
+    note = (
+        "Share of the predicted limit that decoding reaches, and how much longer a step takes (median). The formula"
+        f" leaves out {known()['prediction']['leaves_out']}. Above 100%: weights that stay in the processor's caches."
+    )
+    return [Table("Measured against predicted", study.setting, columns, rows, note)]
 
 
 def calculator(study: Study, machine: roofline.Machine) -> dict[str, Any]:

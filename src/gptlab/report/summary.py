@@ -1,8 +1,7 @@
-"""The head of the report: the main results in brief, and the table of variants with quality against memory."""
+"""The head of the report: the table of variants, and quality against memory."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from gptlab.formatting import count, listed, memory, times
@@ -12,94 +11,43 @@ from gptlab.plotting.lines import Series, merged
 from gptlab.report.blocks import (
     VARIANT,
     Block,
-    Bullets,
     Column,
     Paragraph,
     Picture,
     Section,
     Table,
     ends,
-    in_noise,
     literal,
     nats,
     side_by_side,
     span,
-    verdict,
 )
-from gptlab.report.claims import claim_words
-from gptlab.report.view import NAMES, Study, tokens
+from gptlab.report.view import Study, tokens
 from gptlab.study.papers import TIE
 
 
-def in_brief(study: Study) -> Section:
-    """Return what each change did, in a sentence or two each, and what failed."""
-    items = []
-    for change in NAMES:
-        items += [_finding(study, name, study.made(name)) for name in _best_first(study, study.alone(change))[:3]]
-    every = _best_first(study, [name for name in study.variants if set(NAMES) <= study.kinds[name]])
-    if every and "other" not in study.kinds[every[0]]:
-        converted = study.variants[every[0]].source == "converted"  # there are several ways to convert
-        items.append(_finding(study, every[0], study.made(every[0]) if converted else "All three together"))
-    items += [f"**Claims.** {claim_words(study)}."] if study.claims else []
-    blocks: list[Block] = [Bullets(items)] if items else []
-    blocks += [Paragraph(note, "note") for note in _caveats(study)]
+def summary(study: Study) -> Section:
+    """Return the table of all variants, what its intervals cover, what failed, and the figures of quality and cache."""
+    table = variants_table(study, "Variants", list(study.variants), {n: study.label(n) for n in study.variants})
+    blocks: list[Block] = [table]
+    if caveats := _caveats(study):
+        blocks.append(Paragraph(caveats, "note"))
     if study.failures:
         runs = sum(len(v.runs) for v in study.variants.values())
         failed = f"**{len(study.failures)} of {runs} runs failed** and are left out of all figures"
         blocks.append(Paragraph(f"{failed}: {'; '.join(study.failures)}.", "warning"))
-    return Section("in-brief", "In brief", blocks)
+    return Section("summary", "Summary", [*blocks, *side_by_side([*_pareto(study), *_cache(study)])])
 
 
-def _best_first(study: Study, names: Sequence[str]) -> list[str]:
-    """Where there are many ways to one change, those that were uptrained, by their loss; else as they are."""
-    if any(study.variants[name].source != "converted" for name in names):
-        return list(names)
-    names = [name for name in names if not study.as_converted(name)]
-    return sorted(names, key=lambda name: loss if (loss := study.loss(name)) is not None else math.inf)
-
-
-def _finding(study: Study, name: str, title: str) -> str:
-    """Quality, cache and speed of one variant against the base."""
-    parts, gap = [f"**{title}.**"], study.variants[name].difference
-    if gap is not None:
-        parts.append(f"Loss {verdict(gap)}.")
-    elif study.untrained(name):
-        parts.append("Quality unknown: every run failed.")
-    if study.contexts:
-        context = study.contexts[-1]
-        own, before = study.cache(name, context), study.cache(study.base_name, context)
-        if own and before:
-            words = ", the same as the base" if own == before else f" instead of {memory(before)}"
-            parts.append(f"Cache at {tokens(context)}: {memory(own)}{words}.")
-    decode, reference = study.rates(name, "decode"), study.rates(study.base_name, "decode")
-    if shared := decode.keys() & reference.keys():
-        at = max(shared, key=lambda point: (point[0] * point[1], point[0]))
-        ratio = decode[at] / reference[at]
-        tie = ", a tie" if 1 / TIE < ratio < TIE else ""
-        parts.append(f"Decoding: {times(ratio)} the base's speed{tie} ({tokens(at[0])}, batch {at[1]}).")
-    return " ".join(parts)
-
-
-def _caveats(study: Study) -> list[str]:
-    """What the reader must know before believing the figures."""
-    notes: list[str] = []
-    intervals = [v.difference for v in study.variants.values() if v.difference is not None]
-    for method in sorted({one.method for one in intervals}):
-        ns = sorted({one.n for one in intervals if one.method == method})
-        notes.append(f"Intervals are 95%, {literal(method)} (n = {', '.join(map(str, ns))}).")
-        if "documents" in method:
-            notes.append("They cover the choice of text, not the choice of training seed.")
-    if any(in_noise(one) for one in intervals):
-        notes.append("A difference is called *within noise* if its interval covers zero.")
-    if study.timings:
-        notes.append(f"Speeds that differ by less than a factor of {TIE} are called a tie.")
-    return [" ".join(notes)] if notes else []
-
-
-def summary(study: Study) -> Section:
-    """Return the table of all variants, and the figures of quality and cache."""
-    table = variants_table(study, "Variants", list(study.variants), {n: study.label(n) for n in study.variants})
-    return Section("summary", "Summary", [table, *side_by_side([*_pareto(study), *_cache(study)])])
+def _caveats(study: Study) -> str:
+    """What the intervals cover."""
+    gaps = [v.difference for v in study.variants.values() if v.difference is not None]
+    notes = []
+    for method in sorted({gap.method for gap in gaps}):
+        ns = ", ".join(map(str, sorted({gap.n for gap in gaps if gap.method == method})))
+        covers = "the choice of text, not of the training seed" if "documents" in method else ""
+        notes.append(f"Intervals: 95%, {literal(method)} (n = {ns}){covers and f'; they cover {covers}'}.")
+    return " ".join(notes)
 
 
 def variants_table(study: Study, title: str, names: Sequence[str], titles: dict[str, str]) -> Table:
@@ -109,7 +57,7 @@ def variants_table(study: Study, title: str, names: Sequence[str], titles: dict[
     has_gap = any(study.variants[n].difference for n in names)
     columns = [VARIANT, Column("parameters")]
     columns += [Column("cache per token"), Column(f"cache, {count(context)} tokens")] if context else []
-    columns += [Column("tokens/s")] if point else []
+    columns += [Column("tokens/s"), Column("speed-up")] if point else []
     columns += [Column("loss")] if has_loss else []
     columns += [Column("difference"), Column("95% interval"), Column("", "range")] if has_gap else []
     rows = []
@@ -119,7 +67,7 @@ def variants_table(study: Study, title: str, names: Sequence[str], titles: dict[
         row += [memory(study.per_token(name)), memory(study.cache(name, context) or 0)] if context else []
         if point:
             rate = study.rates(name, "decode").get(point)
-            row.append(count(rate) if rate else "-")
+            row += [count(rate) if rate else "-", speed_up(study, name, point)]
         row += [f"{loss:.3f}" if loss is not None else "-"] if has_loss else []
         if has_gap:
             gap = variant.difference
@@ -127,6 +75,15 @@ def variants_table(study: Study, title: str, names: Sequence[str], titles: dict[
             row += [nats(gap) if gap else without, span(gap) if gap else "", gap]
         rows.append(row)
     return Table(title, study.setting, columns, rows, _note(study, names, has_loss))
+
+
+def speed_up(study: Study, name: str, point: tuple[int, int]) -> str:
+    """Return how many times as fast as the base it decodes: a tie in brackets, nothing for the same architecture."""
+    rate, before = (study.rates(one, "decode").get(point) for one in (name, study.base_name))
+    if not rate or not before or study.configs[name] == study.configs[study.base_name]:
+        return ""
+    ratio = rate / before
+    return f"({times(ratio)})" if 1 / TIE < ratio < TIE else times(ratio)
 
 
 def _note(study: Study, names: Sequence[str], has_loss: bool) -> str:
@@ -142,7 +99,8 @@ def _note(study: Study, names: Sequence[str], has_loss: bool) -> str:
             other = study.label(others.pop())
             notes.append(f"Uptrained variants are compared with {other}, which saw the same number of tokens.")
     if point := study.common_point("decode"):
-        notes.append(f"Decoding measured at {tokens(point[0])} of context, batch {point[1]}, {study.dtype}.")
+        at = f"{tokens(point[0])} of context, batch {point[1]}, {study.dtype}"
+        notes.append(f"Decoding measured at {at}; a speed-up in brackets is a tie, within a factor of {TIE}.")
     return " ".join(notes)
 
 

@@ -1,0 +1,80 @@
+"""What the kept studies measured of GPT-2 and of each change, for the subject pages and docs/results.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gptlab.config import ModelConfig
+from gptlab.formatting import count, memory, millions
+from gptlab.model import cost
+from gptlab.report.blocks import ends, nats, span
+from gptlab.report.summary import speed_up, variants_table
+from gptlab.report.view import Study, tokens
+
+BUILT_IN = {"rope": "pocket-rope", "gqa": "pocket-gqa", "swa": "pocket-swa"}
+
+
+def small_models(study: Study) -> str:
+    """Return Markdown: the table of variants of a study."""
+    table = variants_table(study, "", list(study.variants), {name: study.label(name) for name in study.variants})
+    return f"{table.markdown}\n\n{table.note} {study.setting}."
+
+
+def measured(change: str, study: Study, cards: dict[str, dict[str, Any]]) -> str:
+    """Return what a change alone did to loss, cache, speed and recall, in one line.
+
+    Args:
+        change: ``rope``, ``gqa`` or ``swa``.
+        study: one that makes the change alone.
+        cards: of the built-in models, by name.
+    """
+    name, context = study.alone(change)[0], study.contexts[-1]
+    gap = study.variants[name].difference
+    own, before = (study.cache(one, context) or 0 for one in (name, study.base_name))
+    cache = f"{memory(own)}, as without it" if own == before else f"{memory(own)} in place of {memory(before)}"
+    parts = [
+        f"{study.made(name)}, in a model of {millions(study.base.parameters['total'])} parameters"
+        f" ({study.trained_words}, one learning rate for all variants): loss {nats(gap) if gap else 'not measured'}"
+        f" nats per token{f' ({span(gap)})' if gap and ends(gap) else ''}; cache of {tokens(context)} {cache}"
+    ]
+    if point := study.common_point("decode"):
+        times = speed_up(study, name, point)
+        tie = ", a tie" if times.startswith("(") else ""
+        parts.append(f"decoding {times.strip('()')} the speed{tie} ({tokens(point[0])}, batch {point[1]})")
+    parts.append(f"recall: {_recall(study, name)} (without it: {_recall(study, study.base_name)})")
+    plain, changed = cards["pocket"], cards[BUILT_IN[change]]
+    parts.append(
+        f"`{changed['name']}` after {millions(changed['tokens_trained'])} tokens of Wikipedia, one seed:"
+        f" {changed['nats_per_token']:.3f} where `pocket` has {plain['nats_per_token']:.3f}"
+    )
+    return "; ".join(parts) + ". Intervals: 95%. [All of it](appendix/standard.md)."
+
+
+def _recall(study: Study, name: str) -> str:
+    """What a variant copies, and how far its best head is one for induction."""
+    variant = study.variants[name]
+    copied = max((one.accuracy for one in variant.copying), default=0)
+    score = variant.induction.best_head_score if variant.induction else 0
+    return f"{100 * copied:.0f}% of a random string copied, best induction score {score:.3f}"
+
+
+def gpt2_sizes(study: Study, real: Study, cards: dict[str, dict[str, Any]]) -> str:
+    """Return Markdown: the four published sizes as counted, and what trained models without a change can do."""
+    rows = ["| | parameters | weights, bfloat16 | cache per token | cache, 1,024 tokens | arithmetic per token |"]
+    rows.append("|---|---:|---:|---:|---:|---:|")
+    for size in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+        config = ModelConfig.preset(size)
+        total = sum(cost.parameters(config).values())
+        cells = [count(total), memory(2 * total), memory(cost.cache_bytes_per_token(config, 2))]
+        cells += [memory(cost.cache_bytes(config, 1024, 2))]
+        cells.append(f"{cost.forward_flops(config, 1024).total / 1024 / 1e6:,.0f} MFLOP")
+        rows.append(f"| `{size}` | {' | '.join(cells)} |")
+    plain = cards["pocket"]
+    rows.append(
+        "\nCounted from the configuration: cache in bfloat16, arithmetic of a forward pass over 1,024 tokens. Measured:"
+        f" {study.model_words} after {study.trained_words} has {study.loss(study.base_name):.3f} nats per token on"
+        f" {study.text}; {_recall(study, study.base_name)}. `pocket`, {millions(plain['tokens_trained'])} tokens of"
+        f" Wikipedia: {plain['nats_per_token']:.3f}. {real.label(real.base_name)}, trained for long, with another"
+        f" tokenizer: {_recall(real, real.base_name)}."
+    )
+    return "\n".join(rows)
