@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from gptlab.formatting import signed
 from gptlab.model.cost import cache_bytes
-from gptlab.report.blocks import identical, in_noise
+from gptlab.report.blocks import identical, in_noise, nats
 from gptlab.study.results import Checkpoint, Conversion, Interval, Results
 
 STUDIES = ("convert", "convert-8m")
@@ -90,8 +90,8 @@ def _untouched(results: Results, name: str) -> str:
     assert base.quality is not None
     reference = results.variants[variant.reference or results.study.base]
     highs = [gap.high for one in (variant, reference) if (gap := one.difference) and gap.high is not None]
-    bound = f" (at most {signed(sum(highs))})" if len(highs) == 2 else ""
-    return f"{signed(variant.quality.nats_per_token - base.quality.nats_per_token)}{bound}"
+    bound = f" (at most {nats(sum(highs))})" if len(highs) == 2 else ""
+    return f"{nats(variant.quality.nats_per_token - base.quality.nats_per_token)}{bound}"
 
 
 def converted(results: Results) -> dict[str, Conversion]:

@@ -13,7 +13,7 @@ import pytest
 from helpers import plausible, plausible_conversions
 
 from gptlab.errors import GptlabError
-from gptlab.report.blocks import nats
+from gptlab.report.blocks import nats, span
 from gptlab.study.results import Interval
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -36,8 +36,9 @@ def docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr("sys.argv", ["build_docs.py"])
     (tmp_path / "docs/results").mkdir(parents=True)
+    (tmp_path / "docs/appendix").mkdir()
     (tmp_path / "README.md").write_text("# A project\n")
-    (tmp_path / "docs/results.md").write_text(PAGE)
+    (tmp_path / "docs/appendix/all.md").write_text(PAGE)
     return module
 
 
@@ -68,7 +69,7 @@ def test_the_docs_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_results_there_is_no_section(docs: ModuleType) -> None:
     assert stale(docs) == []
     docs.main()
-    assert (docs.ROOT / "docs/results.md").read_text() == PAGE
+    assert (docs.ROOT / "docs/appendix/all.md").read_text() == PAGE
 
 
 def test_the_page_holds_the_results_own_figures(
@@ -76,21 +77,20 @@ def test_the_page_holds_the_results_own_figures(
 ) -> None:
     directory, results, timed = study(tmp_path)
     keep(directory, docs, monkeypatch)
-    assert "results.md" in stale(docs)
+    assert "appendix/all.md" in stale(docs)
     docs.main()
     assert stale(docs) == []
-    page = (docs.ROOT / "docs/results.md").read_text()
+    page = (docs.ROOT / "docs/appendix/all.md").read_text()
     assert re.findall(r"^#+ .*", page, re.MULTILINE) == [
         "# Results",
-        f"## {results['study']['title']}",
-        "### In brief",
-        "### Summary",
-        "### Quality, and how the changes combine",
-        "### Beyond the trained length",
-        "### Claims of the papers",
-        "### How it was made",
+        f"# {results['study']['title']}",
+        "## Summary",
+        "## Quality, and how the changes combine",
+        "## Beyond the trained length",
+        "## Claims of the papers",
+        "## How it was made",
     ]
-    assert page.startswith("# Results\n\n<!-- standard -->\n## ")
+    assert page.startswith("# Results\n\n<!-- standard -->\n# ")
     assert page.endswith("<!-- end standard -->\n\n<!-- papers -->\n\n<!-- end papers -->\n\nThe end.\n")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
     by_name = {row[0]: row for row in reversed(rows)}  # the first table has all variants
@@ -108,9 +108,9 @@ def test_the_page_holds_the_results_own_figures(
     assert f"; {timed['machine']['date']}" in by_name["machine"][1]
     assert timed["machine"]["processor"] in by_name["machine"][1]
     assert "optimizer.name\u00a0=\u00a0muon" in by_name["recipe"][1]
-    assert "[standard.json](results/standard.json) and [standard-timings.json]" in page
-    for link in re.findall(r"\]\((results/.*?)\)", page):
-        assert (docs.ROOT / "docs" / link).is_file()
+    assert "[standard.json](../results/standard.json) and [standard-timings.json]" in page
+    for link in re.findall(r"\]\((\.\./results/.*?)\)", page):
+        assert (docs.ROOT / "docs/appendix" / link).is_file()
 
 
 def test_what_differs_is_found(
@@ -134,9 +134,11 @@ def test_what_differs_is_found(
     values = json.loads(kept.read_text())
     values["variants"]["rope"]["quality"]["nats_per_token"] += 0.01
     kept.write_text(json.dumps(values))
-    assert stale(docs) == sorted(["results.md", "results/standard/old.svg", *(f"results/standard/{n}" for n in drawn)])
+    assert stale(docs) == sorted(
+        ["appendix/all.md", "results/standard/old.svg", *(f"results/standard/{n}" for n in drawn)]
+    )
     docs.excerpt.cache_clear()
-    with pytest.raises(SystemExit, match=r"^out of date: docs/results.md, .*; run `make docs`$"):
+    with pytest.raises(SystemExit, match=r"^out of date: docs/appendix/all.md, .*; run `make docs`$"):
         docs.main()
     assert not (folder / "effects.svg").exists()  # a check changes nothing
     monkeypatch.setattr("sys.argv", ["build_docs.py"])
@@ -196,45 +198,76 @@ def test_a_study_of_conversions_is_kept_and_shown(
     expected = plausible.study(results).results.variants["svd"].conversion
     assert expected is not None
     assert values["variants"]["svd"]["conversion"] == expected.model_dump(mode="json")
-    page = docs.ROOT / "docs/conversion_results.md"
+    page = docs.ROOT / "docs/appendix/convert.md"
     page.write_text(
         "<!-- convert -->\n\n<!-- end convert -->\n\n<!-- conversion table -->\n<!-- end conversion table -->\n"
     )
     docs.main()
     text = page.read_text()
-    assert "### Conversion\n" in text
+    assert "## Conversion\n" in text
     assert "| **by mean** | +0.200 | +0.060 | +0.030 | 85% | +0.194 to +0.206 | +0.024 to +0.036 |" in text
     assert "| 2 key heads, svd, distilled | +0.010 | (0.000) |" in text
-    for link in re.findall(r"\]\((results/.*?)\)", text):
-        assert (docs.ROOT / "docs" / link).is_file()
+    for link in re.findall(r"\]\((\.\./results/.*?)\)", text):
+        assert (page.parent / link).is_file()
 
 
-def test_the_headline_of_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = tool("conversion_tables", monkeypatch).headline(
-        plausible.study(plausible_conversions.conversion_results()).results, "all"
-    )
-    assert (
-        "with 2 of its 6 key heads, rotary positions and a window of 128 needs 0.12 MiB of cache for 512 tokens" in said
-    )
-    assert (
-        "tokens in place of 1.50. Right after the conversion its loss is 2.200 nats per token (2.194 to 2.206) higher"
-        " than that of the base." in said
-    )
-    assert (
-        "continued training for 5% of its pre-training, it is 0.200 nats per token (0.194 to 0.206) higher than that"
-        in said
-    )
-
-
-def test_a_headline_inside_the_noise_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        ((0.2, 0.194, 0.206), "+0.200 (+0.194 to +0.206)"),
+        ((0.003, -0.001, 0.007), "+0.003 (−0.001 to +0.007, within noise)"),
+    ],
+)
+def test_the_headline_of_conversions(
+    last: tuple[float, float, float], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = plausible_conversions.conversion_results()
-    results["variants"]["all"]["conversion"]["checkpoints"][-1]["difference"] |= {
-        "mean": 0.003,
-        "low": -0.001,
-        "high": 0.007,
+    about = results["variants"]["all"]
+    about["conversion"]["checkpoints"][-1]["difference"] |= dict(zip(("mean", "low", "high"), last, strict=True))
+    about["quality"]["nats_per_token"] = results["variants"]["base"]["quality"]["nats_per_token"] + 0.19
+    text = tool("conversion_tables", monkeypatch).headline(plausible.study(results).results, "all")
+    assert "2 of its 6 key heads, rotary positions and a window of 128 needs 0.12 MiB of cache for 512 tokens" in text
+    assert "in place of 1.50. Loss added, in nats per token: +2.200 (+2.194 to +2.206) right after" in text
+    # Two upper ends are a bound of the sum: of this difference, 0.206, and of the reference's to the base, 0.006.
+    assert "; +0.190 (at most +0.212) after continued training for 5% of its pre-training; " in text
+    assert f"{said} against the original after the same training." in text
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("rope", "cache of 8,192 tokens 24.0\u00a0MiB, as without it; decoding"),
+        ("gqa", "GQA with 2 key/value heads for 6, in a model of 2.66M parameters (8.19M tokens trained, 3 seeds"),
+        ("swa", "cache of 8,192 tokens 384\u00a0KiB in place of 24.0\u00a0MiB; decoding"),
+    ],
+)
+def test_what_a_change_did_stands_in_a_line(change: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, results = tool("study_tables", monkeypatch), plausible.results()
+    study = plausible.study(results, plausible.timings(results))
+    gap = study.variants[change].difference
+    assert gap is not None
+    line = tables.measured(change, study, tool("build_docs", monkeypatch).cards())
+    assert "\n" not in line
+    assert said in line
+    assert f"loss {nats(gap)} nats per token ({span(gap)})" in line
+
+
+def test_windows_are_drawn_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, record = tool("real_study", monkeypatch), SimpleNamespace
+
+    def results(*changes: dict[str, Any]) -> Any:
+        made = {
+            str(i): record(conversion=record(changes=one), difference=record(mean=i / 10))
+            for i, one in enumerate(changes)
+        }
+        return record(variants={"base": record(conversion=None, difference=None), **made})
+
+    sinks, layers = {"window": 64, "sinks": 4}, {"window": [64, None]}
+    assert real.windows(results({"window": 64}, sinks)) == {}
+    assert real.windows(results({"window": 64}, sinks, {"window": 32}, {"n_kv_head": 1}, layers)) == {
+        0: [(32, 0.2), (64, 0.0)],
+        4: [(64, 0.1)],
     }
-    said = tool("conversion_tables", monkeypatch).headline(plausible.study(results).results, "all")
-    assert "within noise (+0.003 nats per token, −0.001 to +0.007) of that of the base after the same training" in said
 
 
 def test_conversions_of_several_studies_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +282,11 @@ def test_conversions_of_several_studies_stand_side_by_side(monkeypatch: pytest.M
             "some": ({"n_kv_head": half, "method": "mean"}, [], [look(0, added), look(0.05, 0.001)]),
             "best": ({"n_kv_head": half, "method": "svd"}, [], [look(0, added / 2), look(0.05, -0.02)]),
             "still": ({"n_kv_head": 1, "method": "first"}, [], [look(0, 1)]),
-            "blend": ({"position": "blend", "rotary": "abrupt"}, ["blend.ramp=pairs"], [look(0, 0), look(0.05, 0.3)]),
+            "blend": (
+                {"position": "blend", "rotary": "abrupt"},
+                ["blend.ramp=pairs"],
+                [look(0, 1e-8, 2e-8), look(0.05, 0.3)],
+            ),
             "all": (
                 {"n_kv_head": 1, "position": "rope", "rotary": "fit", "window": 128},
                 ["distill.teacher=base"],
@@ -274,9 +311,15 @@ def test_conversions_of_several_studies_stand_side_by_side(monkeypatch: pytest.M
         ["half of the key heads, svd", "+0.250", "−0.020", "+0.125", "−0.020"],
         ["half of the key heads, mean", "+0.500", "(+0.001)", "+0.250", "(+0.001)"],
         ["1 key head, first", "+1.000", "", "+1.000", ""],
-        ["RoPE, blend", "(0.000)", "+0.300", "(0.000)", "+0.300"],
+        ["RoPE, blend", "identical", "+0.300", "identical", "+0.300"],
         ["window 8, attention faster", "+0.200", "+0.100", "+0.200", "+0.100"],
         ["all three: 1 key head, RoPE, fit, window 128, distilled", "+0.200", "+0.100", "+0.200", "+0.100"],
     ]
     assert "small 8.2 million, large 8.2 million" in text
     assert len(tables.table({"convert": results("small", 6, 3, 0.5)}).splitlines()[0].split("|")) == 5
+    (row,) = (
+        line
+        for line in tables.table({"convert": results("small", 6, 3, 0.5)}, ["half of the key heads, mean"]).splitlines()
+        if line.startswith("| half")
+    )
+    assert row == "| half of the key heads, mean | +0.500 [+0.496, +0.504] | (+0.001) [−0.003, +0.005] |"
