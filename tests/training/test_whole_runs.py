@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import gptlab
 from gptlab.text.shards import Dataset, open_dataset
 from gptlab.training import hardware, loop, metrics
+from gptlab.training.budget import tokens_trained
 from gptlab.training.curves import read_curve
 from gptlab.training.data import Windows
 from gptlab.training.loop import Result, train
@@ -117,6 +118,24 @@ def test_looking_and_saving_more_often_changes_nothing(data: Dataset, tmp_path: 
 
 
 @pytest.mark.filterwarnings("ignore:window=32 hides nothing")
+def test_windows_shorter_than_the_context(data: Dataset, tmp_path: Path) -> None:
+    """A model of a long context trains as one of a short context does, and keeps its own."""
+    rotary = ("model.position=rope", "budget.tokens=1280")
+    short = train(small(*rotary, "model.context_length=16"), data, tmp_path / "short")
+    rows: list[dict[str, Any]] = []
+    long = train(small(*rotary, "batch.length=16"), data, tmp_path / "long", report=rows.append)
+    assert long.language_model.config.context_length == 32
+    assert (rows[0]["steps"], rows[0]["tokens_per_step"]) == (20, 4 * 16)
+    assert curve(tmp_path / "long") == curve(tmp_path / "short")
+    assert same_weights(long, short)
+    assert tokens_trained(str(tmp_path / "long")) == 1280
+    with pytest.raises(
+        gptlab.GptlabError, match=r"batch\.length=33 exceeds the model's context of 32 tokens; lower it"
+    ):
+        train(small("batch.length=33"), data, tmp_path / "longer")
+    assert not (tmp_path / "longer").exists()
+
+
 def test_variants_see_the_same_data_and_share_their_start(data: Dataset, tmp_path: Path) -> None:
     # A look at the first loss: embeddings, matrices and batches alike, it differs by the positions alone.
     losses = []

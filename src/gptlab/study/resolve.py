@@ -274,9 +274,9 @@ def _milestones(
 def _tokens(variant: Variant, config: ModelConfig, dataset: Dataset | None) -> int | None:
     """The tokens that a run sees, or that a loaded model saw where a card beside it says so."""
     if isinstance(variant, Trained) and dataset is not None:
-        rows, _ = rows_of(dataset, variant.recipe, config.context_length)
-        steps = variant.recipe.steps(config.context_length, len(rows))
-        return steps * variant.recipe.batch.size * config.context_length
+        length = variant.recipe.length(config)
+        rows, _ = rows_of(dataset, variant.recipe, length)
+        return variant.recipe.steps(length, len(rows)) * variant.recipe.batch.size * length
     return card_tokens(variant.model) if isinstance(variant, Loaded) else None
 
 

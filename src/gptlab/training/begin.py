@@ -61,9 +61,10 @@ def first_model(recipe: Recipe, dataset: Dataset, base: LanguageModel | None) ->
             )
         check_schedules(recipe, base.config)
         rope = base.config.rope
-        if rope is not None and rope.scaling is None and rope.trained_length is not None and not recipe.data.items:
+        whole = not recipe.data.items and recipe.length(base.config) == base.config.context_length
+        if rope is not None and rope.scaling is None and rope.trained_length is not None and whole:
             # From here on it is trained on texts as long as its context. A scaling is worked out from the length that
-            # it was made for, which stays, and items are shorter than the context.
+            # it was made for, which stays.
             return rescale(base.model, dataclasses.replace(rope, trained_length=None)).float()
         return base.model.float()
     config = recipe.model_for(dataset.tokenizer.vocab_size)

@@ -57,7 +57,7 @@ def tokens_trained(name: str) -> int | None:
     if not isinstance(facts.get("step"), int) or not isinstance(facts.get("recipe"), dict):
         return None
     recipe = make_recipe(facts["recipe"])
-    length = read_config(directory).context_length
+    length = recipe.length(read_config(directory))
     own = int(facts["step"]) * recipe.batch.size * length
     if recipe.base is None:
         return own

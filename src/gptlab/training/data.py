@@ -186,8 +186,8 @@ class Batches:
                 )
             raise GptlabError(
                 f"the training data has {rows.split.n_tokens:,} tokens, which give {len(rows):,} windows of"
-                f" {rows.length} tokens, too few for one batch of {size}; add text, lower batch.size, or give"
-                " a new model a smaller model.context_length"
+                f" {rows.length} tokens, too few for one batch of {size}; add text, or lower"
+                " batch.size or batch.length"
             )
 
     def __getitem__(self, step: int) -> Batch:

@@ -70,7 +70,7 @@ class Result:
 
 
 def rows_of(dataset: Dataset, recipe: Recipe, length: int) -> tuple[Windows | Items, Windows | Items]:
-    """Return the rows of the training split and of the validation split, for a context of ``length`` tokens."""
+    """Return the rows of the training split and of the validation split, for windows of ``length`` tokens."""
     if recipe.data.items:
         if not dataset.items:
             raise GptlabError(
@@ -134,7 +134,7 @@ def _train(
     if recipe.distill is not None:
         teacher = load_teacher(recipe.distill, model.config, dataset.tokenizer)
         check_teacher(run, teacher, resume)
-    training, validation = rows_of(dataset, recipe, model.config.context_length)
+    training, validation = rows_of(dataset, recipe, recipe.length(model.config))
     batches = Batches(training, recipe.batch.size, recipe.train.seed)
     if model.config.position == "blend" and recipe.blend is None:
         note("positions stay between learned and rotary as they are, since the recipe has no section [blend]")
@@ -157,7 +157,7 @@ def _train(
         batches=batches,
         validation=validation,
         objective=objective,
-        steps=recipe.steps(model.config.context_length, len(training)),
+        steps=recipe.steps(recipe.length(model.config), len(training)),
     )
     if saved is not None:
         loop.restore(*saved)
@@ -204,7 +204,8 @@ def _place(
         teacher.model.to(group.device)
     if group.size == 1:
         spare_embedding(model)
-    steps, length = recipe.steps(config.context_length, len(batches.rows)), config.context_length
+    length = recipe.length(config)
+    steps = recipe.steps(length, len(batches.rows))
     flops = cost.training_flops(config, length)
     if teacher is not None:
         flops += cost.forward_flops(teacher.model.config, length).total
@@ -227,7 +228,7 @@ def _place(
 
 def _plan(recipe: Recipe, name: str, model: GPT, group: Group, steps: int, step: int, compiled: bool) -> dict[str, Any]:
     """The row that opens a run."""
-    length = model.config.context_length
+    length = recipe.length(model.config)
     peak, source = peak_flops(group.device, DTYPES[recipe.train.dtype])
     return {
         "event": "start",

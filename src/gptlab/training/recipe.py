@@ -69,8 +69,8 @@ class Recipe(Section):
         """Leave unset what came later, so that an older recipe, which may be the name of a run, stays what it was."""
         values: dict[str, Any] = dump(self)
         values = {name: value for name, value in values.items() if value is not None or name not in _LATER}
-        if "budget" in values:
-            values["budget"] = {k: v for k, v in values["budget"].items() if v is not None or k not in _LATER}
+        for section in {"budget", "batch"} & values.keys():
+            values[section] = {k: v for k, v in values[section].items() if v is not None or k not in _LATER}
         return values
 
     def model_for(self, vocab_size: int) -> ModelConfig:
@@ -87,8 +87,22 @@ class Recipe(Section):
         preset = str(fields.pop("preset", "tiny"))
         return ModelConfig.preset(preset, **fields, vocab_size=vocab_size)
 
-    def steps(self, context_length: int, n_windows: int) -> int:
-        """Return the steps of the run, for windows of ``context_length`` tokens, ``n_windows`` of them an epoch."""
+    def length(self, config: ModelConfig) -> int:
+        """Return the tokens of a window.
+
+        Raises:
+            GptlabError: more than the model's context.
+        """
+        length = self.batch.length or config.context_length
+        if length > config.context_length:
+            raise GptlabError(
+                f"batch.length={length} exceeds the model's context of {config.context_length} tokens; lower it, or"
+                " leave it out for windows as long as the context"
+            )
+        return length
+
+    def steps(self, length: int, n_windows: int) -> int:
+        """Return the steps of the run, for windows of ``length`` tokens, ``n_windows`` of them an epoch."""
         budget = self.budget
         if budget.steps is not None:
             return budget.steps
@@ -100,11 +114,11 @@ class Recipe(Section):
                 )
             tokens = round(budget.share * budget.of)
         if tokens is not None:
-            return max(tokens // (self.batch.size * context_length), 1)
+            return max(tokens // (self.batch.size * length), 1)
         return max(int((budget.epochs or 0) * n_windows / self.batch.size), 1)
 
 
-_LATER = ("distill", "blend", "narrow", "share", "of")
+_LATER = ("distill", "blend", "narrow", "share", "of", "length")
 
 
 def recipe_names() -> list[str]:

@@ -37,14 +37,16 @@ class DataSettings(Section):
 
 
 class BatchSettings(Section):
-    """The global batch, in windows of the model's context.
+    """The global batch, in windows of one length.
 
     Attributes:
         size: windows of one step, over all processes.
+        length: tokens of a window; None is the model's context, which may be more than a machine can train on.
         micro: windows at once on one process; None is all of its share. Changes memory, and results by rounding only.
     """
 
     size: int = Field(8, ge=1)
+    length: int | None = Field(None, ge=1)
     micro: int | None = Field(None, ge=1)
 
 
