@@ -12,7 +12,7 @@ from helpers.models import disturb, tiny_lm
 from gptlab import GptlabError, LanguageModel
 from gptlab.generation.engine import decode
 from gptlab.generation.sampling import Sampling
-from gptlab.inspecting import generation_steps
+from gptlab.inspecting import ablated, generation_steps
 from gptlab.model import cost
 from gptlab.model.gpt import GPT
 
@@ -81,6 +81,21 @@ def test_bytes_of_the_cache_are_those_of_the_model_of_costs() -> None:
         model = lm(**changes)
         for n, step in enumerate(generation_steps(model, PROMPT, 8, seed=0, chunk=1), start=len(PROMPT)):
             assert step.cache_bytes == cost.cache_bytes(model.config, n, 4)
+
+
+@variants
+def test_generation_sees_what_is_taken_out(changes: dict[str, Any]) -> None:
+    model, zeroed, prompt = lm(**changes), lm(**changes), bytes(PROMPT).decode()
+    with torch.no_grad():
+        zeroed.model.blocks[0].mlp.c_proj.weight.zero_()
+        zeroed.model.blocks[0].mlp.c_proj.bias.zero_()
+    expected, own = (one.generate(prompt, max_new_tokens=20, seed=4) for one in (zeroed, model))
+    with ablated(model.model, mlps=[0]):
+        assert model.generate(prompt, max_new_tokens=20, seed=4) == expected
+        steps = generation_steps(model, PROMPT, 20, seed=4)
+        tokens = [step.chosen.token for step in steps if not step.ends]
+    assert model.needs_tokenizer().decode(tokens) == expected[0] != own[0]
+    assert model.generate(prompt, max_new_tokens=20, seed=4) == own
 
 
 def test_texts_end() -> None:

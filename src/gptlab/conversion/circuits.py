@@ -125,7 +125,7 @@ def pair_energies(read: Tensor, use: Tensor, moment: Tensor) -> Tensor:
     As `energies`, for keys that positions rotate: the largest eigenvalue of a group's part is what one pair keeps.
     """
     rows = _pairs(read, use)
-    return rows @ moment.to(rows.dtype) @ rows.mH
+    return _weigh(rows, moment) @ rows.mH
 
 
 def factorise_pairs(read: Tensor, use: Tensor, moment: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
@@ -140,15 +140,16 @@ def factorise_pairs(read: Tensor, use: Tensor, moment: Tensor, n_groups: int) ->
     Arguments and results as in `factorise`.
     """
     half = read.shape[1] // 2
-    whole = moment.to(torch.complex128)
     shared, mix = [], []
     for reads, uses in zip(read.chunk(n_groups), use.chunk(n_groups), strict=True):
         weighed = _pairs(reads, uses)  # (D / 2, g, N)
-        directions = torch.linalg.eigh(weighed @ whole @ weighed.mH).eigenvectors[..., -1:]  # (D / 2, g, 1)
+        gram = _weigh(weighed, moment) @ weighed.mH  # (D / 2, g, g)
+        directions = torch.linalg.eigh(gram).eigenvectors[..., -1:]  # (D / 2, g, 1)
         one = directions.mH @ weighed  # (D / 2, 1, N)
+        spread = _weigh(one, moment).mH  # (D / 2, N, 1)
         own = torch.complex(reads[:, :half], reads[:, half:])  # (g, D / 2, N)
-        square = (one @ whole @ one.mH).real[..., 0].clamp(min=torch.finfo(torch.float64).tiny)  # (D / 2, 1)
-        factor = (own.transpose(0, 1) @ whole @ one.mH)[..., 0] / square  # (D / 2, g)
+        square = (one @ spread).real[..., 0].clamp(min=torch.finfo(torch.float64).tiny)  # (D / 2, 1)
+        factor = (own.transpose(0, 1) @ spread)[..., 0] / square  # (D / 2, g)
         # The scale: as much as the keys had on average.
         scale = factor.abs().square().mean(1, keepdim=True).sqrt()
         scale = scale.where(scale > 0, 1.0)
@@ -163,6 +164,12 @@ def _pairs(read: Tensor, use: Tensor) -> Tensor:
     half = read.shape[1] // 2
     power = use.diagonal(dim1=1, dim2=2).unflatten(1, (2, half)).sum(1)  # (H, D / 2)
     return (torch.complex(read[:, :half], read[:, half:]) * power.sqrt()[..., None]).transpose(0, 1)
+
+
+def _weigh(rows: Tensor, moment: Tensor) -> Tensor:
+    """Multiply complex rows (D / 2, H, N) by a real matrix (N, N): two real products, each of all rows at once."""
+    real, imaginary = (part.flatten(0, 1) @ moment for part in (rows.real, rows.imag))
+    return torch.complex(real, imaginary).unflatten(0, rows.shape[:2])
 
 
 def _rotations(factors: Tensor) -> Tensor:
@@ -194,19 +201,18 @@ def head_energies(source: Heads, converted: Heads, moments: Moments) -> tuple[Te
         moments: of the layer's inputs.
     """
     before, after = source.expanded(), converted.expanded()
+    width = before.q.shape[1]
+    signs = torch.ones(2 * width, dtype=torch.float64)
+    signs[width:] = -1.0
 
-    def energy(write: Tensor, read: Tensor, weigh: Tensor) -> Tensor:
+    def both(write: Tensor, new_write: Tensor, read: Tensor, new_read: Tensor, weigh: Tensor | None) -> Tensor:
         # |write^T read|^2 in its own width: the Gram matrices of both sides multiplied, element by element.
-        return ((write @ weigh @ write.mT) * (read @ moments.centred @ read.mT)).sum((1, 2))  # (H,)
+        writes, reads = torch.cat([write, new_write], 1), torch.cat([read, new_read], 1)  # (H, 2 D, ...)
+        grams = ((writes if weigh is None else writes @ weigh) @ writes.mT) * (reads @ moments.centred @ reads.mT)
+        lost = (grams * signs[:, None] * signs).sum((1, 2))  # what the difference of the two circuits holds
+        return torch.stack([lost, grams[:, :width, :width].sum((1, 2))])  # (2, H)
 
-    def error(write: Tensor, read: Tensor, new_write: Tensor, new_read: Tensor, weigh: Tensor) -> Tensor:
-        return energy(torch.cat([write, -new_write], 1), torch.cat([read, new_read], 1), weigh)  # (H, 2 D, ...)
-
-    everything = torch.eye(before.o.shape[1], dtype=torch.float64)
-    keys = before.q, before.k
-    values = before.o.mT, before.v
-    lost = (
-        error(*keys, after.q, after.k, moments.uncentred),
-        error(*values, after.o.mT, after.v, everything),
-    )
-    return torch.stack(lost), torch.stack([energy(*keys, moments.uncentred), energy(*values, everything)])
+    keys = both(before.q, after.q, before.k, after.k, moments.uncentred)
+    values = both(before.o.mT, after.o.mT, before.v, after.v, None)
+    lost, whole = torch.stack([keys, values], 1)
+    return lost, whole

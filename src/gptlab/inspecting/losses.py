@@ -84,11 +84,11 @@ def head_effects(model: GPT, ids: Tensor | Sequence[int], progress: Progress | N
                     y = block(x.expand(len(heads), -1, -1), beside, turned)
                 for above in model.blocks[layer + 1 :]:
                     y = above(y, beside, turned)
-                losses[layer, heads] = loss(model.ln_f(y), model.lm_head).double().mean(1).cpu()
+                losses[layer, heads] = loss(model.ln_f(y), model.lm_head).cpu().double().mean(1)
                 if progress is not None:
                     progress(layer * n_head + int(heads[-1]) + 1, n_layer * n_head)
             x = block(x, tokens, rotary)
-        whole = loss(model.ln_f(x), model.lm_head).double().mean().cpu()
+        whole = loss(model.ln_f(x), model.lm_head).cpu().double().mean()
     return (losses - whole).float()
 
 

@@ -75,7 +75,7 @@ def position_scores(model: GPT, ids: Tensor | Sequence[int], layer: int, head: i
         return PositionScores(total, None, None, NO_PAIRS[config.position])
     angles, _ = model.frequencies
     if config.position == "blend":
-        angles = angles * model.rope_scale.double().cpu()
+        angles = angles * model.rope_scale.cpu().double()
     return PositionScores(total, by_channel[:, :half] + by_channel[:, half:], angles, "")
 
 

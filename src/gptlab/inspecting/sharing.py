@@ -71,12 +71,12 @@ class Sharing:
     @property
     def loss_before(self) -> float:
         """Mean loss of the text in nats per token."""
-        return self.losses_before.double().mean().item()
+        return self.losses_before.cpu().double().mean().item()
 
     @property
     def loss_after(self) -> float:
         """The same of the converted model."""
-        return self.losses_after.double().mean().item()
+        return self.losses_after.cpu().double().mean().item()
 
     def on(self, ids: Tensor | Sequence[int]) -> Sharing:
         """Return the same conversion with the losses of another text, (T,) int64: nothing is converted again."""
