@@ -87,7 +87,7 @@ def test_the_page_holds_the_results_own_figures(
         "## Summary",
         "## Quality, and how the changes combine",
         "## Beyond the trained length",
-        "## Claims of the papers",
+        "## Claims",
         "## How it was made",
     ]
     assert page.startswith("# Results\n\n<!-- standard -->\n# ")

@@ -19,7 +19,7 @@ from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.model import cost
 from gptlab.report import page as report
-from gptlab.report.blocks import Section, Table, bracketed, direction, nats, span, to_html, to_plain
+from gptlab.report.blocks import Section, Table, bracketed, direction, nats, probability, span, to_html, to_plain
 from gptlab.report.page import write_report
 from gptlab.report.view import machine_of, read_study
 from gptlab.roofline import Machine
@@ -149,7 +149,7 @@ def test_the_page_is_whole_and_needs_nothing_else(whole: Path) -> None:
         "What changes inside",
         "When does it pay?",
         "Sizes, counted",
-        "Claims of the papers",
+        "Claims",
         "Samples",
         "How it was made",
     ]
@@ -259,6 +259,51 @@ def test_effects_and_interactions_in_a_table(written: Callable[..., tuple[Page, 
     for one in results["effects"]["interactions"].values():
         one.update(between(None, 0.01, None))
     assert "| RoPE × GQA | +0.010 | - | no interval |" in written(results)[1]
+
+
+@pytest.mark.parametrize(("p", "said"), [(None, ""), (0.0, "< 0.0001"), (0.0123, "0.012"), (0.5, "0.50")])
+def test_probabilities_in_two_digits(p: float | None, said: str) -> None:
+    assert probability(p) == said
+
+
+def older(results: Results) -> None:
+    """Let a study have two ages, a count model, a search of rates, and tested claims."""
+    variants = {name: one for name, one in results["variants"].items() if one["difference"]}
+    effects = results["effects"]
+    for one in (*effects["main"].values(), *(variant["difference"] for variant in variants.values())):
+        one.update(p=0.01, adjusted=0.02)
+    base = results["variants"]["base"]
+    baseline = {"label": "count trigram", "definition": "counts", "tokens": 8_192_000}
+    baseline["quality"] = base["quality"] | {"nats_per_token": 4.321}
+    for n in (1_000_000, 8_192_000):
+        age = {"tokens": n, "induction": {}, "copying": {}, "residual": None, "baseline": baseline, "effects": effects}
+        age["quality"] = {name: one["quality"] for name, one in results["variants"].items()}
+        results.setdefault("ages", []).append({**age, "differences": {n: v["difference"] for n, v in variants.items()}})
+    results["baselines"] = [baseline]
+    results["residual"] = {"deviation": 0.01, "df": 14, "by_variant": {}}
+    tried = [{"learning_rate": rate, "variant": "x", "nats_per_token": 4 - rate} for rate in (0.003, 0.01)]
+    results["rates"] = {"rope": [*tried, {"learning_rate": 0.02, "variant": "x", "nats_per_token": None}]}
+    results["claims"] = [claim(True) | {"paper": "", "p": 0.001, "adjusted": 0.004}]
+
+
+def test_ages_rates_a_count_model_and_corrected_probabilities(written: Callable[..., tuple[Page, str]]) -> None:
+    results = plausible.results()
+    older(results)
+    text = written(results)[1]
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    gap = Interval(**results["variants"]["rope"]["difference"])
+    cell = f"{bracketed(gap)} [{span(gap)}]"
+    assert f"| **RoPE** | {cell} | {cell} |" in rows
+    assert "| count trigram | 4.321 | 4.321 |" in rows
+    assert "| count trigram, 8.19M tokens |  |  |  | 4.321 |  |  |" in rows
+    effect = Interval(**results["effects"]["main"]["rope"])
+    assert f"| RoPE | {nats(effect)} | {span(effect)} | 0.020 | {direction(effect)} |" in rows
+    assert f"| RoPE | {bracketed(effect)} [{span(effect)}] | {bracketed(effect)} [{span(effect)}] |" in rows
+    assert "| rope | 3.997 | **3.990** | - |" in rows
+    assert r"| this study | a \< b | 0.1 | **holds** | 0.0010 | 0.0040 | noted True |" in rows
+    assert "pooled over variants: 0.0100 nats per token (14 degrees of freedom)" in text
+    assert "differences-by-age.svg" in text
+    assert "effects-by-age.svg" in text
 
 
 @pytest.mark.parametrize(("speed", "said"), [(110.0, "(1.10×)"), (120.0, "1.20×"), (90.0, "(0.90×)")])

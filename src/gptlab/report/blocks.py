@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptlab.errors import GptlabError
-from gptlab.formatting import signed
+from gptlab.formatting import digits, signed
 from gptlab.study.results import Interval
 
 if TYPE_CHECKING:
@@ -206,6 +206,11 @@ def span(interval: Interval) -> str:
     """Return the ends of an interval, or nothing where it has none or nothing differs."""
     around = None if identical(interval) else ends(interval)
     return " to ".join(signed(end, _places(interval.mean, around)) for end in around or ())
+
+
+def probability(p: float | None) -> str:
+    """Return a p-value in two digits."""
+    return "" if p is None else "< 0.0001" if p < 1e-4 else digits(p, 2)
 
 
 def bracketed(interval: Interval) -> str:

@@ -73,7 +73,8 @@ def _distances(study: Study) -> list[Block]:
 def _wiring(study: Study) -> list[Picture]:
     """Which query heads share which key head, in every way that the study has."""
     shapes: dict[tuple[int, int], list[str]] = {}
-    for name, config in study.configs.items():
+    for name in study.drawn:
+        config = study.configs[name]
         shapes.setdefault((config.n_head, config.kv_heads), []).append(study.name_of(name))
     if all(n_head == kv for n_head, kv in shapes):
         return []

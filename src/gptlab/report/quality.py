@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gptlab.formatting import TIMES, count, memory, percent
+from gptlab.formatting import count, memory, percent
 from gptlab.plotting import lines, points
 from gptlab.plotting.lines import Series
 from gptlab.plotting.style import Look
+from gptlab.report.ages import by_age, rates, term_of
 from gptlab.report.blocks import (
     Block,
     Column,
@@ -19,6 +20,7 @@ from gptlab.report.blocks import (
     direction,
     literal,
     nats,
+    probability,
     side_by_side,
     span,
 )
@@ -36,24 +38,26 @@ def quality(study: Study) -> Section:
     if effects:
         blocks += [_effects(study, effects), *side_by_side([_drawn(effects)])]
     blocks += _ladder(study)
-    blocks += side_by_side([*_training(study), *_differences(study)])
+    blocks += [*side_by_side([*_training(study), *_differences(study)]), *by_age(study), *rates(study)]
     return Section("quality", "Quality, and how the changes combine" if effects else "Quality", blocks)
 
 
 def _effects(study: Study, effects: Effects) -> Table:
-    rows = [[_term(t), nats(one), span(one) or "-", direction(one)] for t, one in effects.main.items()]
-    rows += [
-        [_term(t), nats(one), span(one) or "-", direction(one, "better together", "worse together")]
-        for t, one in effects.interactions.items()
-    ]
-    columns = [Column("effect", "text"), Column("nats per token"), Column("95% interval"), Column("", "text")]
+    rows, corrected = [], any(one.adjusted is not None for one in effects.main.values())
+    for together, terms in ((False, effects.main), (True, effects.interactions)):
+        for term, one in terms.items():
+            words = direction(one, *("better together", "worse together") if together else ())
+            row = [term_of(term), nats(one), span(one) or "-"]
+            rows.append([*row, *[probability(one.adjusted)] * corrected, words])
+    columns = [Column("effect", "text"), Column("nats per token"), Column("95% interval")]
+    columns += [*[Column("p, corrected")] * corrected, Column("", "text")]
     return Table("Effects", study.setting, columns, rows, literal(effects.definition))
 
 
 def _drawn(effects: Effects) -> Picture:
     """Main effects and interactions of a factorial."""
     terms = [*effects.main.items(), *effects.interactions.items()]
-    rows = [(_term(term), one.mean, one.low, one.high) for term, one in terms]
+    rows = [(term_of(term), one.mean, one.low, one.high) for term, one in terms]
     drawing = points.intervals(rows, "change of the loss (nats per token)", len(effects.main))
     caption = (
         "Top: the effect of each change on the loss, averaged over all combinations of the others. Bottom: the"
@@ -61,11 +65,6 @@ def _drawn(effects: Effects) -> Picture:
         " are within noise."
     )
     return Picture("effects", caption, drawing)
-
-
-def _term(term: str) -> str:
-    """An effect's name: RoPE × GQA."""
-    return f" {TIMES} ".join(NAMES.get(part, part) for part in term.split(" x "))
 
 
 def _ladder(study: Study) -> list[Table]:

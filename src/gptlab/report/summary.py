@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gptlab.formatting import count, listed, memory, times
+from gptlab.formatting import count, listed, memory, millions, times
 from gptlab.model import cost
 from gptlab.plotting import lines, points
 from gptlab.plotting.lines import Series, merged
@@ -47,6 +47,9 @@ def _caveats(study: Study) -> str:
         ns = ", ".join(map(str, sorted({gap.n for gap in gaps if gap.method == method})))
         covers = "the choice of text, not of the training seed" if "documents" in method else ""
         notes.append(f"Intervals: 95%, {literal(method)} (n = {ns}){covers and f'; they cover {covers}'}.")
+    if residual := study.results.residual:
+        words = f"{residual.deviation:.4f} nats per token ({residual.df} degrees of freedom)"
+        notes.append(f"Standard deviation of one run, pooled over variants: {words}.")
     return " ".join(notes)
 
 
@@ -74,6 +77,11 @@ def variants_table(study: Study, title: str, names: Sequence[str], titles: dict[
             without = "base" if name == study.base_name else "-"
             row += [nats(gap) if gap else without, span(gap) if gap else "", gap]
         rows.append(row)
+    if len(names) == len(study.variants) and has_loss:  # what counting alone predicts
+        for one in study.results.baselines:
+            label = f"{literal(one.label)}, {millions(one.tokens)} tokens"
+            cells: dict[str, object] = {"variant": label, "loss": f"{one.quality.nats_per_token:.3f}"}
+            rows.append([cells.get(column.title, None if column.kind == "range" else "") for column in columns])
     return Table(title, study.setting, columns, rows, _note(study, names, has_loss))
 
 
