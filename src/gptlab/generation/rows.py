@@ -98,6 +98,7 @@ class _State(NamedTuple):
     text: Text
     random: np.random.Generator
     present: Tensor | None  # (1, V) bool: is the token in the text? None without a repetition penalty
+    alike: Sampling  # without its seed: rows for which it is the same are sampled together
 
 
 class Rows:
@@ -141,7 +142,8 @@ class Rows:
         if row.max_new_tokens == 0:
             row.grown.close("length")
             return
-        self._states.append(_State(row, text, random_stream(row.sampling, row.number), present))
+        alike = replace(row.sampling, seed=0)
+        self._states.append(_State(row, text, random_stream(row.sampling, row.number), present, alike))
         self._first.append(logits)
 
     def drop(self, rows: Iterable[Row]) -> None:
@@ -220,6 +222,8 @@ class Rows:
                 text.length += 1
         else:
             logits = [self._step(texts, ids)] if texts else []
+        if len(logits) == 1 and not self._first:
+            return logits[0]  # most steps need no copy; the first logits of a prompt belong to other rows too
         return torch.cat([*logits, *self._first])
 
     def _choose(self, logits: Tensor) -> Tensor:
@@ -229,7 +233,7 @@ class Rows:
         )
         groups: dict[Sampling, list[int]] = {}
         for i, state in enumerate(self._states):
-            groups.setdefault(replace(state.row.sampling, seed=0), []).append(i)
+            groups.setdefault(state.alike, []).append(i)
         chosen = torch.empty(len(self._states), dtype=torch.int64, device=self._device)
         for sampling, members in groups.items():
             part = logits if len(groups) == 1 else logits[members]

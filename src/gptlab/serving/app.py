@@ -26,7 +26,7 @@ from gptlab.serving.answers import ChatForm, CompletionForm
 from gptlab.serving.errors import Refusal
 from gptlab.serving.http import JSON, Guard, read_body, refused
 from gptlab.serving.requests import Chat, Completion, Detokenize, Generation, Tokenize, parse
-from gptlab.serving.streams import Outbox, answer
+from gptlab.serving.streams import Outbox, Post, answer
 from gptlab.serving.worker import Job, Worker
 
 DEFAULT_MAX_TOKENS = 16
@@ -42,6 +42,7 @@ class Served:
         name: what clients call it.
         max_length: tokens that a text may have, its prompt among them.
         worker: what computes.
+        post: carries what it computes to the requests.
         began: seconds since 1970.
     """
 
@@ -49,6 +50,7 @@ class Served:
     name: str
     max_length: int
     worker: Worker
+    post: Post
     began: int
 
 
@@ -85,7 +87,7 @@ def make_app(
     if queue < 0:
         raise GptlabError(f"the number of texts that may wait cannot be negative, got {queue}")
     worker = Worker(lm, max_length=max_length, slots=slots, queue=queue)
-    served = Served(lm, name, max_length, worker, int(time.time()))
+    served = Served(lm, name, max_length, worker, Post(), int(time.time()))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -185,7 +187,7 @@ async def _answer(
     form: CompletionForm | ChatForm,
     with_usage: bool,
 ) -> Response:
-    outbox = Outbox(asyncio.get_running_loop())
+    outbox = Outbox(asyncio.get_running_loop(), served.post)
     job = Job(rows, outbox.deliver, stream=bool(asked.stream))
     served.worker.submit(job)
     return await answer(request, outbox, form, functools.partial(served.worker.cancel, job), job.stream, with_usage)

@@ -11,6 +11,7 @@ from starlette.applications import Starlette
 
 from gptlab.errors import GptlabError
 from gptlab.serving.http import is_loopback
+from gptlab.serving.protocol import Protocol
 from gptlab.serving.worker import Worker
 
 GRACE = 10.0
@@ -76,12 +77,13 @@ def make_server(app: Starlette) -> Server:
     """Return what serves an application of `gptlab.serving.app`."""
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=Protocol,
         ws="none",
         lifespan="on",
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=int(GRACE) + 5,
     )
     return Server(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
 
@@ -34,17 +35,42 @@ class Form(Protocol):
     def closing(self) -> dict[str, Any]: ...
 
 
-class Outbox:
-    """What the worker's thread hands to the event loop."""
+class Post:
+    """Carries things from the worker's thread to the event loop, which is woken once for all that a step brings."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self) -> None:
+        self._updates: collections.deque[tuple[asyncio.Queue[Any], Any]] = collections.deque()
+        self._woken = False
+
+    def send(self, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], update: Any) -> None:
+        """Put an update into a queue of the loop; called from any thread."""
+        self._updates.append((queue, update))
+        if not self._woken and not loop.is_closed():
+            self._woken = True
+            loop.call_soon_threadsafe(self._hand_out)
+
+    def _hand_out(self) -> None:
+        self._woken = False  # before the first is taken, so that none is left lying
+        while self._updates:
+            queue, update = self._updates.popleft()
+            queue.put_nowait(update)
+
+
+class Outbox:
+    """What the worker's thread hands to a request.
+
+    Args:
+        loop: in which the request is answered.
+        post: one for all requests of the loop.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, post: Post) -> None:
+        self._loop, self._post = loop, post
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
 
     def deliver(self, update: list[Piece] | BaseException | None) -> None:
         """Hand something over; called from any thread."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, update)
+        self._post.send(self._loop, self._queue, update)
 
     def leave(self, _: object) -> None:
         """Note that the client has left; called in the event loop."""

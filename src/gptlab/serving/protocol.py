@@ -1,0 +1,71 @@
+"""Limits of a connection that has asked for nothing yet: the time for its request's head, and how many there may be.
+
+uvicorn has neither: a client that sends a byte a second would hold its connection for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from gptlab.serving.errors import Refusal
+from gptlab.serving.http import written
+
+HEAD_SECONDS = 10.0
+"""That a client has from its first byte, or from connecting, until its request's head is complete."""
+MOST_CONNECTIONS = 768
+"""At a time: below the 1,024 files that a process may have open by default."""
+
+
+class Protocol(H11Protocol):
+    """HTTP/1.1 that closes a connection whose request does not come in time, and those that are too many."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > MOST_CONNECTIONS:
+            self._refuse(Refusal(503, f"the server has {MOST_CONNECTIONS} connections already; close some, or wait"))
+            return
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        """Let the time run while no request is being answered; what follows an answer counts as the next one's head."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._forget()
+        elif self._deadline is None and not self.transport.is_closing():
+            self._deadline = self.loop.call_later(HEAD_SECONDS, self._late)
+
+    def _forget(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _late(self) -> None:
+        self._deadline = None
+        if self.transport.is_closing() or (self.cycle is not None and not self.cycle.response_complete):
+            return
+        if self.cycle is None:
+            self._refuse(Refusal(408, f"the request's head did not come within {HEAD_SECONDS:.0f} seconds"))
+        else:
+            self.transport.close()
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Answer what has not been asked, and close."""
+        body = written(refusal.body)
+        reason = {408: "Request Timeout", 503: "Service Unavailable"}[refusal.status]
+        head = (
+            f"HTTP/1.1 {refusal.status} {reason}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
