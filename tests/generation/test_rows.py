@@ -98,3 +98,16 @@ def test_no_new_tokens_only_read_the_prompt():
     row = Row(Prompt([1, 2, 3], top=0), begin(), Sampling(), 0, 0)
     rows.admit(row)
     assert (row.grown.finish, len(rows), len(row.prompt.scores)) == ("length", 0, 2)
+
+
+def test_without_the_compiled_step_a_step_is_one_forward_pass():
+    model = lively(vocab_size=257, position="rope", window=9)
+    rows = Rows(model, vocab_size=257, compiled=False)
+    for i in range(5):
+        rows.admit(Row(Prompt(list(range(1, 8 + 4 * i))), Continuation(byte_tokenizer(), ends=[]), Sampling(), i, 4))
+    rows.step()  # by the logits of the prompts
+    batches = []
+    model.register_forward_pre_hook(lambda _, inputs: batches.append(tuple(inputs[0].shape)))
+    rows.step()
+    rows.step()
+    assert batches == [(5, 1), (5, 1)]

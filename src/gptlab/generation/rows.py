@@ -21,6 +21,7 @@ from gptlab.generation.continuation import Continuation
 from gptlab.generation.engine import allowed, check_prompt, longest_text, random_stream, shortage_in_words, tokens_of
 from gptlab.generation.padded import CHUNK, RESERVE, evaluating, last_logits
 from gptlab.generation.sampling import Sampling, choose, penalised
+from gptlab.generation.together import Together
 from gptlab.model.gpt import GPT
 from gptlab.model.linear import Linear
 from gptlab.model.quantised import matrix
@@ -104,8 +105,8 @@ class _State(NamedTuple):
 class Rows:
     """The rows that are being continued.
 
-    By the compiled step a row's text is the same whatever rows are beside it. Without it every row takes its steps
-    alone, which is slower, and gives the same.
+    By the compiled step a row's text is the same whatever rows are beside it. Without it rows share forward passes of
+    PyTorch, so that its logits depend on the others by rounding.
 
     Args:
         model: what computes the logits, in eval mode.
@@ -117,7 +118,7 @@ class Rows:
     def __init__(self, model: GPT, *, vocab_size: int, never: Sequence[int] = (), compiled: bool) -> None:
         self._model, self._vocab_size, self._never = model, vocab_size, list(never)
         self._device = model.wte.weight.device
-        self._step = CompiledStep(model) if compiled else None
+        self._step = CompiledStep(model) if compiled else Together(model)
         self._limit = longest_text(model.config)
         self._states: list[_State] = []
         self._first: list[Tensor] = []  # (1, V): of the last rows of all, which have only been read
@@ -136,7 +137,9 @@ class Rows:
         ids, config = row.prompt.ids, self._model.config
         check_prompt(ids, config)
         with shortage_in_words():
-            text, logits = row.prompt.begin(self, min(len(ids) + row.max_new_tokens, self._limit))
+            shared = isinstance(self._step, Together)  # caches that are to be joined are made for one length
+            length = self._limit if shared else min(len(ids) + row.max_new_tokens, self._limit)
+            text, logits = row.prompt.begin(self, length)
             penalised_too = row.sampling.repetition_penalty != 1
             present = tokens_of([ids], config.vocab_size, self._device) if penalised_too else None
         if row.max_new_tokens == 0:
@@ -210,18 +213,9 @@ class Rows:
         going_on = self._states[:n_read]
         ids = [state.row.drawn[-1] for state in going_on]
         texts = [state.text for state in going_on]
-        check_growth(texts)
-        if self._step is None:
-            for text in texts:
-                text.make_room()
-            logits = [
-                self._model(torch.tensor([[token]], device=self._device), cache=text.cache, head=last_logits)
-                for token, text in zip(ids, texts, strict=True)
-            ]
-            for text in texts:
-                text.length += 1
-        else:
-            logits = [self._step(texts, ids)] if texts else []
+        if isinstance(self._step, CompiledStep):
+            check_growth(texts)
+        logits = [self._step(texts, ids)] if texts else []
         if len(logits) == 1 and not self._first:
             return logits[0]  # most steps need no copy; the first logits of a prompt belong to other rows too
         return torch.cat([*logits, *self._first])
@@ -252,7 +246,9 @@ class Rows:
     def _keep(self, staying: list[int]) -> None:
         if len(staying) < len(self._states):
             self._states = [self._states[i] for i in staying]
-            if self._step is not None:
+            if isinstance(self._step, Together):
+                self._step.keep([state.text for state in self._states])
+            else:
                 self._step.release()
 
 

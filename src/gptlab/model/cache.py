@@ -26,7 +26,7 @@ What a query may see follows from the positions, never from the slot numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -159,6 +159,20 @@ class Full:
         self.positions, self.counts = self.positions[rows], self.counts[rows]
         self.seen = int(self.counts.max())
 
+    def join(self, others: Sequence[Full]) -> None:
+        """Take up the rows of other caches of this layer, of the same capacity, behind one's own."""
+        layers = [self, *others]
+        assert all(type(layer) is type(self) and layer.capacity == self.capacity for layer in others)
+        slots = max(layer.k.shape[2] for layer in layers)
+        more = [slots - layer.k.shape[2] for layer in layers]
+        # One after the other, so that only one of them is there twice.
+        self.k = torch.cat([F.pad(layer.k, (0, 0, 0, n)) for layer, n in zip(layers, more, strict=True)])
+        self.v = torch.cat([F.pad(layer.v, (0, 0, 0, n)) for layer, n in zip(layers, more, strict=True)])
+        positions = [F.pad(layer.positions, (0, n), value=PADDING) for layer, n in zip(layers, more, strict=True)]
+        self.positions, self.counts = torch.cat(positions), torch.cat([layer.counts for layer in layers])
+        self.plain = all(layer.plain and layer.seen == self.seen for layer in layers)
+        self.seen = max(layer.seen for layer in layers)
+
 
 class Ring(Full):
     """The keys and values of one layer with a sliding window: constant memory, for ever.
@@ -218,6 +232,10 @@ class Ring(Full):
     def keep(self, rows: list[int]) -> None:
         super().keep(rows)
         self.written = self.written[rows]
+
+    def join(self, others: Sequence[Full]) -> None:
+        super().join(others)
+        self.written = torch.cat([self.written, *(layer.written for layer in others if isinstance(layer, Ring))])
 
 
 class Cache:
@@ -319,6 +337,15 @@ class Cache:
         """Go on with some rows of the batch only, in every layer."""
         for layer in self.layers:
             layer.keep(rows)
+
+    def join(self, others: Sequence[Cache]) -> None:
+        """Take up the rows of other caches behind one's own, in every layer.
+
+        Args:
+            others: of the same model, made for the same ``length`` and ``chunk``; they must not be used afterwards.
+        """
+        for i, layer in enumerate(self.layers):
+            layer.join([other.layers[i] for other in others])
 
     @property
     def nbytes(self) -> int:
