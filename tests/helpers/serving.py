@@ -14,7 +14,8 @@ import openai
 
 from gptlab.language_model import LanguageModel
 from gptlab.serving.app import make_app
-from gptlab.serving.server import listen, make_server
+from gptlab.serving.listening import listen
+from gptlab.serving.server import make_server
 from gptlab.serving.worker import Worker
 
 

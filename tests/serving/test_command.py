@@ -11,7 +11,7 @@ import urllib.request
 import pytest
 
 from gptlab import GptlabError
-from gptlab.serving.server import check_access, listen
+from gptlab.serving.listening import check_access, listen
 
 COMMAND = [sys.executable, "-m", "gptlab", "serve", "--port", "0", "--model", "pocket-rope"]
 

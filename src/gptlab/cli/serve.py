@@ -46,7 +46,8 @@ def serve(
 
     try:
         from gptlab.serving.app import make_app
-        from gptlab.serving.server import check_access, listen, make_server
+        from gptlab.serving.listening import check_access, listen
+        from gptlab.serving.server import make_server
     except ModuleNotFoundError as error:
         raise GptlabError(
             f"the server's packages are not installed (no module {error.name!r}): pip install 'gptlab[serve]'"

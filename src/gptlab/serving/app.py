@@ -6,14 +6,13 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -23,9 +22,10 @@ from gptlab.generation.engine import longest_text
 from gptlab.generation.rows import Prompt, Row
 from gptlab.language_model import LanguageModel
 from gptlab.serving.answers import ChatForm, CompletionForm
+from gptlab.serving.bodies import parse
 from gptlab.serving.errors import Refusal
-from gptlab.serving.http import JSON, Guard, read_body, refused
-from gptlab.serving.requests import Chat, Completion, Detokenize, Generation, Tokenize, parse
+from gptlab.serving.http import ERRORS, JSON, Guard, endpoint, read_body
+from gptlab.serving.requests import Chat, Completion, Detokenize, Generation, Tokenize
 from gptlab.serving.streams import Outbox, Post, answer
 from gptlab.serving.worker import Job, Worker
 
@@ -109,42 +109,18 @@ def make_app(
     }
     app = Starlette(
         routes=[
-            *(Route(path, _endpoint(served, route), methods=["POST"]) for path, route in posts.items()),
-            *(Route(path, _endpoint(served, route), methods=["GET"]) for path, route in gets.items()),
+            *(
+                Route(path, endpoint(functools.partial(route, served)), methods=["POST"])
+                for path, route in posts.items()
+            ),
+            *(Route(path, endpoint(functools.partial(route, served)), methods=["GET"]) for path, route in gets.items()),
         ],
-        exception_handlers={HTTPException: _http_error, Exception: _error},
+        exception_handlers=ERRORS,
         middleware=[Middleware(Guard, key=api_key)],
         lifespan=lifespan,
     )
     app.state.worker = worker
     return app
-
-
-def _endpoint(
-    served: Served, route: Callable[[Served, Request], Awaitable[Response]]
-) -> Callable[[Request], Awaitable[Response]]:
-    @functools.wraps(route)
-    async def endpoint(request: Request) -> Response:
-        try:
-            return await route(served, request)
-        except Refusal as refusal:
-            return refused(refusal)
-        except GptlabError as error:
-            return refused(Refusal(400, str(error)))
-        except ClientDisconnect:
-            return Response(status_code=499)  # which nobody reads
-
-    return endpoint
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    said = {404: f"there is no {request.url.path:.100} here", 405: f"{request.url.path} does not take {request.method}"}
-    return refused(Refusal(status, said.get(status, "the request cannot be answered")))
-
-
-async def _error(request: Request, error: Exception) -> Response:
-    return refused(Refusal(500, "the server failed at this; its log says more"))
 
 
 async def completions(served: Served, request: Request) -> Response:

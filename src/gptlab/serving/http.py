@@ -6,13 +6,16 @@ import asyncio
 import hmac
 import ipaddress
 import json
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.requests import Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from gptlab.errors import GptlabError
 from gptlab.serving.errors import Refusal
 
 MOST_BYTES = 4 * 2**20
@@ -43,6 +46,39 @@ def refused(refusal: Refusal) -> JSON:
     if refusal.status == 401:
         headers = {"WWW-Authenticate": "Bearer"}
     return JSON(refusal.body, status_code=refusal.status, headers=headers)
+
+
+def endpoint(route: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    """Turn what a route raises into the answer that a client reads."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await route(request)
+        except Refusal as refusal:
+            return refused(refusal)
+        except GptlabError as error:
+            return refused(Refusal(400, str(error)))
+        except ClientDisconnect:
+            return Response(status_code=499)  # which nobody reads
+
+    return answer
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    said = {404: f"there is no {request.url.path:.100} here", 405: f"{request.url.path} does not take {request.method}"}
+    return refused(Refusal(status, said.get(status, "the request cannot be answered")))
+
+
+async def _server_error(request: Request, error: Exception) -> Response:
+    return refused(Refusal(500, "the server failed at this; its log says more"))
+
+
+ERRORS: Mapping[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
+    HTTPException: _http_error,
+    Exception: _server_error,
+}
+"""How an application answers what no route raised on purpose."""
 
 
 async def read_body(request: Request) -> bytes:

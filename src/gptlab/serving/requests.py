@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import secrets
-from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from gptlab.errors import GptlabError, nearest
+from gptlab.errors import GptlabError
 from gptlab.generation.sampling import Sampling
+from gptlab.serving.bodies import Body
 from gptlab.serving.errors import Refusal
 
 MOST_LOGPROBS = 20
@@ -21,19 +20,13 @@ MOST_STOPS = 16
 Stop = Annotated[list[str], Field(max_length=MOST_STOPS)]
 
 
-class _Body(BaseModel):
-    """Types are taken at their word: "3" is not a number, and a name that is not known is an error."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """Of a stream."""
 
     include_usage: bool | None = None
 
 
-class Generation(_Body):
+class Generation(Body):
     """What both ways of asking for a text have in common; null is the default everywhere."""
 
     model: str | None = None
@@ -144,14 +137,14 @@ class Completion(Generation):
         )
 
 
-class TextPart(_Body):
+class TextPart(Body):
     """A part of a message."""
 
     type: str
     text: str | None = None
 
 
-class Message(_Body):
+class Message(Body):
     """A message of a conversation."""
 
     role: str
@@ -192,7 +185,7 @@ class Chat(Generation):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class Tokenize(_Body):
+class Tokenize(Body):
     """The body of ``POST /tokenize``."""
 
     prompt: str
@@ -200,47 +193,8 @@ class Tokenize(_Body):
     model: str | None = None
 
 
-class Detokenize(_Body):
+class Detokenize(Body):
     """The body of ``POST /detokenize``."""
 
     tokens: list[int]
     model: str | None = None
-
-
-T = TypeVar("T", bound=BaseModel)
-
-
-def parse(body: bytes, kind: type[T]) -> T:
-    """Read the body of a request.
-
-    Raises:
-        Refusal: it is not JSON, or not what ``kind`` describes; the first thing that is wrong is named.
-    """
-    try:
-        values = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else f"{error!s:.200}"
-        raise Refusal(400, f"the body is not JSON: {reason}") from None
-    if not isinstance(values, dict):
-        raise Refusal(400, f"the body must be a JSON object, got {type(values).__name__}")
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise _refusal(error.errors(include_url=False, include_context=False), kind) from None
-
-
-def _refusal(problems: Sequence[Any], kind: type[BaseModel]) -> Refusal:
-    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
-    path = [str(part) for part in first["loc"]]
-    name = path[0] if path else None
-    if first["type"] == "extra_forbidden":
-        known = list(kind.model_fields) if len(path) == 1 else []
-        return Refusal(
-            400, f"there is no parameter {'.'.join(path):.100}{nearest(path[-1], known)}", param=f"{name:.100}"
-        )
-    if first["type"] == "missing":
-        return Refusal(400, f"{'.'.join(path)} is missing", param=name)
-    shown = repr(first["input"])
-    given = shown if len(shown) <= 60 else f"{shown[:57]}..."
-    message = first["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
-    return Refusal(400, f"{'.'.join(path[:3])} must be {message}, got {given}", param=name)
