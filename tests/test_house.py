@@ -41,7 +41,7 @@ FLOORS = {
     "report": 8,
     "benchmark": 8,
     "serving": 8,
-    "exploring": 8,
+    "exploring": 8.5,
     "cli": 9,
     "__main__": 10,
 }

@@ -11,6 +11,7 @@ import typer
 from gptlab.cli.bench import bench, compile_step
 from gptlab.cli.convert import convert
 from gptlab.cli.evaluate import evaluate
+from gptlab.cli.explore import explore
 from gptlab.cli.export import export
 from gptlab.cli.generate import generate
 from gptlab.cli.import_model import import_model
@@ -27,7 +28,7 @@ from gptlab.errors import GptlabError
 
 ABOUT = (
     "GPT-2 from scratch in PyTorch: generate, inspect, verify, prepare, train, convert, import, export, evaluate, plot,"
-    " study, report, serve, compile, bench."
+    " study, report, serve, explore, compile, bench."
 )
 
 app = typer.Typer(
@@ -38,7 +39,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (generate, inspect, evaluate, verify, prepare, train, convert, export, plot, study, report, serve):
+COMMANDS = (generate, inspect, evaluate, verify, prepare, train, convert, export, plot, study, report, serve, explore)
+for command in COMMANDS:
     app.command()(command)
 app.command("import")(import_model)
 app.command("compile")(compile_step)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,13 +107,17 @@ def make_app(
         "/tokenizer_info": tokenizer_info,
         "/health": health,
     }
+
+    def answering(route: Callable[[Served, Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        return endpoint(functools.partial(route, served))
+
     app = Starlette(
         routes=[
             *(
                 Route(path, endpoint(functools.partial(route, served)), methods=["POST"])
                 for path, route in posts.items()
             ),
-            *(Route(path, endpoint(functools.partial(route, served)), methods=["GET"]) for path, route in gets.items()),
+            *(Route(path, answering(route), methods=["GET"]) for path, route in gets.items()),
         ],
         exception_handlers=ERRORS,
         middleware=[Middleware(Guard, key=api_key)],

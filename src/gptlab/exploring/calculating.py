@@ -1,0 +1,1 @@
+"""The report's calculator, with the figures of this machine."""
