@@ -13,12 +13,12 @@ import pytest
 
 from gptlab.config import ModelConfig
 from gptlab.model import cost
-from gptlab.report import speed
+from gptlab.report import calculator
 from gptlab.report.view import make_config
 from gptlab.roofline import Machine, predict
 
 SMALL = ModelConfig(vocab_size=10, context_length=8, n_layer=2, n_head=2, n_embd=4, n_inner=12, bias=False)
-TEMPLATES = Path(speed.__file__).parent / "templates"
+TEMPLATES = Path(calculator.__file__).parent / "templates"
 
 
 def node(script: str, data: Any) -> Any:
@@ -64,7 +64,7 @@ def test_the_calculator_shows_itself_only_where_it_agrees() -> None:
     machine = Machine(3e10, 2e11)
     config = ModelConfig.preset("gpt2")
     model = {**config.to_dict(), "kv": [1]}
-    checks = [speed.check("gpt2", config, at, machine, "bfloat16") for at in speed.CHECKS]
+    checks = [calculator.check("gpt2", config, at, machine, "bfloat16") for at in calculator.CHECKS]
     data = {"models": {"gpt2": model}, "size": 2, "bandwidth": machine.bandwidth, "peak": machine.flops}
     wrong = [{**checks[0], "cacheBytes": 1}, {**checks[0], "seconds": checks[0]["seconds"] * (1 + 1e-15)}]
     script = "return data.checks.map((check) => agrees(data, check));"

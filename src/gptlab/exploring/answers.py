@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptlab import inspecting
 from gptlab.errors import GptlabError
-from gptlab.exploring.calculating import calculator
+from gptlab.exploring.calculating import calculator_here
 from gptlab.exploring.computing import Check
 from gptlab.exploring.packing import pack, shrink
 from gptlab.exploring.questions import Maps, Nothing, OfModel, OfText, Scores, Sharing, Shift, Steps, Without
@@ -200,7 +200,7 @@ def without(shelf: Shelf, asked: Without, check: Check) -> dict[str, Any]:
 
 def costs(shelf: Shelf, asked: Nothing, check: Check) -> dict[str, Any]:
     """Measure this machine, and return what the calculator of the report starts from."""
-    return calculator()
+    return calculator_here(shelf.device)
 
 
 def _sum(nats: Tensor) -> float:

@@ -11,17 +11,8 @@ HERE = Path(__file__).parent / "static"
 REPORT = Path(__file__).parents[1] / "report" / "templates"
 MODULES = (
     *("dom.js", "state.js", "api.js", "parts.js", "pickers.js", "colours.js", "chart.js", "tokens.js", "map.js"),
-    *(
-        "models.js",
-        "losses.js",
-        "maps.js",
-        "sharing.js",
-        "positions.js",
-        "steps.js",
-        "without.js",
-        "costs.js",
-        "main.js",
-    ),
+    *("models.js", "losses.js", "maps.js", "sharing.js", "positions.js", "steps.js", "without.js", "costs.js"),
+    "main.js",
 )
 """In an order in which each imports only from those before it."""
 SCRIPTS = ("roofline.js", "calculator.js")

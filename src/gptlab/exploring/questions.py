@@ -79,8 +79,8 @@ class Steps(OfText):
 class Without(OfText):
     """What becomes of the loss without parts of a model: some heads, whole layers of attention, the sinks."""
 
-    heads: list[LayerAndHead] = []
-    attention: list[Index] = []
+    heads: Annotated[list[LayerAndHead], Field(default_factory=list)]
+    attention: Annotated[list[Index], Field(default_factory=list)]
     sinks: bool = False
 
 

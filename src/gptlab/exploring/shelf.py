@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import torch
+
 import gptlab
+from gptlab.devices import find_device
 from gptlab.errors import GptlabError
 from gptlab.inspecting import Sharing, share_keys
 from gptlab.language_model import LanguageModel
@@ -20,10 +23,14 @@ class Shelf:
     Args:
         names: as `gptlab.load` takes them. No other model can be asked for.
         device: where to compute.
+
+    Attributes:
+        device: the same.
     """
 
     def __init__(self, names: Sequence[str], device: str = "cpu") -> None:
-        self._names, self._device = tuple(names), device
+        self._names = tuple(names)
+        self.device: torch.device = find_device(device)
         self._loaded: dict[str, LanguageModel] = {}
         self._shared: OrderedDict[tuple[str, int, tuple[int, ...]], Sharing] = OrderedDict()
 
@@ -36,7 +43,7 @@ class Shelf:
         if name not in self._names:
             raise GptlabError(f"there is no model {name!r:.100} on this page; name it with --model when you start it")
         if name not in self._loaded:
-            lm = gptlab.load(name, device=self._device)
+            lm = gptlab.load(name, device=self.device)
             lm.needs_tokenizer()
             lm.model.eval()
             self._loaded[name] = lm

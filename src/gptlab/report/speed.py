@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from gptlab import roofline
-from gptlab.config import ModelConfig, divisors
+from gptlab.config import ModelConfig
 from gptlab.formatting import count, digits, memory
-from gptlab.model import cost
 from gptlab.plotting import lines
 from gptlab.plotting.lines import Series
 from gptlab.report.blocks import (
@@ -25,24 +24,12 @@ from gptlab.report.blocks import (
     Table,
     literal,
     side_by_side,
+    to_plain,
 )
+from gptlab.report.calculator import calculator
 from gptlab.report.texts import known
-from gptlab.report.view import Study, make_config, sequences, tokens
+from gptlab.report.view import Study, sequences, tokens
 from gptlab.study import costs
-
-FIELDS = (
-    *("vocab_size", "context_length", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner"),
-    *("position", "norm", "mlp", "bias"),
-)
-"""What of a configuration the calculator needs, beside whether the embeddings are tied."""
-CHECKS: tuple[dict[str, int], ...] = (
-    {"context": 1024, "batch": 1},
-    {"context": 1024, "batch": 32, "n_kv_head": 1},
-    {"context": 16384, "batch": 1, "window": 256},
-    {"context": 100, "batch": 7, "window": 256},
-    {"context": 65536, "batch": 256, "n_kv_head": 1, "window": 1024},
-)
-"""What the page computes again when it is opened, for each size, before it shows anything."""
 
 
 def speed(study: Study) -> Section:
@@ -56,7 +43,7 @@ def speed(study: Study) -> Section:
         )
         blocks += [Paragraph(text["what"]), Formula(text["tex"], text["mathml"]), Paragraph(measured, "note")]
         blocks += [*_fit(study, machine), *side_by_side(_predictions(study, machine))]
-        blocks.append(Calculator(calculator(study, machine)))
+        blocks.append(_calculator(study, machine))
     timed = [*side_by_side(_decoding(study)), *_timed(study)]
     return Section("pays", "When does it pay?", blocks, [Section("measured", "Measured speed and memory", timed)])
 
@@ -84,41 +71,11 @@ def _fit(study: Study, machine: roofline.Machine) -> list[Block]:
     return [Table("Measured against predicted", study.setting, columns, rows, note)]
 
 
-def calculator(study: Study, machine: roofline.Machine) -> dict[str, Any]:
-    """Return everything that the calculator in the page starts from, and what it must compute to show itself."""
+def _calculator(study: Study, machine: roofline.Machine) -> Calculator:
     base = study.configs[study.base_name]
-    # Plain attention: what to change is the calculator's own question.
     own = dataclasses.replace(base, n_kv_head=base.n_head, window=None, sinks=0, dilation=1)
     configs = {**{size: ModelConfig.preset(size) for size in costs.SIZES}, "this study's model": own}
-    return {
-        "models": {name: {**_fields(config), "kv": divisors(config.n_head)} for name, config in configs.items()},
-        "size": roofline.BYTES[study.dtype],
-        "dtype": study.dtype,
-        "bandwidth": machine.bandwidth,
-        "peak": machine.flops,
-        "machine": study.machine_words,
-        "checks": [check(name, config, at, machine, study.dtype) for name, config in configs.items() for at in CHECKS],
-    }
-
-
-def _fields(config: ModelConfig) -> dict[str, Any]:
-    return {**{name: getattr(config, name) for name in FIELDS}, "tie_embeddings": config.tie_embeddings, "window": None}
-
-
-def check(name: str, config: ModelConfig, at: dict[str, int], machine: roofline.Machine, dtype: str) -> dict[str, Any]:
-    """Return a question to the calculator and the answer of `roofline.predict`."""
-    changed = {key: value for key, value in at.items() if key in ("n_kv_head", "window")}
-    model = make_config({**config.to_dict(), **changed})
-    step = roofline.predict(model, machine, context=at["context"], batch=at["batch"], dtype=dtype)
-    return {
-        "model": name,
-        **at,
-        "parameters": sum(cost.parameters(model).values()),
-        "weightBytes": step.weight_bytes,
-        "cacheBytes": step.cache_bytes,
-        "seconds": step.seconds,
-        "limit": step.limit,
-    }
+    return Calculator(calculator(configs, machine, study.dtype, to_plain(study.machine_words)))
 
 
 def _decoding(study: Study) -> list[Picture]:

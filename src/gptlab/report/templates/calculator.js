@@ -68,6 +68,7 @@ function startCalculator(root, data) {
     return;
   }
   heads();
+  root.querySelector("form").addEventListener("submit", (event) => event.preventDefault());
   root.addEventListener("input", (event) => { if (event.target.name === "model") heads(); show(); });
   show();
   root.dataset.agrees = "true";
