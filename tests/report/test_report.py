@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from helpers import plausible
+from helpers.browser import chromium
 
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
@@ -185,11 +185,8 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_the_calculator_works_in_a_browser(whole: Path, tmp_path: Path) -> None:
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("there is no Chromium to open the page with")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--enable-logging=stderr"]
-    command = [program, *flags, "--virtual-time-budget=2000", "--dump-dom", (whole / "report.html").as_uri()]
+    command = [chromium(), *flags, "--virtual-time-budget=2000", "--dump-dom", (whole / "report.html").as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert 'data-agrees="true"' in done.stdout
     assert "CONSOLE" not in done.stderr  # where the page's errors and warnings go

@@ -22,18 +22,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptlab.exploring.computing import Check, Computer
 from gptlab.exploring.page import TYPES, files, policy
-from gptlab.exploring.texts import beginning
+from gptlab.exploring.texts import AT_FIRST, BUILT_IN, beginning
 from gptlab.serving.bodies import parse
 from gptlab.serving.errors import Refusal
 from gptlab.serving.http import ERRORS, JSON, Guard, endpoint, read_body
 
 if TYPE_CHECKING:
     from gptlab.exploring.shelf import Shelf
-
-BUILT_IN = ("pocket", "pocket-rope", "pocket-gqa", "pocket-swa", "pocket-rope-gqa-swa")
-"""The models that are on every page."""
-AT_FIRST = ("pocket", "pocket-rope-gqa-swa")
-"""Those that a page begins with that was not told any: GPT-2's attention, and all three changes."""
 
 
 def make_app(models: Sequence[str] = (), *, text: str | None = None, device: str = "cpu") -> Starlette:

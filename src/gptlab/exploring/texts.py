@@ -8,6 +8,16 @@ from typing import Any
 
 import gptlab
 
+BUILT_IN = ("pocket", "pocket-rope", "pocket-gqa", "pocket-swa", "pocket-rope-gqa-swa")
+"""The models that are on every page."""
+AT_FIRST = ("pocket", "pocket-rope-gqa-swa")
+"""Those that a page begins with that was not told any: GPT-2's attention, and all three changes."""
+SMALL = 128
+"""Pixels along each side of a map among many."""
+SHIFTS = (0, 1, 16, 64, 100, 1000)
+"""Positions by which a text can be moved."""
+STEPS = {"n": 32, "seed": 0, "temperature": 0.8}
+"""How a text goes on at first."""
 KNOWN = Path(gptlab.__file__).parent / "assets" / "known_text.txt"
 
 
@@ -37,5 +47,5 @@ def beginning(names: Sequence[str], chosen: Sequence[str], text: str | None) -> 
         "chosen": list(chosen),
         "examples": texts,
         "text": next(iter(texts.values())) if text is None else text,
-        "version": gptlab.__version__,
+        "settings": {"small": SMALL, "shifts": SHIFTS, "steps": STEPS},
     }

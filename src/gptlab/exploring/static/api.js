@@ -24,6 +24,7 @@ async function fromBaked(name) {
   const { index, tensors } = await baked;
   if (!(name in index)) throw new Error("This page was exported without the answer to this; gptlab explore has it.");
   const answer = index[name];
+  if (answer.error) throw new Error(sentence(answer.error));
   if (!answer.shape) return answer;
   const size = answer.shape.reduce((a, b) => a * b, 1);
   return { shape: answer.shape, data: tensors.subarray(answer.at, answer.at + size) };

@@ -1,7 +1,7 @@
 // Lines against a number, small and plain.
 import { el, svg, fixed } from "./dom.js";
 
-const WIDTH = 640, HEIGHT = 240, LEFT = 46, RIGHT = 10, TOP = 10, BOTTOM = 34;
+const WIDTH = 640, HEIGHT = 240, LEFT = 46, RIGHT = 10, TOP = 26, BOTTOM = 34;
 
 /** Round steps that divide a range into about `n`. */
 export function ticks(low, high, n) {
@@ -37,6 +37,6 @@ export function lineChart({ series, label, across, up }) {
     drawing.append(svg("path", { d: `M${points.join("L")}`, class: `line ${className}` }));
   }
   drawing.append(svg("text", { x: WIDTH - RIGHT, y: HEIGHT - 4, "text-anchor": "end" }, across),
-    svg("text", { x: LEFT + 4, y: TOP + 8 }, up));
+    svg("text", { x: 0, y: 13 }, up));
   return el("div", { className: "drawing" }, drawing);
 }

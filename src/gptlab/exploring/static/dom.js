@@ -46,8 +46,8 @@ export function table(caption, head, rows) {
 }
 
 export const whole = (n) => Math.round(n).toLocaleString("en-US");
-export const signed = (x, places) => `${x < 0 ? "\u2212" : "+"}${Math.abs(x).toFixed(places)}`;
-export const fixed = (x, places) => x.toFixed(places).replace("-", "\u2212");
+export const fixed = (x, places) => (x === 0 || Number(x.toFixed(places)) === 0 ? 0 : x).toFixed(places).replace("-", "\u2212");
+export const signed = (x, places) => `${Number(x.toFixed(places)) > 0 ? "+" : ""}${fixed(x, places)}`;
 export const percent = (x) => `${(100 * x).toFixed(x >= 0.0995 || x === 0 ? 0 : x >= 0.00995 ? 1 : 2)}%`;
 
 /** Bytes in the unit that fits. */

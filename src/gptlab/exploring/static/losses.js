@@ -77,7 +77,7 @@ export function startLosses(root) {
     const steps = base
       ? [-4, -3, -2, -1, 0, 1, 2, 3, 4].map((step) => el("span", { className: `token change${step}` }, ["\u22122", "\u22120.75", "\u22120.25", "\u22120.05", "0", "+0.05", "+0.25", "+0.75", "+2"][step + 4]))
       : [0, 1, 2, 3, 4, 5, 6, 7].map((step) => el("span", { className: `token loss${step}` }, step === 7 ? "8.75 and more" : fixed(1.25 * step, 2)));
-    key.replaceChildren(base ? `nats more (+) or fewer (\u2212) than ${base}: ` : "nats: ", ...steps);
+    key.replaceChildren(base ? `nats more (+) or fewer (\u2212) than ${base}: ` : "nats: ", ...steps.flatMap((step) => [step, " "]));
     if (details.open) fill();
   }
 

@@ -12,8 +12,8 @@ import { startWithout } from "./without.js";
 
 const section = (name) => document.getElementById(name);
 const beginning = await begin();
-const { models, chosen, text } = beginning;
-Object.assign(state, { models, chosen, text, focus: chosen.at(-1) });
+const { models, chosen, text, settings } = beginning;
+Object.assign(state, { models, chosen, text, settings });
 startModels(section("begin"), beginning);
 startLosses(section("losses"));
 startMaps(section("maps"));

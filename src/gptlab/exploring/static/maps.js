@@ -7,8 +7,8 @@ import { state, subscribe, update } from "./state.js";
 import { Cards, Task, whenSeen } from "./parts.js";
 import { tokenView } from "./tokens.js";
 
-export const SMALL = 128; // pixels of a map among many
 const LISTED = 8; // keys in the table of a query
+const inPlaces = (weight) => fixed(weight, weight < 0.01 ? 4 : 3); // as many as 8 bits are good for
 
 const repaints = new Set(); // what to draw again when light turns dark
 onPaletteChange(() => repaints.forEach((repaint) => repaint()));
@@ -20,6 +20,16 @@ export function smallMap(bytes, size) {
   paintMap(canvas, bytes, size);
   repaints.add(paint);
   return canvas;
+}
+
+/** A bracket over the query heads that share a key head; none where each has its own. */
+function sharedKeys({ heads, keyHeads }) {
+  if (keyHeads === heads) return [];
+  return Array.from({ length: keyHeads }, (_, key) => {
+    const bracket = el("span", { className: "bracket", title: `query heads ${key * heads / keyHeads} to ${(key + 1) * heads / keyHeads - 1} share key head ${key}` }, `key head ${key}`);
+    bracket.style.gridColumn = `span ${heads / keyHeads}`;
+    return bracket;
+  });
 }
 
 /** All heads of a model, a row for each layer; `open(layer, head)` is what a click does, `made` hears of each button. */
@@ -42,7 +52,7 @@ function overview(name, facts, open, made) {
 
   async function load(signal) {
     await Promise.all(rows.map((row, layer) => row.run(
-      () => ask("maps", { model: name, text: state.text, layer, size: SMALL }, signal),
+      () => ask("maps", { model: name, text: state.text, layer, size: state.settings.small }, signal),
       ({ shape: [heads, size], data }, content) => {
         buttons[layer] = Array.from({ length: heads }, (_, head) => {
           const bytes = data.subarray(head * size * size, (head + 1) * size * size);
@@ -50,7 +60,8 @@ function overview(name, facts, open, made) {
           button.addEventListener("click", () => open(layer, head));
           return button;
         });
-        content.replaceChildren(...buttons[layer]);
+        content.style.gridTemplateColumns = `repeat(${heads}, minmax(0, 8.5rem))`;
+        content.replaceChildren(...sharedKeys(facts), ...buttons[layer]);
         buttons[layer].forEach((button, head) => made(button, layer, head));
       },
     )));
@@ -77,8 +88,8 @@ class SingleMap {
   }
 
   show({ tokens, bytes, window, sinks, label, cursor }) {
-    Object.assign(this, { tokens, bytes, window, sinks, cursor });
-    this.size = tokens.length;
+    Object.assign(this, { tokens, bytes, window, sinks, size: tokens.length });
+    this.cursor = this.within(cursor);
     this.frame.setAttribute("aria-label", label);
     this.view = tokenView({
       tokens, label: `${this.name}: the text, coloured by the weight of each key`,
@@ -118,22 +129,28 @@ class SingleMap {
     const where = `${whole(back)} token${back === 1 ? "" : "s"} back`;
     if (byte === HIDDEN) return `${pair}: hidden, ${where} and outside the window`;
     const sink = key < this.sinks && this.window !== null && back >= this.window ? ", a sink" : "";
-    return `${pair}: weight ${fixed(weightOf(byte), 3)}, ${where}${sink}`;
+    return `${pair}: weight ${inPlaces(weightOf(byte))}, ${where}${sink}`;
+  }
+
+  /** A cursor may come from a longer text. */
+  within({ query, key }) {
+    return { query: Math.min(query, this.size - 1), key: Math.min(key, query, this.size - 1) };
   }
 
   move(cursor) {
-    this.cursor = { query: Math.min(cursor.query, this.size - 1), key: Math.min(cursor.key, cursor.query, this.size - 1) };
+    this.cursor = this.within(cursor);
     this.frame.dataset.query = this.cursor.query;
     this.frame.dataset.key = this.cursor.key;
     this.words.textContent = this.about(this.cursor.query, this.cursor.key);
     this.view.paint();
     this.view.setCursor(this.cursor.key);
+    this.view.reveal(this.cursor.query);
     this.paintMarks();
     const { query } = this.cursor;
     const keys = Array.from({ length: query + 1 }, (_, key) => key).filter((key) => this.byte(query, key) !== HIDDEN)
       .sort((a, b) => this.byte(query, b) - this.byte(query, a)).slice(0, LISTED);
     this.best.replaceChildren(table(`What query ${query} looks at most`, ["key", "back", "weight"],
-      keys.map((key) => [`${key} ${quoted(this.tokens[key])}`, whole(query - key), fixed(weightOf(this.byte(query, key)), 3)])));
+      keys.map((key) => [`${key} ${quoted(this.tokens[key])}`, whole(query - key), inPlaces(weightOf(this.byte(query, key)))])));
   }
 
   point(event) {
@@ -221,7 +238,7 @@ export function startMaps(root) {
     }
   }
 
-  root.append(el("p", {}, "A row is a query, a column a key: the darker (in the dark: the brighter), the larger the weight. Weights of a query sum to 1. They are sent in 8 bits and are within 0.004 of the model's own."),
+  root.append(el("p", {}, "A row is a query, a column a key: the darker (in the dark: the brighter), the larger the weight; colours go with its square root. Weights of a query sum to 1. They are sent in 8 bits and are within 0.004 of the model's own."),
     el("p", { className: "key note" }, el("span", { className: "swatch strong" }), "much weight ", el("span", { className: "swatch weak" }), "little ", el("span", { className: "swatch hidden" }), "hidden by the window ", el("span", { className: "swatch edge" }), "edge of the window, end of the sinks"),
     bar, grid);
   subscribe((changed) => changed.has("text") && (cursor = { query: Number.MAX_SAFE_INTEGER, key: 0 }));

@@ -2,8 +2,26 @@
 import { labelled, select } from "./dom.js";
 import { state, update } from "./state.js";
 
-export const modelPicker = () =>
-  labelled("model", select(state.chosen.map((name) => [name, name]), state.focus, (focus) => update({ focus })));
+/** One of the models that are side by side; `at` says which one it is at first: 0 the first, -1 the last. */
+export class ModelPicker {
+  constructor(at, change) {
+    this.at = at;
+    this.change = change;
+    this.picked = null;
+  }
+
+  get model() {
+    return state.chosen.includes(this.picked) ? this.picked : state.chosen.at(this.at);
+  }
+
+  control() {
+    const own = select(state.chosen.map((name) => [name, name]), this.model, (name) => {
+      this.picked = name;
+      this.change();
+    });
+    return labelled("model", own);
+  }
+}
 
 const numbers = (n) => Array.from({ length: n }, (_, i) => [i, i]);
 

@@ -2,16 +2,16 @@
 import { el, fixed, labelled, select, signed, table, whole } from "./dom.js";
 import { ask } from "./api.js";
 import { lineChart } from "./chart.js";
-import { headPicker, layerPicker, modelPicker } from "./pickers.js";
+import { headPicker, layerPicker, ModelPicker } from "./pickers.js";
 import { state } from "./state.js";
 import { Task, whenSeen } from "./parts.js";
 
-export const SHIFTS = [0, 1, 16, 64, 100, 1000];
 const EXACT = 1e-4; // what rounding alone may do
 
 function startScores(root) {
   const controls = el("div", { className: "controls" });
   const task = new Task("loading and reading\u2026");
+  const picker = new ModelPicker(-1, () => refresh());
   let pair = "";
   root.append(el("h3", {}, "Score against distance"),
     el("p", {}, "The score of a key is what the softmax turns into its weight. This is the mean over all queries of the text, by how far back the key stands. Rotary positions rotate pairs of channels, each at its own speed; the sum of the pairs is the score."),
@@ -23,7 +23,7 @@ function startScores(root) {
     if (pairs) pairs.forEach((values, i) => String(i) !== pair && series.push({ values, className: "faint" }));
     series.push({ values: total, className: "total" });
     if (pairs && pair !== "") series.push({ values: pairs[pair], className: "picked" });
-    const chart = lineChart({ series, across: "tokens back", up: "mean score", label: `Mean score against distance of layer ${state.layer}, head ${state.head}, of ${state.focus}` });
+    const chart = lineChart({ series, across: "tokens back", up: "mean score", label: `Mean score against distance of layer ${state.layer}, head ${state.head}, of ${picker.model}` });
     const places = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256].filter((d) => d < total.length);
     const rows = [["sum", ...places.map((d) => fixed(total[d], 2))]];
     if (pairs && pair !== "") rows.push([`pair ${pair}`, ...places.map((d) => fixed(pairs[pair][d], 2))]);
@@ -31,8 +31,8 @@ function startScores(root) {
       table("Mean score by distance", ["tokens back", ...places.map(whole)], rows)];
     if (pairs) {
       const words = (i) => `pair ${i}: once round in ${fixed((2 * Math.PI) / angles[i], angles[i] > 0.1 ? 1 : 0)} tokens`;
-      const picker = select([["", "none"], ...angles.map((_, i) => [i, words(i)])], pair, (value) => { pair = value; draw(answer, content); content.querySelector("select").focus(); });
-      parts.unshift(labelled("show one pair", picker));
+      const chooser = select([["", "none"], ...angles.map((_, i) => [i, words(i)])], pair, (value) => { pair = value; draw(answer, content); content.querySelector("select").focus(); });
+      parts.unshift(labelled("show one pair", chooser));
     } else parts.push(el("p", { className: "note" }, `${note[0].toUpperCase()}${note.slice(1)}.`));
     content.replaceChildren(...parts);
   }
@@ -40,19 +40,20 @@ function startScores(root) {
   async function refresh() {
     pair = "";
     task.run(async (signal) => {
-      const facts = await ask("facts", { model: state.focus }, signal);
-      controls.replaceChildren(modelPicker(), layerPicker(facts), headPicker(facts));
+      const facts = await ask("facts", { model: picker.model }, signal);
+      controls.replaceChildren(picker.control(), layerPicker(facts), headPicker(facts));
       const layer = Math.min(state.layer, facts.layers - 1), head = Math.min(state.head, facts.heads - 1);
-      return ask("scores", { model: state.focus, text: state.text, layer, head }, signal);
+      return ask("scores", { model: picker.model, text: state.text, layer, head }, signal);
     }, draw);
   }
-  whenSeen(root, ["text", "chosen", "focus", "layer", "head"], refresh);
+  whenSeen(root, ["text", "chosen", "layer", "head"], refresh);
 }
 
 function startShift(root) {
+  const { shifts } = state.settings;
   let by = 64;
   const output = el("output", {}, whole(by));
-  const range = el("input", { type: "range", min: 0, max: SHIFTS.length - 1, value: SHIFTS.indexOf(by), name: "by" });
+  const range = el("input", { type: "range", min: 0, max: shifts.length - 1, value: shifts.indexOf(by), name: "by" });
   range.setAttribute("aria-valuetext", `${by} positions`);
   const rows = el("div", { className: "cards" });
   const tasks = new Map();
@@ -76,7 +77,7 @@ function startShift(root) {
     }));
   }
   range.addEventListener("input", () => {
-    by = SHIFTS[range.value];
+    by = shifts[range.value];
     output.textContent = whole(by);
     range.setAttribute("aria-valuetext", `${by} positions`);
     refresh();

@@ -1,8 +1,8 @@
 // Grouped queries: fewer key heads, in closed form, and what that loses.
 import { el, fixed, labelled, memory, percent, signed } from "./dom.js";
 import { ask } from "./api.js";
-import { smallMap, SMALL } from "./maps.js";
-import { layerPicker, modelPicker } from "./pickers.js";
+import { smallMap } from "./maps.js";
+import { layerPicker, ModelPicker } from "./pickers.js";
 import { state } from "./state.js";
 import { Task, whenSeen } from "./parts.js";
 
@@ -29,12 +29,14 @@ function beforeAndAfter(before, after) {
     canvas.setAttribute("aria-label", `head ${head}, ${when}`);
     return canvas;
   };
-  return el("div", { className: "pairs" }, el("span", { className: "note" }, ""), el("span", { className: "note" }, "before"), el("span", { className: "note" }, "after"),
-    ...Array.from({ length: heads }, (_, head) => [el("span", { className: "note" }, `head ${head}`), one(before, head, "before"), one(after, head, "after")]).flat());
+  const note = (text) => el("p", { className: "note" }, text);
+  return el("div", { className: "pairs" }, ...Array.from({ length: heads }, (_, head) =>
+    el("div", {}, note(`head ${head}, before`), one(before, head, "before"), note("after"), one(after, head, "after"))));
 }
 
 export function startSharing(root) {
   const controls = el("div", { className: "controls" });
+  const picker = new ModelPicker(0, () => refresh());
   const task = new Task("converting\u2026");
   root.append(el("p", {}, "With grouped queries several query heads share one key and one value. Fewer key heads make the cache smaller. Which heads share, and what they share, is computed from the weights at once, without training."),
     controls, task.root);
@@ -57,18 +59,18 @@ export function startSharing(root) {
 
   function compute(facts) {
     const layer = Math.min(state.layer, facts.layers - 1);
-    const body = { model: state.focus, text: state.text }, n_kv_head = wanted;
+    const body = { model: picker.model, text: state.text }, n_kv_head = wanted;
     task.run(async (signal) => {
       const answer = await ask("share", { ...body, n_kv_head }, signal);
-      const before = await ask("maps", { ...body, layer, size: SMALL }, signal);
-      const after = await ask("maps", { ...body, layer, size: SMALL, n_kv_head }, signal);
+      const before = await ask("maps", { ...body, layer, size: state.settings.small }, signal);
+      const after = await ask("maps", { ...body, layer, size: state.settings.small, n_kv_head }, signal);
       return { answer, before, after };
     }, ({ answer, before, after }, content) => {
       const loss = `Loss of this text: ${fixed(answer.before, 3)} nats per token before, ${fixed(answer.after, 3)} after (${signed(answer.after - answer.before, 3)}).`;
       const cache = answer.cacheBytesPerToken.map((n) => memory(n)).join(" before, ");
       content.replaceChildren(
         el("p", { className: "summary" }, loss, ` Cache per token: ${cache} after (bfloat16).`),
-        el("p", { className: "note" }, "Percentages are the share of a head's circuit that is lost: \u201clooks\u201d is where it looks (QK), \u201cwrites\u201d what it adds (OV). 0% is nothing, 100% all of it."),
+        el("p", { className: "note" }, "Percentages are the share of a head's circuit that is lost: \u201clooks\u201d is where it looks (QK), \u201cwrites\u201d what it adds (OV). 0% is nothing, 100% as much as there was."),
         ...answer.groups.map((_, i) => brackets(answer, i)),
         el("h3", {}, `Maps of layer ${layer}`), beforeAndAfter(before, after));
     });
@@ -76,12 +78,13 @@ export function startSharing(root) {
 
   async function refresh() {
     try {
-      const facts = await ask("facts", { model: state.focus });
-      controls.replaceChildren(modelPicker(), slider(facts), layerPicker(facts));
+      const facts = await ask("facts", { model: picker.model });
+      controls.replaceChildren(picker.control(), slider(facts), layerPicker(facts));
       compute(facts);
     } catch (error) {
+      controls.replaceChildren(picker.control());
       task.say(error.message, true);
     }
   }
-  whenSeen(root, ["text", "chosen", "focus", "layer"], refresh);
+  whenSeen(root, ["text", "chosen", "layer"], refresh);
 }

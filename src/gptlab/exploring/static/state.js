@@ -1,6 +1,6 @@
-// What the whole page is about: one text, some models side by side, and one model and head where only one can be shown.
+// What the whole page is about: one text, some models side by side, one head, and what things are set to at first. Parts of the page hear of every change.
 
-export const state = { models: [], chosen: [], text: "", focus: "", layer: 0, head: 0 };
+export const state = { models: [], chosen: [], text: "", layer: 0, head: 0, settings: {} };
 
 const listeners = [];
 
@@ -10,7 +10,6 @@ export function subscribe(listener) {
 }
 
 export function update(changes) {
-  if (changes.chosen && !changes.chosen.includes(state.focus)) changes = { ...changes, focus: changes.chosen.at(-1) };
   const changed = new Set(Object.keys(changes).filter((name) => JSON.stringify(state[name]) !== JSON.stringify(changes[name])));
   Object.assign(state, changes);
   if (changed.size) for (const listener of listeners) listener(changed);

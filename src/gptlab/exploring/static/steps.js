@@ -1,11 +1,10 @@
 // Generation, one token after the other: what could have come, and what the cache holds.
 import { el, fixed, labelled, memory, percent, quoted, table, whole } from "./dom.js";
 import { ask, exported } from "./api.js";
-import { modelPicker } from "./pickers.js";
+import { ModelPicker } from "./pickers.js";
 import { state } from "./state.js";
 import { Task, whenSeen } from "./parts.js";
 
-export const FIRST = { n: 32, seed: 0, temperature: 0.8 };
 const PACE = 450; // milliseconds a step when it plays
 
 /** The slots of a layer's cache; the one that was written last is marked, and what it held before is said. */
@@ -38,9 +37,10 @@ function candidates(step) {
 }
 
 export function startSteps(root) {
-  const settings = { ...FIRST };
+  const settings = { ...state.settings.steps };
   const controls = el("div", { className: "controls" });
   const task = new Task("generating\u2026");
+  const picker = new ModelPicker(-1, () => refresh());
   root.append(el("p", {}, "The text above goes on, token by token. A layer with a window keeps its keys and values in a ring: when it is full, the newest overwrites the oldest that no query can see any more."),
     controls, task.root);
   let timer;
@@ -96,11 +96,11 @@ export function startSteps(root) {
   }
   const compute = () => {
     clearInterval(timer);
-    task.run((signal) => ask("steps", { model: state.focus, text: state.text, ...settings }, signal), player);
+    task.run((signal) => ask("steps", { model: picker.model, text: state.text, ...settings }, signal), player);
   };
   function refresh() {
-    controls.replaceChildren(modelPicker(), number("tokens", "n", { min: 1, max: 200 }), number("temperature", "temperature", { min: 0, max: 100, step: 0.1 }), number("seed", "seed", { min: 0, step: 1 }));
+    controls.replaceChildren(picker.control(), number("tokens", "n", { min: 1, max: 200 }), number("temperature", "temperature", { min: 0, max: 100, step: 0.1 }), number("seed", "seed", { min: 0, step: 1 }));
     compute();
   }
-  whenSeen(root, ["text", "chosen", "focus"], refresh);
+  whenSeen(root, ["text", "chosen"], refresh);
 }

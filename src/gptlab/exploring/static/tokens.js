@@ -3,7 +3,7 @@ import { el } from "./dom.js";
 
 /**
  * Show tokens in a row. `classOf(i)` colours token i, `describe(i)` says in words what there is to know of it,
- * `onCursor(i)` hears where the cursor goes. Returns `{root, paint(), setCursor(i)}`.
+ * `onCursor(i)` hears where the cursor goes. Returns `{root, paint(), setCursor(i), reveal(i)}`.
  */
 export function tokenView({ tokens, label, classOf, describe, onCursor = () => {} }) {
   const marks = tokens.map((token, i) => el("span", { data: { i } }, ...spelled(token)));
@@ -35,8 +35,12 @@ export function tokenView({ tokens, label, classOf, describe, onCursor = () => {
     go(Math.max(0, Math.min(tokens.length - 1, moves[event.key])));
   });
   root.addEventListener("focus", () => cursor < 0 && go(Math.min(1, tokens.length - 1)));
+  /** Scroll the text, and nothing else, to a token; not while somebody is in it. */
+  const reveal = (i) => {
+    if (!root.matches(":hover, :focus")) root.scrollTop += marks[i].getBoundingClientRect().top - root.getBoundingClientRect().top - root.clientHeight / 2;
+  };
   paint();
-  return { root, paint, setCursor };
+  return { root, paint, setCursor, reveal };
 }
 
 /** Line breaks are shown, and still break the line. */

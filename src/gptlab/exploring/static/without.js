@@ -2,7 +2,7 @@
 import { el, fixed, signed } from "./dom.js";
 import { ask, exported } from "./api.js";
 import { changeStep } from "./colours.js";
-import { modelPicker } from "./pickers.js";
+import { ModelPicker } from "./pickers.js";
 import { state } from "./state.js";
 import { Task, whenSeen } from "./parts.js";
 import { tokenView } from "./tokens.js";
@@ -10,6 +10,7 @@ import { tokenView } from "./tokens.js";
 export function startWithout(root) {
   const controls = el("div", { className: "controls" });
   const grid = new Task("measuring every head\u2026"), result = new Task("measuring\u2026");
+  const picker = new ModelPicker(0, () => refresh());
   const readout = el("p", { className: "readout", role: "status" });
   let heads = new Set(), layers = new Set(), sinks = false;
   root.append(el("p", {}, "Each number is measured: the change of this text's loss, in nats per token, when that head alone writes nothing. Press heads, or a whole layer's attention, to take them out together."),
@@ -43,7 +44,7 @@ export function startWithout(root) {
         heads.has(`${layer}.${head}`), flip(() => heads, `${layer}.${head}`), `change${changeStep(nats * 5)}`)));
     const sinkButton = facts.sinks
       ? toggle([`the ${facts.sinks} sinks`], `the ${facts.sinks} sinks`, sinks, () => (sinks = !sinks), "whole")
-      : el("span", { className: "note" }, `${state.focus} has no sinks to take out.`);
+      : el("span", { className: "note" }, `${picker.model} has no sinks to take out.`);
     const clear = el("button", { type: "button" }, "put everything back");
     clear.addEventListener("click", () => {
       heads = new Set(), layers = new Set(), sinks = false;
@@ -55,7 +56,7 @@ export function startWithout(root) {
 
   function measure() {
     const body = {
-      model: state.focus, text: state.text, sinks,
+      model: picker.model, text: state.text, sinks,
       heads: [...heads].map((name) => name.split(".").map(Number)).sort(([a, b], [c, d]) => a - c || b - d),
       attention: [...layers].sort((a, b) => a - b),
     };
@@ -65,9 +66,9 @@ export function startWithout(root) {
       result.content.replaceChildren();
       return;
     }
-    const { focus, text } = state;
+    const { model, text } = body;
     result.run(async (signal) => {
-      const { tokens } = await ask("losses", { model: focus, text }, signal);
+      const { tokens } = await ask("losses", { model, text }, signal);
       return { tokens, ...(await ask("without", body, signal)) };
     }, ({ tokens, before, after, changes }, content) => {
       const describe = (i) => (i ? `\u201c${tokens[i]}\u201d: ${signed(changes[i - 1], 2)} nats` : "not predicted");
@@ -79,13 +80,13 @@ export function startWithout(root) {
 
   function refresh() {
     heads = new Set(), layers = new Set(), sinks = false;
-    const body = { model: state.focus, text: state.text };
-    controls.replaceChildren(modelPicker());
+    const body = { model: picker.model, text: state.text };
+    controls.replaceChildren(picker.control());
     measure();
     grid.run(async (signal) => {
       const facts = await ask("facts", { model: body.model }, signal);
       return { facts, ...(await ask("effects", body, signal)) };
     }, showGrid);
   }
-  whenSeen(root, ["text", "chosen", "focus"], refresh);
+  whenSeen(root, ["text", "chosen"], refresh);
 }
