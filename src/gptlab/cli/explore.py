@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
+import webbrowser
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +30,7 @@ def explore(
     from gptlab.errors import GptlabError
 
     try:
-        from gptlab.exploring.app import make_app, run
+        from gptlab.exploring.app import make_app, make_server
         from gptlab.serving.http import is_loopback
         from gptlab.serving.listening import listen
     except ModuleNotFoundError as error:
@@ -50,6 +52,8 @@ def explore(
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listening.getsockname()[1]}/"
     print(f"the page is at {address}; Ctrl-C stops it", file=sys.stderr, flush=True)
+    if browser:
+        threading.Thread(target=webbrowser.open, args=[address], daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt):
-        run(make_app(model or (), text=text, device=device), listening, open_at=address if browser else None)
+        make_server(make_app(model or (), text=text, device=device)).run(sockets=[listening])
     print("stopped", file=sys.stderr)

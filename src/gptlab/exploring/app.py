@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import socket
-import threading
-import webbrowser
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -123,14 +120,8 @@ def _written(answer: Any) -> Response:
     return Response(answer.numpy().tobytes(), media_type="application/octet-stream", headers={"X-Shape": shape})
 
 
-def run(app: Starlette, listening: socket.socket, *, open_at: str | None = None) -> None:
-    """Answer until Ctrl-C, which ends at once: nothing that is computed here is worth waiting for.
-
-    Args:
-        app: from `make_app`.
-        listening: a socket that listens.
-        open_at: an address to show in a browser; None: none.
-    """
+def make_server(app: Starlette) -> uvicorn.Server:
+    """Return what serves the page. Ctrl-C ends it at once: nothing that is computed here is worth waiting for."""
     config = uvicorn.Config(
         app,
         http="h11",
@@ -141,6 +132,4 @@ def run(app: Starlette, listening: socket.socket, *, open_at: str | None = None)
         server_header=False,
         timeout_graceful_shutdown=1,
     )
-    if open_at is not None:
-        threading.Thread(target=webbrowser.open, args=[open_at], daemon=True).start()
-    uvicorn.Server(config).run(sockets=[listening])
+    return uvicorn.Server(config)

@@ -154,7 +154,7 @@ class SingleMap {
   }
 
   point(event) {
-    const box = this.frame.getBoundingClientRect();
+    const box = this.map.getBoundingClientRect();
     const at = (place, start, length) => Math.max(0, Math.min(this.size - 1, Math.floor(((place - start) / length) * this.size)));
     const query = at(event.clientY, box.top, box.height), key = at(event.clientX, box.left, box.width);
     if (key <= query) this.moved({ query, key });
