@@ -105,7 +105,7 @@ def processor(process: psutil.Process) -> float:
 def batch(model: list[str], asked: list[dict[str, object]], seconds: float, rate: float) -> float:
     """Return the tokens a second that `gptlab generate --batch` tells of as many of the prompts as take so long."""
     new = round(sum(int(str(body["max_tokens"])) for body in asked) / len(asked))
-    few = asked[: max(64, int(seconds * rate / new))]
+    few = asked[: 32 * max(2, round(seconds * rate / new / 32))]  # no last batch that is half empty
     with tempfile.TemporaryDirectory() as directory:
         prompts, out = Path(directory) / "prompts.jsonl", Path(directory) / "out.jsonl"
         prompts.write_text("".join(json.dumps({"prompt": body["prompt"]}) + "\n" for body in few), encoding="utf-8")
