@@ -107,8 +107,8 @@ def test_the_caches_of_texts_that_are_done_are_let_go(monkeypatch):
     alive, most = weakref.WeakSet(), []
     read_prompt = rows.read_prompt
 
-    def watched(*arguments):
-        text, after = read_prompt(*arguments)
+    def watched(*arguments, **options):
+        text, after = read_prompt(*arguments, **options)
         alive.add(text)
         most.append(len(alive))
         return text, after

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptlab.generation.compiled.decoder import check_growth, read_prompt
+from gptlab.generation.compiled.decoder import check_growth, products, read_prompt
 from gptlab.generation.compiled.step import CompiledStep, Text
 from gptlab.generation.continuation import Continuation
 from gptlab.generation.engine import allowed, check_prompt, longest_text, random_stream, shortage_in_words, tokens_of
@@ -197,11 +197,11 @@ class Rows:
     def read(self, prompt: Prompt, length: int) -> tuple[Text, Tensor]:
         """Read a prompt, a chunk at a time, and score it where asked; return its text and the logits (1, V) after."""
         if prompt.top is None:
-            return read_prompt(self._model, prompt.ids, length)
+            return read_prompt(self._model, prompt.ids, length, compiled=self._step is not None)
         model, ids = self._model, torch.tensor([prompt.ids], device=self._device)
         cache = model.make_cache(1, length, chunk=CHUNK, reserve=len(prompt.ids) + RESERVE)
         weight = matrix(model.lm_head)
-        with evaluating(list(model.modules())):
+        with evaluating(list(model.modules())), products(self._step is not None):
             for start in range(0, len(prompt.ids), CHUNK):
                 head = _Scoring(weight, ids[0, start + 1 : start + CHUNK + 1], self._listed(weight.shape[0]), prompt)
                 logits = model(ids[:, start : start + CHUNK], cache=cache, head=head)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+@functools.cache
+def fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 faster than float32."""
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 class Linear(nn.Module):

@@ -7,8 +7,9 @@ docs/performance.md.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Literal, cast
 
 import torch
@@ -16,11 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptlab.model.gpt import GPT
-from gptlab.model.linear import Linear
+from gptlab.model.linear import Linear, fast_bfloat16
 
 Bits = Literal[8, 4]
+Product = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Activations (..., n_in), ``weight``, ``factors`` and bias (n_out,) float32 or None -> (..., n_out) float32."""
 GROUP = 32
 """Weights that share a factor in 4 bits."""
+PIECE = 2**20
+"""Weights that are floats at a time in plain PyTorch on the CPU, so that a large matrix never is as a whole."""
 
 
 def quantise(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
@@ -67,10 +72,38 @@ def dequantise(weight: Tensor, factors: Tensor) -> Tensor:
     return (groups.float() * factors[..., None]).flatten(1)
 
 
-@functools.cache
-def fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 faster than float32."""
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+def multiply(x: Tensor, weight: Tensor, factors: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply in plain PyTorch, on every device: a `Product`. The weights become floats again."""
+    n = max(PIECE // x.shape[-1], 1) if x.device.type == "cpu" else len(weight)
+    if n >= len(weight):
+        y = _multiply(x, weight, factors)
+    else:
+        y = x.new_empty(*x.shape[:-1], len(weight), dtype=torch.float32)
+        for start in range(0, len(weight), n):
+            part = slice(start, start + n)
+            y[..., part] = _multiply(x, weight[part], factors[part])
+    return y if bias is None else y + bias
+
+
+def _multiply(x: Tensor, weight: Tensor, factors: Tensor) -> Tensor:
+    if not fast_bfloat16():
+        return F.linear(x.float(), dequantise(weight, factors))
+    if factors.dim() == 1:  # int8 is exact in bfloat16, so the factors can wait
+        return F.linear(x.bfloat16(), weight.bfloat16()).float() * factors
+    return F.linear(x.bfloat16(), dequantise(weight, factors).bfloat16()).float()
+
+
+_product: ContextVar[Product] = ContextVar("product", default=multiply)
+
+
+@contextlib.contextmanager
+def multiplied_by(product: Product) -> Iterator[None]:
+    """Compute every `QuantisedLinear` by another product inside the ``with`` block, in this thread."""
+    before = _product.set(product)
+    try:
+        yield
+    finally:
+        _product.reset(before)
 
 
 class Quantised(nn.Module):
@@ -98,7 +131,7 @@ class Quantised(nn.Module):
 
 
 class QuantisedLinear(Quantised):
-    """`Linear` with its weights in whole numbers; in plain PyTorch they become floats again for every product.
+    """`Linear` with its weights in whole numbers, multiplied by `multiply` or as `multiplied_by` says.
 
     Attributes:
         weight, factors: as `quantise` returns them.
@@ -111,13 +144,7 @@ class QuantisedLinear(Quantised):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out) float32
         bias = None if self.bias is None else self.bias.float()
-        if not fast_bfloat16():
-            return F.linear(x.float(), dequantise(self.weight, self.factors), bias)
-        if self.factors.dim() == 1:  # int8 is exact in bfloat16, so the factors can wait
-            y = F.linear(x.bfloat16(), self.weight.bfloat16()).float() * self.factors
-        else:
-            y = F.linear(x.bfloat16(), dequantise(self.weight, self.factors).bfloat16()).float()
-        return y if bias is None else y + bias
+        return _product.get()(x, self.weight, self.factors, bias)
 
 
 class QuantisedEmbedding(Quantised):

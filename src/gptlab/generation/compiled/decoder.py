@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from gptlab.generation import padded
+from gptlab.generation.compiled import linear
 from gptlab.generation.compiled.library import NoLibraryError, is_built, library
 from gptlab.generation.compiled.step import CompiledStep, Text
 from gptlab.generation.memory import check_memory
@@ -17,7 +20,7 @@ from gptlab.generation.padded import FEWER, evaluating, last_logits, nothing
 from gptlab.model.attention import CausalSelfAttention
 from gptlab.model.gpt import GPT, MLP, Block, LayerNorm, RMSNorm, SwiGLU
 from gptlab.model.linear import Linear
-from gptlab.model.quantised import QuantisedEmbedding, QuantisedLinear
+from gptlab.model.quantised import QuantisedEmbedding, QuantisedLinear, multiplied_by
 
 _MODEL = {GPT, Block, CausalSelfAttention, LayerNorm, RMSNorm, MLP, SwiGLU, Linear}
 KNOWN = _MODEL | {QuantisedLinear, QuantisedEmbedding}
@@ -111,12 +114,24 @@ def check_growth(texts: Sequence[Text]) -> None:
         check_memory(more, torch.device("cpu"), said, FEWER)
 
 
-def read_prompt(model: GPT, prompt: Sequence[int], length: int) -> tuple[Text, Tensor]:
-    """Read a prompt, a chunk at a time; return it with a cache of its own and the logits (1, V) float32 that follow."""
+def products(compiled: bool) -> AbstractContextManager[None]:
+    """Inside the ``with`` block, weights in whole numbers are multiplied by the compiled product if there is one."""
+    return multiplied_by(linear.multiply) if compiled else contextlib.nullcontext()
+
+
+def read_prompt(model: GPT, prompt: Sequence[int], length: int, *, compiled: bool = True) -> tuple[Text, Tensor]:
+    """Read a prompt, a chunk at a time; return it with a cache of its own and the logits (1, V) float32 that follow.
+
+    Args:
+        model: what computes the logits.
+        prompt: token ids, at least one.
+        length: most tokens that the text will have.
+        compiled: whether there is a compiled step; its product of whole numbers then serves the prompt as well.
+    """
     cache = model.make_cache(1, length, chunk=padded.CHUNK, reserve=len(prompt) + padded.RESERVE)
     ids = torch.tensor([prompt], device=model.wte.weight.device)
     rest = (len(prompt) - 1) // padded.CHUNK * padded.CHUNK
-    with evaluating(list(model.modules())):
+    with evaluating(list(model.modules())), products(compiled):
         for start in range(0, rest, padded.CHUNK):
             model(ids[:, start : start + padded.CHUNK], cache=cache, head=nothing)
         logits = model(ids[:, rest:], cache=cache, head=last_logits)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from gptlab.config import RopeConfig
 from gptlab.model.gpt import GPT, LayerNorm, RMSNorm, SwiGLU
-from gptlab.model.quantised import Quantised
 from gptlab.model.rope import frequencies
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -159,12 +158,27 @@ class Layout:
         return None if bias is None else self._address(bias.float())
 
     def _product(self, module: nn.Module) -> Product:
-        weight, factors = cast(Tensor, module.weight), getattr(module, "factors", None)
-        return Product(
-            weight=self._address(weight),
-            factors=self._address(factors),
-            bias=self._bias(module),
-            n_out=weight.shape[0],
-            n_in=module.n_in if isinstance(module, Quantised) else weight.shape[1],
-            kind=KINDS[weight.dtype] if factors is None or factors.dim() == 1 else INT4,
-        )
+        weight, factors = cast(Tensor, module.weight), cast("Tensor | None", getattr(module, "factors", None))
+        product = describe(weight, factors)
+        product.weight, product.factors = self._address(weight), self._address(factors)
+        product.bias = self._bias(module)
+        return product
+
+
+def describe(weight: Tensor, factors: Tensor | None, bias: Tensor | None = None) -> Product:
+    """Describe a product: a matrix of floats (n_out, n_in), or one with its factors as `quantise` returns them.
+
+    Args:
+        weight: contiguous, as are the others; all must outlive what is returned.
+        factors: None for floats.
+        bias: (n_out,) float32, or None.
+    """
+    groups = factors is not None and factors.dim() == 2
+    return Product(
+        weight=weight.data_ptr(),
+        factors=None if factors is None else factors.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        n_out=weight.shape[0],
+        n_in=weight.shape[1] * (2 if groups else 1),
+        kind=INT4 if groups else KINDS[weight.dtype],
+    )

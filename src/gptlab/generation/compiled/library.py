@@ -71,7 +71,7 @@ def library() -> ctypes.CDLL:
             loaded = ctypes.CDLL(str(target))
         except OSError:
             raise NoLibraryError(f"{target} cannot be loaded ({error}); delete it") from None
-    loaded.gptlab_step.restype = ctypes.c_int32
+    loaded.gptlab_step.restype = loaded.gptlab_linear.restype = ctypes.c_int32
     return loaded
 
 
@@ -89,7 +89,8 @@ def build() -> None:
     Raises:
         NoLibraryError: no compiler, one that fails, or nowhere to write.
     """
-    compiler, source, target = find_compiler(), _HERE / "step.cpp", library_path()
+    compiler, target = find_compiler(), library_path()
+    sources = [str(path) for path in sorted(_HERE.glob("*.cpp"))]
     if compiler is None:
         raise NoLibraryError("there is no C++ compiler (install g++ or clang++)")
     try:
@@ -99,7 +100,7 @@ def build() -> None:
             for processor in ("-march=native", "-mcpu=native", None):  # each compiler knows one of the first two
                 options = [*_FLAGS, *([processor] if processor else [])]
                 made = subprocess.run(
-                    [compiler, *options, str(source), "-o", str(built)],
+                    [compiler, *options, *sources, "-o", str(built)],
                     capture_output=True,
                     text=True,
                     errors="replace",

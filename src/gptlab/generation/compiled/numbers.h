@@ -117,7 +117,7 @@ static inline Vec exp_of(Vec exponent) {
 }
 
 // How the rows of a weight matrix are stored. `one` gives a single weight; `floats_at` WIDTH of them from column k on, or
-// `shorts_at` PAIRS of them without their factor.
+// `shorts_at` PAIRS of them without their factor. `address` is for fetching ahead.
 
 struct Floats {
     const float* data;
@@ -141,7 +141,7 @@ struct BFloats {
 // activations, to 1/32767 of the largest of their row, parts them from floats.
 
 constexpr int PAIRS = WIDTH * 2;  // weights that are multiplied at a time
-constexpr int64_t EXACT = 254 * PAIRS;  // so many products of 127 and 32767 can be added, two by two, in 32 bits
+constexpr int64_t EXACT = 254 * PAIRS;  // so many products of -128 and 32767 can be added, two by two, in 32 bits
 typedef int16_t ShortVec __attribute__((vector_size(PAIRS * 2), aligned(2), may_alias));
 
 // totals + the sums of neighbouring products of PAIRS weights and activations.
@@ -158,6 +158,18 @@ static inline IntVec add_products(IntVec totals, ShortVec weights, ShortVec x) {
 #endif
 }
 
+static inline int64_t exact_sum(IntVec v) {
+#if defined(__AVX512F__)
+    __m512i x = (__m512i)v;
+    __m512i low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(x)), high = _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(x, 1));
+    return _mm512_reduce_add_epi64(_mm512_add_epi64(low, high));
+#else
+    int64_t total = 0;
+    for (int i = 0; i < WIDTH; i++) total += v[i];
+    return total;
+#endif
+}
+
 static inline ShortVec shorts(const int8_t* p) {
 #if defined(__AVX512BW__)
     return (ShortVec)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -170,12 +182,18 @@ static inline ShortVec shorts(const int8_t* p) {
 #endif
 }
 
+#if defined(__AVX512BW__)
+static inline __m256i unpack(const int8_t* group) {  // 32 weights of 4 bits
+    __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(group)), mask = _mm_set1_epi8(15);
+    __m256i both = _mm256_set_m128i(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask), _mm_and_si128(bytes, mask));
+    return _mm256_sub_epi8(both, _mm256_set1_epi8(8));
+}
+#endif
+
 // PAIRS weights of a group of 4-bit ones, from `within` on.
 static inline ShortVec halves(const int8_t* group, [[maybe_unused]] int64_t within) {
 #if defined(__AVX512BW__)
-    __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(group)), mask = _mm_set1_epi8(15);
-    __m256i both = _mm256_set_m128i(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask), _mm_and_si128(bytes, mask));
-    return (ShortVec)_mm512_cvtepi8_epi16(_mm256_sub_epi8(both, _mm256_set1_epi8(8)));
+    return (ShortVec)_mm512_cvtepi8_epi16(unpack(group));
 #else
     ShortVec v;
     for (int i = 0; i < PAIRS; i++) {
@@ -192,9 +210,8 @@ struct Bytes {  // one factor per row
     int64_t n_in;
     ShortVec shorts_at(int64_t n, int64_t k) const { return shorts(data + n * n_in + k); }
     float one(int64_t n, int64_t k) const { return data[n * n_in + k] * factors[n]; }
-    float factor(int64_t n, int64_t) const { return factors[n]; }
     const void* address(int64_t n, int64_t k) const { return data + n * n_in + k; }
-    static constexpr int64_t LINE = 64, SAME_FACTOR = EXACT;
+    static constexpr int64_t LINE = 64;
 };
 
 struct Nibbles {  // one factor per 32 weights; byte i of such a group holds weight i (low half) and weight i + 16, both plus 8
@@ -209,5 +226,5 @@ struct Nibbles {  // one factor per 32 weights; byte i of such a group holds wei
     }
     float factor(int64_t n, int64_t k) const { return factors[(n * n_in + k) / 32]; }
     const void* address(int64_t n, int64_t k) const { return data + (n * n_in + k) / 2; }
-    static constexpr int64_t LINE = 128, SAME_FACTOR = PAIRS;
+    static constexpr int64_t LINE = 128;
 };

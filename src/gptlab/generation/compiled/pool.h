@@ -1,6 +1,10 @@
-// The threads that compute a step together. They wait for each other by spinning: a step has some fifty meetings, and
-// waking a sleeping thread takes longer than the work between two of them.
+// The threads that compute together. They wait for each other by spinning: a step has some fifty meetings, and waking a
+// sleeping thread takes longer than the work between two of them.
+//
+// Where PyTorch computes with OpenMP, its threads do the work. Threads of another kind beside them would spin too, and take
+// the cores from those that compute.
 #pragma once
+#include <pthread.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -13,6 +17,16 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+// GCC's runtime and LLVM's both have these. They are found where PyTorch has loaded one of the two, else they are null.
+extern "C" {
+__attribute__((weak)) void GOMP_parallel(void (*work)(void*), void* data, unsigned n_threads, unsigned flags);
+__attribute__((weak)) int omp_get_thread_num();
+__attribute__((weak)) int omp_get_num_threads();
+}
+#endif
+inline const pid_t loaded_by = getpid();
+
 static inline void pause_briefly(int& turns) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -24,9 +38,10 @@ static inline void pause_briefly(int& turns) {
 class Pool {
    public:
     explicit Pool(int wanted) : wanted(wanted), process(getpid()) {
+        if (open_mp()) return;
         threads.reserve(wanted);
         try {
-            for (; size < wanted; size++) threads.emplace_back([this, i = size] { wait_and_work(i); });
+            for (int n = 1; n < wanted; n++, size++) threads.emplace_back([this, n] { wait_and_work(n); });
         } catch (const std::system_error&) {  // a limit on processes: those that there are do all the work
         }
     }
@@ -48,9 +63,19 @@ class Pool {
         return *pool;
     }
 
+    // Call work(thread) in every thread, thread from 0 to size - 1.
     void run(const std::function<void(int)>& work) {
         task = &work;
         arrived = 0;
+#if defined(__linux__)
+        if (open_mp()) {
+            auto mine = [](void* pool) {
+                static_cast<Pool*>(pool)->size = omp_get_num_threads();  // fewer than wanted where a limit says so
+                (*static_cast<Pool*>(pool)->task)(omp_get_thread_num());
+            };
+            return GOMP_parallel(mine, this, wanted, 0);
+        }
+#endif
         wake();
         work(0);
         meet();  // all have finished
@@ -68,9 +93,19 @@ class Pool {
         }
     }
 
-    int size = 1;  // threads that compute, the caller's among them
+    const int wanted;
+    std::atomic<int> size{1};  // threads that compute, the caller's among them
 
    private:
+    // OpenMP's threads do not survive a fork, and its runtime does not notice.
+    bool open_mp() const {
+#if defined(__linux__)
+        return wanted > 1 && process == loaded_by && GOMP_parallel && omp_get_thread_num && omp_get_num_threads;
+#else
+        return false;
+#endif
+    }
+
     void wake() {
         {
             std::lock_guard<std::mutex> lock(mutex);
@@ -96,7 +131,6 @@ class Pool {
         }
     }
 
-    const int wanted;
     const pid_t process;
     std::vector<std::thread> threads;
     const std::function<void(int)>* task = nullptr;
@@ -106,3 +140,12 @@ class Pool {
     std::mutex mutex;
     std::condition_variable sleeping;
 };
+
+// One caller at a time. Never destroyed: a thread may still compute when the process ends.
+inline std::mutex& one_at_a_time() {
+    static std::mutex& mutex = *new std::mutex;
+    // A fork in the middle of another thread's step would leave the child a mutex that nobody unlocks.
+    static const int registered = pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
+    static_cast<void>(registered);
+    return mutex;
+}

@@ -1,19 +1,10 @@
 // y = W x + b for a few rows x at once. Every weight is read from memory once, whatever the number of rows.
 #pragma once
-#include <algorithm>
+#include "operand.h"
+#include "tiles.h"
 
-#include "numbers.h"
-
-enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
-
-struct Product {
-    const void* weight;    // (n_out, n_in), or nothing where there is no such product
-    const float* factors;  // INT8: (n_out); INT4: (n_out, n_in / 32)
-    const float* bias;     // (n_out), or nothing
-    int64_t n_out, n_in;
-    Kind kind;
-    bool whole() const { return kind >= INT8; }
-};
+constexpr int ROWS = 4;  // of weights at a time: times four rows of x they are as many sums as registers hold
+constexpr int64_t PIECE = 32;  // outputs that a thread takes at a time
 
 template <class F>
 static inline void with_weights(const Product& p, F&& f) {
@@ -26,54 +17,9 @@ static inline void with_weights(const Product& p, F&& f) {
     }
 }
 
-constexpr int MAX_BATCH = 64;
-constexpr int ROWS = 4;  // of weights at a time: times four rows of x they are as many sums as registers hold
-
-// Round a row to 16-bit numbers times a factor, which is returned: NaN where the row holds NaN or infinity.
-static float round_row(const float* x, int64_t n, int16_t* y) {
-    Vec most = {}, zero = {};
-    int64_t i = 0;
-    for (; i + WIDTH <= n; i += WIDTH) {
-        Vec v = load(x + i);
-        zero += v - v;
-        v = v < 0.0f ? -v : v;
-        most = v > most ? v : most;
-    }
-    float largest = 0.0f, nothing = sum(zero);
-    for (int j = 0; j < WIDTH; j++) largest = std::max(largest, most[j]);
-    for (; i < n; i++) {
-        nothing += x[i] - x[i];
-        largest = std::max(largest, std::fabs(x[i]));
-    }
-    if (nothing != 0.0f) {
-        std::fill_n(y, n, 0);
-        return NAN;
-    }
-    const float inverse = largest > 0.0f ? 32767.0f / largest : 0.0f, shift = 12582912.0f;  // 1.5 * 2^23: what is added is rounded
-    for (i = 0; i + WIDTH <= n; i += WIDTH) narrow(y + i, __builtin_convertvector((load(x + i) * inverse + shift) - shift, IntVec));
-    for (; i < n; i++) y[i] = static_cast<int16_t>(std::nearbyint(x[i] * inverse));
-    return largest / 32767.0f;
-}
-
-// The rows that are multiplied: floats, or for weights that are whole numbers also 16-bit ones times a factor per row.
-struct Operand {
-    const float* x;
-    int64_t stride;
-    int batch;
-    Buffer<int16_t> rounded;
-    float factors[MAX_BATCH];
-
-    // `rounded` must have room for n_rows * n numbers where the weights are whole ones.
-    void set(const float* rows, int64_t n, int n_rows, bool whole) {
-        x = rows, stride = n, batch = n_rows;
-        if (!whole) return;
-        for (int b = 0; b < batch; b++) factors[b] = round_row(x + b * n, n, rounded.data() + b * n);
-    }
-};
-
-// Each tile multiplies R rows of weights from n on by B rows of x from b on: y[i][r]. The sums run over k in the same
+// Each of these multiplies R rows of weights from n on by B rows of x from b on: y[i][r]. The sums run over k in the same
 // order for every R and B, so that a row of x gives the same numbers alone and in a batch. That is why the last few
-// columns fill a vector with zeros: compilers round a loop over single numbers otherwise in one tile than in another.
+// columns fill a vector with zeros: compilers round a loop over single numbers otherwise in one of them than in another.
 
 template <class At>
 static inline Vec last_ones(int64_t n, At&& at) {
@@ -82,95 +28,144 @@ static inline Vec last_ones(int64_t n, At&& at) {
     return load(numbers);
 }
 
-// sums[r][i] += the products of columns k to the last.
-template <int R, int B, class W, class X>
-static inline void add_last(const W& w, int64_t n, const X* x, int64_t stride, int64_t k, Vec (*sums)[B]) {
+// totals[r][i] += the products of columns k to the last.
+template <int R, int B, class W>
+static inline void add_last(const W& w, int64_t n, const float* x, int64_t stride, int64_t k, Vec (*totals)[B]) {
     for (; k < w.n_in; k += WIDTH) {
         Vec xs[B];
-        for (int i = 0; i < B; i++) xs[i] = last_ones(w.n_in - k, [&](int64_t j) { return static_cast<float>(x[i * stride + k + j]); });
+        for (int i = 0; i < B; i++) xs[i] = last_ones(w.n_in - k, [&](int64_t j) { return x[i * stride + k + j]; });
         for (int r = 0; r < R; r++) {
             Vec weights = last_ones(w.n_in - k, [&](int64_t j) { return w.one(n + r, k + j); });
-            for (int i = 0; i < B; i++) sums[r][i] += weights * xs[i];
+            for (int i = 0; i < B; i++) totals[r][i] += weights * xs[i];
         }
     }
 }
 
 template <int R, int B, class W>
-static inline void float_tile(const W& w, int64_t n, const Operand& o, int b, int64_t ahead, float (*y)[R]) {
-    const float* x = o.x + b * o.stride;
-    Vec sums[R][B] = {};
+    requires requires(W w) { w.floats_at(0, 0); }
+static inline void sums(const W& w, int64_t n, const Operand& o, int64_t b, int64_t ahead, float (*y)[R]) {
+    const float* x = o.x + b * o.n;
+    Vec totals[R][B] = {};
     int64_t k = 0;
     for (; k + WIDTH <= w.n_in; k += WIDTH) {
         Vec xs[B];
-        for (int i = 0; i < B; i++) xs[i] = load(x + i * o.stride + k);
+        for (int i = 0; i < B; i++) xs[i] = load(x + i * o.n + k);
         for (int r = 0; r < R; r++) {
             if (ahead && k % W::LINE == 0) __builtin_prefetch(w.address(n + ahead + r, k));
             Vec weights = w.floats_at(n + r, k);
-            for (int i = 0; i < B; i++) sums[r][i] += weights * xs[i];
+            for (int i = 0; i < B; i++) totals[r][i] += weights * xs[i];
         }
     }
-    if (k < w.n_in) add_last<R, B>(w, n, x, o.stride, k, sums);
+    if (k < w.n_in) add_last<R, B>(w, n, x, o.n, k, totals);
     for (int r = 0; r < R; r++)
-        for (int i = 0; i < B; i++) y[i][r] = sum(sums[r][i]);
+        for (int i = 0; i < B; i++) y[i][r] = sum(totals[r][i]);
 }
 
-template <int R, int B, class W>
-static inline void whole_tile(const W& w, int64_t n, const Operand& o, int b, int64_t ahead, float (*y)[R]) {
-    const int16_t* x = o.rounded.data() + b * o.stride;
-    Vec sums[R][B] = {};
-    int64_t k = 0, end = w.n_in - w.n_in % PAIRS;
+// int8: exact, so that the order does not matter.
+template <int R, int B>
+static inline void sums(const Bytes& w, int64_t n, const Operand& o, int64_t b, int64_t ahead, float (*y)[R]) {
+    const int16_t* x = o.rounded + b * o.n;
+    int64_t totals[R][B] = {}, k = 0, end = w.n_in - w.n_in % PAIRS;
     while (k < end) {
-        int64_t first = k, until = std::min(end, k + W::SAME_FACTOR);
-        IntVec totals[R][B] = {};
+        int64_t until = std::min(end, k + EXACT);
+        IntVec some[R][B] = {};
         for (; k < until; k += PAIRS) {
             ShortVec xs[B];
-            for (int i = 0; i < B; i++) xs[i] = *reinterpret_cast<const ShortVec*>(x + i * o.stride + k);
+            for (int i = 0; i < B; i++) xs[i] = *reinterpret_cast<const ShortVec*>(x + i * o.n + k);
             for (int r = 0; r < R; r++) {
-                if (ahead && k % W::LINE == 0) __builtin_prefetch(w.address(n + ahead + r, k));
+                if (ahead && k % Bytes::LINE == 0) __builtin_prefetch(w.address(n + ahead + r, k));
                 ShortVec weights = w.shorts_at(n + r, k);
-                for (int i = 0; i < B; i++) totals[r][i] = add_products(totals[r][i], weights, xs[i]);
+                for (int i = 0; i < B; i++) some[r][i] = add_products(some[r][i], weights, xs[i]);
             }
         }
         for (int r = 0; r < R; r++)
-            for (int i = 0; i < B; i++) sums[r][i] += floats(totals[r][i]) * w.factor(n + r, first);
+            for (int i = 0; i < B; i++) totals[r][i] += exact_sum(some[r][i]);
     }
-    if (end < w.n_in) add_last<R, B>(w, n, x, o.stride, end, sums);
+    for (; k < w.n_in; k++)
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < B; i++) totals[r][i] += w.data[(n + r) * w.n_in + k] * x[i * o.n + k];
     for (int r = 0; r < R; r++)
-        for (int i = 0; i < B; i++) y[i][r] = sum(sums[r][i]) * o.factors[b + i];
+        for (int i = 0; i < B; i++) y[i][r] = static_cast<float>(totals[r][i]);
 }
 
-template <int R, int B, class W>
-static inline void tile(const W& w, int64_t n, const Operand& o, int b, int64_t ahead, float (*y)[R]) {
-    if constexpr (requires { w.floats_at(0, 0); }) float_tile<R, B>(w, n, o, b, ahead, y);
-    else whole_tile<R, B>(w, n, o, b, ahead, y);
+// int4: exact within a group. A group is a whole number of vectors.
+template <int R, int B>
+static inline void sums(const Nibbles& w, int64_t n, const Operand& o, int64_t b, int64_t ahead, float (*y)[R]) {
+    const int16_t* x = o.rounded + b * o.n;
+    Vec totals[R][B] = {};
+    for (int64_t k = 0; k < w.n_in; k += PAIRS) {
+        ShortVec xs[B];
+        for (int i = 0; i < B; i++) xs[i] = *reinterpret_cast<const ShortVec*>(x + i * o.n + k);
+        for (int r = 0; r < R; r++) {
+            if (ahead && k % Nibbles::LINE == 0) __builtin_prefetch(w.address(n + ahead + r, k));
+            ShortVec weights = w.shorts_at(n + r, k);
+            for (int i = 0; i < B; i++) totals[r][i] += floats(add_products(IntVec{}, weights, xs[i])) * w.factor(n + r, k);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < B; i++) y[i][r] = sum(totals[r][i]);
 }
 
-// Compute outputs first <= n < last of all rows, and give each to out(row, n, value). Few enough outputs that their weights
-// stay in the processor's cache while one tile of rows after the other is multiplied.
+// In an order that tiles.h has too. These are loops of their own so that no compiler makes one instruction of two.
+static void finish(const Product& p, const Operand& o, int64_t b, int64_t first, int64_t count, float* y) {
+    if (p.kind == INT8)
+        for (int64_t r = 0; r < count; r++) y[r] *= p.factors[first + r];
+    if (p.whole())
+        for (int64_t r = 0; r < count; r++) y[r] *= o.factors[b];
+    if (p.bias)
+        for (int64_t r = 0; r < count; r++) y[r] += p.bias[first + r];
+}
+
+// Compute outputs first <= n < last, at most PIECE, of all rows, and give those of each row to out(row, first, values,
+// count). They are few enough that their weights stay in the processor's cache while one group of rows after the other is
+// multiplied. Meanwhile the weights are fetched from memory that lie `ahead` outputs on.
 template <class Out>
-static void multiply(const Product& p, int64_t first, int64_t last, const Operand& o, Out&& out) {
-    const int rounds = (o.batch + 3) / 4;
+static void multiply(const Product& p, int64_t first, int64_t last, const Operand& o, int64_t ahead, Out&& out) {
+    const int64_t count = last - first;
+#if HAS_TILES
+    if (o.tiles && p.kind == INT8 && p.n_out >= TILE_OUT) {
+        const int64_t begin = std::min(first, p.n_out - TILE_OUT), panels = (o.n_rows + TILE_ROWS - 1) / TILE_ROWS;
+        const int8_t* weights = static_cast<const int8_t*>(p.weight) + begin * p.n_in;
+        const float* bias = p.bias ? p.bias + begin : nullptr;
+        for (int64_t panel = 0; panel < panels; panel++) {
+            const int64_t b = panel * TILE_ROWS, n = std::min(TILE_ROWS, o.n_rows - b);
+            const int8_t* tiles = o.tiles + panel * panel_size(p.n_in);
+            alignas(64) float y[TILE_ROWS][TILE_OUT];
+            multiply_tiles(weights, p.factors + begin, bias, p.n_in, tiles, o.factors + b, ahead * p.n_in, panel, panels, y);
+            if (count == TILE_OUT)
+                for (int64_t i = 0; i < n; i++) out(b + i, first, y[i], TILE_OUT);
+            else
+                for (int64_t i = 0; i < n; i++) out(b + i, first, y[i] + (first - begin), count);
+        }
+        return;
+    }
+#endif
     with_weights(p, [&](auto w) {
-        auto some = [&]<int R, int B>(int64_t n, int b) {
-            // Meanwhile weights are fetched from memory: the next tile's, or with several rounds over the rows those of as
-            // many outputs as these, a part of them in each round.
-            int64_t ahead = rounds == 1 ? R : (n - first) / ROWS % rounds == b / 4 ? last - first : 0;
-            float y[B][R];
-            tile<R, B>(w, n, o, b, ahead, y);
-            for (int i = 0; i < B; i++)
-                for (int r = 0; r < R; r++) out(b + i, n + r, p.bias ? y[i][r] + p.bias[n + r] : y[i][r]);
-        };
-        auto outputs = [&]<int B>(int b) {
+        const int64_t rounds = (o.n_rows + 3) / 4;
+        auto rows = [&]<int B>(int64_t b) {
+            float found[B][PIECE];
+            auto some = [&]<int R>(int64_t n) {
+                // The next weights, or with several rounds over the rows a part of those ahead in each round.
+                int64_t distance = rounds == 1 ? R : (n - first) / ROWS % rounds == b / 4 ? ahead : 0;
+                float y[B][R];
+                sums<R, B>(w, n, o, b, distance, y);
+                for (int i = 0; i < B; i++)
+                    for (int r = 0; r < R; r++) found[i][n - first + r] = y[i][r];
+            };
             int64_t n = first;
-            for (; n + ROWS <= last; n += ROWS) some.template operator()<ROWS, B>(n, b);
-            for (; n < last; n++) some.template operator()<1, B>(n, b);
+            for (; n + ROWS <= last; n += ROWS) some.template operator()<ROWS>(n);
+            for (; n < last; n++) some.template operator()<1>(n);
+            for (int i = 0; i < B; i++) {
+                finish(p, o, b + i, first, count, found[i]);
+                out(b + i, first, found[i], count);
+            }
         };
-        int b = 0;
-        for (; b + 4 <= o.batch; b += 4) outputs.template operator()<4>(b);
-        switch (o.batch - b) {
-            case 3: return outputs.template operator()<3>(b);
-            case 2: return outputs.template operator()<2>(b);
-            case 1: return outputs.template operator()<1>(b);
+        int64_t b = 0;
+        for (; b + 4 <= o.n_rows; b += 4) rows.template operator()<4>(b);
+        switch (o.n_rows - b) {
+            case 3: return rows.template operator()<3>(b);
+            case 2: return rows.template operator()<2>(b);
+            case 1: return rows.template operator()<1>(b);
         }
     });
 }

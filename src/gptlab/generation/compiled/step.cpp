@@ -1,7 +1,5 @@
 // One step of decoding: one new token for each of a few sequences, from embeddings to logits. It computes what
 // gptlab.model.gpt.GPT computes with a cache; activations are float32, weights and caches as they are stored.
-#include <pthread.h>
-
 #include <algorithm>
 
 #include "attention.h"
@@ -42,24 +40,26 @@ struct Row {
 
 namespace {
 
+constexpr int MAX_BATCH = 64;
+
+struct Input {  // of a product
+    Buffer<float> rows;
+    Rounded rounded;
+};
+
 struct Desk {  // of one thread
-    Buffer<float> rows, q, found;
-    Operand operand;
+    Buffer<float> q, found;
+    Input input;
 };
 
 struct Workspace {  // one step is computed at a time
     Buffer<float> residual, heads, inner, partials, angles;
+    Input input;
     std::vector<Desk> desks;
     std::vector<int64_t> first_block;
     std::unique_ptr<std::atomic<int64_t>[]> handed_out;
     int64_t n_stages = 0;
 };
-
-template <class T>
-T* room(Buffer<T>& v, int64_t n) {
-    if (static_cast<int64_t>(v.size()) < n) v.resize(n);
-    return v.data();
-}
 
 void normalise(const Norm& norm, const Model& m, const float* x, float* y) {
     int64_t n = m.n_embd, i = 0;
@@ -110,7 +110,7 @@ void activate(Activation kind, float* x, int64_t n) {
 class Step {
    public:
     Step(const Model& m, const Row* rows, const Slots* slots, int batch, float* logits, Workspace& w, Pool& pool)
-        : m(m), rows(rows), slots(slots), batch(batch), width((m.n_head + 2 * m.n_kv_head) * m.head_dim), logits(logits), w(w), pool(pool) {
+        : m(m), rows(rows), slots(slots), batch(batch), whole(any_whole(m)), width((m.n_head + 2 * m.n_kv_head) * m.head_dim), logits(logits), w(w), pool(pool) {
         residual = room(w.residual, batch * m.n_embd);
         heads = room(w.heads, batch * width);
         inner = room(w.inner, 2 * batch * m.n_inner);
@@ -132,62 +132,87 @@ class Step {
         }
         for (int64_t i = 0; i < w.n_stages; i++) w.handed_out[i].store(0, std::memory_order_relaxed);
         // All memory is taken here: were there none, a thread could not say so.
-        w.desks.resize(pool.size);
-        const int64_t group = m.n_head / m.n_kv_head, widest = std::max(m.n_embd, m.n_inner);
+        w.desks.resize(pool.wanted);
+        const int64_t group = m.n_head / m.n_kv_head;
+        auto reserve = [&](Input& input) {
+            room(input.rows, batch * m.n_embd);
+            if (whole) input.rounded.reserve(batch, {m.n_embd, m.n_inner});
+        };
         for (Desk& desk : w.desks) {
-            room(desk.rows, batch * m.n_embd);
             room(desk.q, 2 * group * m.head_dim);
             room(desk.found, group * (m.head_dim + 2));
-            if (any_whole()) room(desk.operand.rounded, batch * widest);
+            if (alone()) reserve(desk.input);
         }
+        if (!alone()) reserve(w.input);
     }
 
-    // What each thread does. Threads share the outputs of every product; norms are so cheap that each thread computes
-    // them all for itself.
+    // What each thread does: the threads share the outputs of every product, and the rows between two of them.
     void run(int thread) {
         Desk& desk = w.desks[thread];
-        float* x = desk.rows.data();
-        Operand& operand = desk.operand;
+        Input& input = alone() ? desk.input : w.input;
+        float* x = input.rows.data();
+        const Tiles tiles(whole && tiles_wanted(batch), TILE_BYTES);
+        Operand operand;
+        auto prepare = [&](const Product& p, const float* from, auto&& compute) {
+            operand = input.rounded.of(from, p.n_in, batch, p.whole(), p.kind == INT8);
+            for (int b = alone() ? 0 : thread; b < batch; b += pool.size) {
+                compute(b);
+                operand.round(b);
+            }
+            if (!alone()) pool.meet();
+            if (operand.tiles) {
+                operand.fill_tiles(thread, pool.size);
+                pool.meet();
+            }
+        };
+        auto norm = [&](const Norm& norm) {
+            return [&](int b) { normalise(norm, m, residual + b * m.n_embd, x + b * m.n_embd); };
+        };
+        auto product = [&](std::atomic<int64_t>& next, const Product& p, auto&& out) {
+            share(next, p.n_out, [&](int64_t first, int64_t last) { multiply(p, first, last, operand, ahead(), out); }, PIECE);
+        };
+        auto put_into = [&](float* y, int64_t stride) {
+            return [=](int64_t b, int64_t first, const float* values, int64_t n) { std::copy_n(values, n, y + b * stride + first); };
+        };
+        auto add = [&](int64_t b, int64_t first, const float* values, int64_t n) {
+            for (int64_t i = 0; i < n; i++) residual[b * m.n_embd + first + i] += values[i];
+        };
         if (thread == 0) embed();
         pool.meet();
         for (int64_t l = 0; l < m.n_layer; l++) {
             const Layer& layer = m.layers[l];
             std::atomic<int64_t>* next = &w.handed_out[STAGES * l];
-            auto add = [&](int b, int64_t n, float y) { residual[b * m.n_embd + n] += y; };
-            norms(layer.before_attention, x);
-            operand.set(x, m.n_embd, batch, layer.qkv.whole());
-            share(next[0], layer.qkv.n_out, [&](int64_t first, int64_t last) {
-                multiply(layer.qkv, first, last, operand, [&](int b, int64_t n, float y) { heads[b * width + n] = y; });
-            });
+            prepare(layer.qkv, x, norm(layer.before_attention));
+            product(next[0], layer.qkv, put_into(heads, width));
             if (m.cache == FLOAT32) attention<float>(l, next[1], desk);
             else attention<uint16_t>(l, next[1], desk);
-            for (int b = 0; b < batch; b++)
-                for (int64_t h = 0; h < m.n_head; h++)
-                    merge(partial(l, b, h), blocks(l, b), m.head_dim, x + b * m.n_embd + h * m.head_dim);
-            operand.set(x, m.n_embd, batch, layer.out.whole());
-            share(next[2], m.n_embd, [&](int64_t first, int64_t last) { multiply(layer.out, first, last, operand, add); });
-            norms(layer.before_mlp, x);
-            operand.set(x, m.n_embd, batch, layer.up.whole());
-            share(next[3], m.n_inner, [&](int64_t first, int64_t last) { widen(layer, first, last, operand); });
-            operand.set(inner, m.n_inner, batch, layer.down.whole());
-            share(next[4], m.n_embd, [&](int64_t first, int64_t last) { multiply(layer.down, first, last, operand, add); });
+            prepare(layer.out, x, [&](int b) {
+                for (int64_t h = 0; h < m.n_head; h++) merge(partial(l, b, h), blocks(l, b), m.head_dim, x + b * m.n_embd + h * m.head_dim);
+            });
+            product(next[2], layer.out, add);
+            prepare(layer.up, x, norm(layer.before_mlp));
+            share(next[3], m.n_inner, [&](int64_t first, int64_t last) { widen(layer, first, last, operand); }, PIECE);
+            prepare(layer.down, inner, [](int) {});
+            product(next[4], layer.down, add);
         }
-        norms(m.last, x);
-        operand.set(x, m.n_embd, batch, m.head.whole());
-        share(w.handed_out[STAGES * m.n_layer], m.head.n_out, [&](int64_t first, int64_t last) {
-            multiply(m.head, first, last, operand, [&](int b, int64_t n, float y) { logits[b * m.head.n_out + n] = y; });
-        });
+        prepare(m.head, x, norm(m.last));
+        product(w.handed_out[STAGES * m.n_layer], m.head, put_into(logits, m.head.n_out));
     }
 
    private:
     static constexpr int STAGES = 5;
-    static constexpr int64_t PIECE = 32;  // outputs that a thread takes at a time
 
-    bool any_whole() const {
+    static bool any_whole(const Model& m) {
         return m.head.whole() || std::any_of(m.layers, m.layers + m.n_layer, [](const Layer& l) {
             return l.qkv.whole() || l.out.whole() || l.up.whole() || l.gate.whole() || l.down.whole();
         });
     }
+
+    // A single row is so cheap between products that each thread computes it for itself.
+    bool alone() const { return batch == 1; }
+
+    // Outputs from a piece to the one that its thread takes next.
+    int64_t ahead() const { return PIECE * pool.size; }
 
     int64_t used(int b, int64_t l) const { return std::min(rows[b].position + 1, slots[b * m.n_layer + l].capacity); }
 
@@ -207,13 +232,9 @@ class Step {
 
     // Hand out n outputs, a piece at a time, to whichever thread is free; return when all are computed.
     template <class F>
-    void share(std::atomic<int64_t>& next, int64_t n, F&& compute, int64_t piece = PIECE) {
+    void share(std::atomic<int64_t>& next, int64_t n, F&& compute, int64_t piece) {
         for (int64_t first; (first = next.fetch_add(piece, std::memory_order_relaxed)) < n;) compute(first, std::min(first + piece, n));
         pool.meet();
-    }
-
-    void norms(const Norm& norm, float* x) const {
-        for (int b = 0; b < batch; b++) normalise(norm, m, residual + b * m.n_embd, x + b * m.n_embd);
     }
 
     void embed() {
@@ -285,11 +306,13 @@ class Step {
 
     // The first half of the feed-forward network, with its activation.
     void widen(const Layer& layer, int64_t first, int64_t last, const Operand& operand) {
-        auto to = [&](float* y) { return [=, this](int b, int64_t n, float value) { y[b * m.n_inner + n] = value; }; };
+        auto to = [&](float* y) {
+            return [=, this](int64_t b, int64_t n, const float* values, int64_t count) { std::copy_n(values, count, y + b * m.n_inner + n); };
+        };
         float* gates = inner + batch * m.n_inner;
         float* active = layer.gate.weight ? gates : inner;
-        multiply(layer.up, first, last, operand, to(inner));
-        if (layer.gate.weight) multiply(layer.gate, first, last, operand, to(gates));
+        multiply(layer.up, first, last, operand, ahead(), to(inner));
+        if (layer.gate.weight) multiply(layer.gate, first, last, operand, ahead(), to(gates));
         for (int b = 0; b < batch; b++) {
             float* y = inner + b * m.n_inner;
             activate(m.activation, active + b * m.n_inner + first, last - first);
@@ -302,21 +325,13 @@ class Step {
     const Row* rows;
     const Slots* slots;
     const int batch;
+    const bool whole;     // whether there are weights that are whole numbers
     const int64_t width;  // of queries, keys and values together
     float* logits;
     Workspace& w;
     Pool& pool;
     float *residual, *heads, *inner, *partials, *angles;
 };
-
-// One step at a time. Never destroyed: a thread may still compute when the process ends.
-std::mutex& one_at_a_time() {
-    static std::mutex& mutex = *new std::mutex;
-    // A fork in the middle of another thread's step would leave the child a mutex that nobody unlocks.
-    static const int registered = pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
-    static_cast<void>(registered);
-    return mutex;
-}
 
 }  // namespace
 
