@@ -22,7 +22,8 @@ from gptlab.generation.continuation import Continuation
 from gptlab.generation.engine import check_new_tokens, decode
 from gptlab.generation.sampling import Sampling
 from gptlab.model.gpt import GPT, SCALES
-from gptlab.model.quantised import bits_of, fast_bfloat16, quantise_model, restore
+from gptlab.model.linear import fast_bfloat16
+from gptlab.model.quantised import bits_of, quantise_model, restore
 from gptlab.progress import Report
 from gptlab.text.chat import render_chat
 from gptlab.text.tokenizers import Tokenizer
