@@ -360,8 +360,8 @@ def test_the_report_of_a_study_with_conversions(whole: Path, no_drawing: None) -
     longer = looks(whole, "longer")
     assert all(f"{look.nats_per_token:.4f}" in table for look in longer)
     assert "conversion-windows" in section
-    assert "The learning rate decays to the end of the run" in section
-    assert "trained on: the same base after continued training on the same tokens" in section
+    assert "The rate decays to the end of the run" in section
+    assert "less those of trained on, base after the same continued training" in section
     assert "Several ways to the same architecture" in section
     assert "None" not in section
     assert "are compared with trained on, which saw the same number of tokens" in text

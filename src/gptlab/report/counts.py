@@ -48,11 +48,12 @@ def _cache(study: Study) -> list[Block]:
     rows = []
     for name in study.drawn:
         own = {(entry.context, entry.batch): entry for entry in study.variants[name].cache}
-        rows.append([f"**{study.label(name)}**", *(_size(own.get(point)) for point in points)])
-    columns = [VARIANT, *(Column(f"{count(context)} × {batch}") for context, batch in points)]
+        sizes = (_size(own.get(point)) for point in points)
+        rows.append([f"**{study.label(name)}**", memory(study.per_token(name)), *sizes])
+    columns = [VARIANT, Column("per token"), *(Column(f"{count(context)} × {batch}") for context, batch in points)]
     note = (
         f"Tokens of context × sequences, {study.base.cache[0].dtype}. In brackets: what the program allocates, where"
-        " that is more. A window's ring keeps room for a whole chunk of a prompt."
+        " that is more. A window's cache grows until it is full. Its ring keeps room for a whole chunk of a prompt."
     )
     return [Table("Cache of keys and values", study.setting, columns, rows, note)]
 

@@ -59,7 +59,7 @@ def variants_table(study: Study, title: str, names: Sequence[str], titles: dict[
     has_loss = any(study.loss(n) is not None for n in names)
     has_gap = any(study.variants[n].difference for n in names)
     columns = [VARIANT, Column("parameters")]
-    columns += [Column("cache per token"), Column(f"cache, {count(context)} tokens")] if context else []
+    columns += [Column(f"cache, {count(context)} tokens")] if context else []
     columns += [Column("tokens/s"), Column("speed-up")] if point else []
     columns += [Column("loss")] if has_loss else []
     columns += [Column("difference"), Column("95% interval"), Column("", "range")] if has_gap else []
@@ -67,7 +67,7 @@ def variants_table(study: Study, title: str, names: Sequence[str], titles: dict[
     for name in names:
         variant, loss = study.variants[name], study.loss(name)
         row: list[object] = [f"**{titles[name]}**", count(variant.parameters["total"])]
-        row += [memory(study.per_token(name)), memory(study.cache(name, context) or 0)] if context else []
+        row += [memory(study.cache(name, context) or 0)] if context else []
         if point:
             rate = study.rates(name, "decode").get(point)
             row += [count(rate) if rate else "-", speed_up(study, name, point)]
@@ -98,8 +98,6 @@ def _note(study: Study, names: Sequence[str], has_loss: bool) -> str:
     notes = []
     if dtypes := sorted({entry.dtype for entry in study.base.cache}):
         notes.append(f"Cache of one sequence in {listed(dtypes)}.")
-        if any(study.configs[name].window for name in names):
-            notes.append("With a window, the cache grows per token only until the window is full.")
     if has_loss:
         base = study.label(study.base_name)
         notes.append(f"Loss in nats per token on {study.text}; differences to {base}, below zero is better.")
