@@ -1,15 +1,20 @@
 # The page in a browser: what it shows is what the functions say, for eyes, keys and screen readers.
 from __future__ import annotations
 
+import base64
+import io
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
 from helpers.browser import chromium
 from helpers.exploring import exploring
+from helpers.models import tiny_lm
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import gptlab
@@ -128,8 +133,9 @@ def test_one_head_on_the_canvas_and_back(page: Page, models: dict[str, LanguageM
     colours = page.evaluate("async () => [...(await import('/static/colours.js')).ramp()]")
     table = torch.tensor(colours, dtype=torch.uint8).view(256, 3)
     canvas = page.locator("#maps .single").nth(1).locator("canvas.map")
-    drawn = canvas.evaluate("c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]")
-    pixels = torch.tensor(drawn, dtype=torch.uint8).view(len(ids), len(ids), 4)[..., :3]
+    drawn = canvas.evaluate("canvas => canvas.toDataURL()").partition(",")[2]  # PNG, which loses nothing
+    with Image.open(io.BytesIO(base64.b64decode(drawn))) as image:
+        pixels = torch.from_numpy(np.array(image.convert("RGB")))
     seen = torch.ones_like(visible).tril()
     assert torch.equal(pixels[seen], table[packed.long()][seen])
 
@@ -272,11 +278,21 @@ def test_the_page_is_there_at_once(browser: Browser) -> None:
 
 
 @pytest.fixture(scope="module")
-def exported(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, LanguageModel]:
+    """A directory with a model that is quick to bake, with everything that can be switched."""
+    lm = tiny_lm(position="rope", n_kv_head=2, window=16, sinks=2)
+    directory = tmp_path_factory.mktemp("models") / "small"
+    gptlab.save(lm, directory)
+    return str(directory), gptlab.load(directory)
+
+
+@pytest.fixture(scope="module")
+def exported(
+    browser: Browser, small: tuple[str, LanguageModel], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Page]:
     """The whole page of one short text, from a file."""
     path = tmp_path_factory.mktemp("exported") / "page.html"
-    assert write_page(path, [CHANGED], text=SHORT) == path.stat().st_size
-    assert "127.0.0.1" not in path.read_text(encoding="utf-8")
+    assert write_page(path, [small[0]], text=SHORT) == path.stat().st_size
     page = open_page(browser, path.as_uri())
     for section in SECTIONS[1:]:
         see(page, section)
@@ -285,19 +301,23 @@ def exported(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iter
     page.close()
 
 
-def test_the_exported_page_needs_no_server(exported: Page, models: dict[str, LanguageModel]) -> None:
-    page, lm = exported, models[CHANGED]
-    loss = inspecting.token_losses(lm.model, ids_of(lm, SHORT))
+def test_the_exported_page_needs_no_server(exported: Page, small: tuple[str, LanguageModel]) -> None:
+    page, (name, lm) = exported, small
+    ids = ids_of(lm, SHORT)
+    loss = inspecting.token_losses(lm.model, ids)
     assert page.locator("#losses .summary").inner_text().startswith(fixed(float(loss.double().mean()), 3))
-    page.click(f"button[aria-label='{CHANGED}, layer 3, head 5']")
+    layer, head = lm.config.n_layer - 1, lm.config.n_head - 1
+    page.click(f"button[aria-label='{name}, layer {layer}, head {head}']")
     page.wait_for_selector("#maps .single .token")
     words = page.locator("#maps .single .readout").inner_text()
-    last = len(loss)
-    maps = inspecting.attention_maps(lm.model, ids_of(lm, SHORT), [3])[0, 5]
-    assert words.startswith(f"query {last} “.”, key 0 “<|endoftext|>”: weight ")
-    assert float(words.partition("weight ")[2].partition(",")[0]) == pytest.approx(float(maps[last, 0]), abs=0.004)
-    page.click("#without .toggle >> nth=1")
-    expect(page.locator("#without .summary")).to_contain_text("without what is pressed")
+    weight = float(inspecting.attention_maps(lm.model, ids, [layer])[0, head, -1, 0])
+    assert words.startswith(f"query {len(loss)} “.”, key 0 “<|endoftext|>”: weight ")
+    assert words.endswith(f"{len(loss)} tokens back, a sink")
+    assert float(words.partition("weight ")[2].partition(",")[0]) == pytest.approx(weight, abs=0.004)
+    page.click("#without >> text=the 2 sinks")
+    with inspecting.ablated(lm.model, sinks=True):
+        after = float(inspecting.token_losses(lm.model, ids).double().mean())
+    expect(page.locator("#without .summary")).to_contain_text(f"{fixed(after, 3)} without what is pressed")
     page.wait_for_selector("#costs .calculator[data-agrees=true]")
 
 
