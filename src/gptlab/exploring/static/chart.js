@@ -1,7 +1,7 @@
 // Lines against a number, small and plain.
 import { el, svg, fixed } from "./dom.js";
 
-const WIDTH = 640, HEIGHT = 240, LEFT = 46, RIGHT = 10, TOP = 26, BOTTOM = 34;
+const WIDTH = 640, HEIGHT = 240, LEFT = 46, RIGHT = 10, TOP = 30, BOTTOM = 28;
 
 /** Round steps that divide a range into about `n`. */
 export function ticks(low, high, n) {
@@ -30,13 +30,12 @@ export function lineChart({ series, label, across, up }) {
       svg("text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, fixed(value, upward.places)));
   }
   for (const value of sideways.values) {
-    drawing.append(svg("text", { x: x(value), y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" }, fixed(value, sideways.places)));
+    drawing.append(svg("text", { x: x(value), y: HEIGHT - BOTTOM + 20, "text-anchor": "middle" }, fixed(value, sideways.places)));
   }
   for (const { values, className } of series) {
     const points = values.map((value, i) => `${x(i).toFixed(1)} ${y(value).toFixed(1)}`);
     drawing.append(svg("path", { d: `M${points.join("L")}`, class: `line ${className}` }));
   }
-  drawing.append(svg("text", { x: WIDTH - RIGHT, y: HEIGHT - 4, "text-anchor": "end" }, across),
-    svg("text", { x: 0, y: 13 }, up));
+  drawing.append(svg("text", { x: 0, y: 14 }, `${up}, against ${across}`));
   return el("div", { className: "drawing" }, drawing);
 }
