@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 # Two workers with one thread each are faster on small models than one worker with two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: setup demo demo-real test test-all lint bench bench-attention bench-train bench-prepare bench-evaluate bench-peers bench-quality results docs
+.PHONY: setup demo demo-real test test-all lint bench bench-attention bench-train bench-prepare bench-evaluate bench-peers bench-quality results picture docs
 
 setup: $(VENV)/.gptlab
 
@@ -109,7 +109,10 @@ results: setup
 	$(BIN)/gptlab verify --json > docs/results/verification.json
 	$(BIN)/gptlab generate --model pocket-rope-gqa-swa "The city of" --seed 1 --json > docs/results/generate.json
 
+# Photograph the page of gptlab explore for the README; needs Chromium.
+picture: setup
+	$(BIN)/python tools/draw_explore.py docs/images/explore.png
+
 # Write the tables and figures of the docs from the result files.
 docs: setup
-	$(BIN)/python tools/draw_attention.py docs/images/attention.png
 	$(BIN)/python tools/build_docs.py
