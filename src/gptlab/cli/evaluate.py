@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gptlab.evaluation.positions import Position
     from gptlab.evaluation.protocol import Protocol
     from gptlab.evaluation.scoring import Result
+    from gptlab.evaluation.trigram import Trigram
     from gptlab.language_model import LanguageModel
 
 DECIMALS = {"accuracy": 4, "accuracy_norm": 4, "nats_per_token": 4, "bits_per_byte": 4}
@@ -40,6 +41,10 @@ def evaluate(
     paper_table: Annotated[
         bool, typer.Option("--paper-table", help="Table 3 of the GPT-2 paper beside what the model gives.")
     ] = False,
+    trigram: Annotated[
+        Path | None,
+        typer.Option(help="Token shards of gptlab prepare: also score a count trigram of the first model's tokens."),
+    ] = None,
     text_field: Annotated[
         str, typer.Option(help="The field or column to read from the records in text:FILE.")
     ] = "text",
@@ -58,11 +63,14 @@ def evaluate(
     from gptlab.evaluation import data as sources
     from gptlab.evaluation.positions import positions_in_text
     from gptlab.evaluation.tasks import evaluate as measure
+    from gptlab.evaluation.tasks import evaluate_trigram
 
     tasks = list(dict.fromkeys(tasks or []))
     texts = [task for task in tasks if task.startswith("text:")]
     if by_position and not texts:
         raise GptlabError("--by-position needs a text; give one with --task text:FILE")
+    if trigram is not None and not texts:
+        raise GptlabError("--trigram needs a text; give one with --task text:FILE")
     if text_field != "text" and not texts:
         raise GptlabError("--text-field applies to the records of a text; give one with --task text:FILE")
     protocols = _protocols(tasks, stride, paper_table)
@@ -80,8 +88,10 @@ def evaluate(
     options: dict[str, Any] = {"context": context, "limit": limit, "dtype": dtype, "text_field": text_field}
     results: dict[str, list[Result]] = {protocol.name: [] for protocol in protocols}
     positions: dict[str, dict[str, list[Position]]] = {text: {} for text in texts if by_position}
+    counted: list[str] = []
     for name in models:
         lm = _load(name, dtype, tokenizer, device)
+        counts = None if trigram is None or name != models[0] else _counts(trigram, name, lm, counted)
         for protocol in protocols:
             with _progress(f"{name} {protocol.name}") as progress:
                 result = measure(
@@ -95,6 +105,8 @@ def evaluate(
                     **options,
                 )
             results[protocol.name].append(result)
+            if counts is not None and protocol.name in texts:
+                results[protocol.name].append(evaluate_trigram(counts, lm.needs_tokenizer(), result, text_field))
         for text, by_model in positions.items():
             source = text.removeprefix("text:")
             with _progress(f"{name} {text} by position") as progress:
@@ -104,7 +116,7 @@ def evaluate(
         print(_as_json(results, differences, positions, absent, scores=False, ascii_only=True))
     else:
         for task in tasks:
-            _show(results[task], differences[task])
+            _show(results[task], differences[task], counted if task in texts else [])
         for text, by_model in positions.items():
             _show_positions(text, by_model)
         if paper_table:
@@ -136,6 +148,23 @@ def _load(name: str, dtype: str, tokenizer: str | None, device: str) -> Language
     if dtype not in PRECISIONS:
         raise GptlabError(f"--dtype must be one of {', '.join(PRECISIONS)}, got {dtype!r}{nearest(dtype, PRECISIONS)}")
     return gptlab.load(name, dtype=dtype, tokenizer=tokenizer, device=device)
+
+
+def _counts(data: Path, name: str, lm: LanguageModel, said: list[str]) -> Trigram:
+    """Count as many tokens as a model was trained on, where that is known, and say of what and how many."""
+    from gptlab.errors import GptlabError
+    from gptlab.evaluation.trigram import DEFINITION
+    from gptlab.text.shards import open_dataset
+    from gptlab.training.budget import tokens_trained
+    from gptlab.training.counts import count_read
+    from gptlab.training.data import Windows
+
+    dataset = open_dataset(data)
+    if dataset.tokenizer.sha256 != lm.needs_tokenizer().sha256:
+        raise GptlabError(f"{data} was prepared with a tokenizer other than that of {name}; prepare it with --tokenizer")
+    counts = count_read(dataset, Windows(dataset.training, lm.config.context_length), tokens_trained(name), 0)
+    said.append(f"trigram: {DEFINITION}: {counts.n_tokens:,} of {dataset.name}.")
+    return counts
 
 
 def _paper_protocols(tasks: list[str], paths: dict[str, Path], absent: dict[str, str]) -> list[Protocol]:
@@ -194,7 +223,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _show(results: list[Result], differences: list[dict[str, Any]]) -> None:
+def _show(results: list[Result], differences: list[dict[str, Any]], counted: list[str]) -> None:
     from rich.table import Table
 
     from gptlab.evaluation.tasks import protocol_of
@@ -205,7 +234,7 @@ def _show(results: list[Result], differences: list[dict[str, Any]]) -> None:
         table.add_column(metric.replace("_", " "), justify="right")
     for result in results:
         table.add_row(result.model["name"], *(_cell(result.metrics, metric) for metric in protocol.metrics))
-    notes = [f"{protocol.definition}.", *dict.fromkeys(map(_conditions, results))]
+    notes = [f"{protocol.definition}.", *dict.fromkeys(map(_conditions, results)), *counted]
     if protocol.original:
         numbers = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in protocol.original.items())
         notes.append(f"OpenAI's 124M, all of the official file, float32, no overlap: {numbers} ({protocol.source}).")

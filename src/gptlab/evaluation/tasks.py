@@ -17,6 +17,7 @@ from gptlab.evaluation import hellaswag, lambada, texts
 from gptlab.evaluation.batches import Progress
 from gptlab.evaluation.protocol import Outcome, Protocol, Settings
 from gptlab.evaluation.scoring import Result, check_stride, window_length
+from gptlab.evaluation.trigram import NAME, Trigram
 from gptlab.model.cost import parameters
 from gptlab.model.gpt import GPT
 from gptlab.text.records import TEXT_FIELD
@@ -179,6 +180,35 @@ def evaluate(
         metrics=_metrics(outcome, protocol),
         scores=outcome.scores,
         seconds=seconds,
+    )
+
+
+def evaluate_trigram(trigram: Trigram, tokenizer: Tokenizer, like: Result, text_field: str = TEXT_FIELD) -> Result:
+    """Measure counts by the protocol of a model's result, on the same text in the same units.
+
+    Args:
+        trigram: counted with the same tokenizer.
+        tokenizer: of the model.
+        like: of the model, by ``text:FILE``.
+        text_field: as for the model.
+
+    Raises:
+        GptlabError: another protocol.
+    """
+    kind, _, source = like.protocol.partition(":")
+    if kind != "text":
+        raise GptlabError(f"a trigram is measured on running text, not by {like.protocol}; give a --task text:FILE")
+    settings = Settings(limit=like.settings["limit"], text_field=text_field)
+    started = time.perf_counter()
+    outcome = texts.text_by_counts(source, trigram, tokenizer, settings)
+    return Result(
+        protocol=like.protocol,
+        settings=like.settings,
+        model={"name": NAME, "parameters": 0, "sha256": trigram.sha256},
+        data=outcome.data,
+        metrics=outcome.metrics,
+        scores=outcome.scores,
+        seconds=time.perf_counter() - started,
     )
 
 

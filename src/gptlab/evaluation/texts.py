@@ -17,6 +17,7 @@ from gptlab.evaluation import data, detokenizers
 from gptlab.evaluation.batches import Progress
 from gptlab.evaluation.protocol import Outcome, Settings, ids_sha256, perplexity
 from gptlab.evaluation.scoring import Score, token_logprobs, window_length
+from gptlab.evaluation.trigram import Trigram
 from gptlab.model.gpt import GPT
 from gptlab.text.documents import open_documents, sha256_of_documents
 from gptlab.text.tokenizers import Tokenizer
@@ -46,12 +47,29 @@ class Document:
 
 def text_file(source: str, model: GPT, tokenizer: Tokenizer, settings: Settings, progress: Progress | None) -> Outcome:
     """``text:FILE``: documents, each from the token on that begins a text, where the tokenizer has one."""
+    documents, identity = _read_text(source, settings)
+    scores, hashed = _score(model, tokenizer, documents, settings, progress)
+    return _outcome(scores, {**identity, "ids_sha256": hashed, "from": start_of(tokenizer)})
+
+
+def text_by_counts(source: str, trigram: Trigram, tokenizer: Tokenizer, settings: Settings) -> Outcome:
+    """``text:FILE`` as `text_file`, by counts in place of a model; windows have no meaning for these."""
+    documents, identity = _read_text(source, settings)
+    before = [tokenizer.start_of_text] if tokenizer.start_of_text is not None else []
+    texts = tokenizer.encode_batch([document.text for document in documents])
+    sequences = [np.array(before + ids) for ids in texts]
+    logprobs = [torch.from_numpy(trigram.logprobs(ids)) for ids in sequences]
+    scores = _scores(documents, tokenizer, texts, logprobs)
+    return _outcome(scores, {**identity, "ids_sha256": ids_sha256(sequences), "from": start_of(tokenizer)})
+
+
+def _read_text(source: str, settings: Settings) -> tuple[list[Document], dict[str, object]]:
+    """Return the documents of a text that are to be scored, and what tells it from others."""
     corpus = open_documents([source], text_field=settings.text_field)
     texts = tuple(corpus)
     documents = [_plain(text) for text in settings.first(texts)]
-    scores, hashed = _score(model, tokenizer, documents, settings, progress)
-    identity = {"name": corpus.name, "sha256": sha256_of_documents(texts), "ids_sha256": hashed}
-    return _outcome(scores, {**identity, "from": start_of(tokenizer)})
+    unit = "part of a document" if len(documents) < FEW else "document"
+    return documents, {"name": corpus.name, "sha256": sha256_of_documents(texts), "unit": unit}
 
 
 def wikitext_token(model: GPT, tokenizer: Tokenizer, settings: Settings, progress: Progress | None) -> Outcome:
@@ -125,6 +143,13 @@ def _score(
         dtype=settings.dtype,
         progress=progress,
     )
+    return _scores(documents, tokenizer, texts, logprobs), ids_sha256(sequences)
+
+
+def _scores(
+    documents: Sequence[Document], tokenizer: Tokenizer, texts: Sequence[Sequence[int]], logprobs: Sequence[Tensor]
+) -> tuple[Score, ...]:
+    """Return the score of each document, or of parts of few, from the log-probabilities of its tokens."""
     scores: list[Score] = []
     for document, ids, values in zip(documents, texts, logprobs, strict=True):
         if document.original and len(documents) < FEW:
@@ -133,7 +158,7 @@ def _score(
             scores.append(Score(-values.double().sum().item(), len(values), document.words, document.bytes))
     if not sum(score.tokens for score in scores):
         raise GptlabError("the text is a single token, of which nothing can be predicted; give more text")
-    return tuple(scores), ids_sha256(sequences)
+    return tuple(scores)
 
 
 def _parts(text: str, tokenizer: Tokenizer, ids: Sequence[int], logprobs: Tensor) -> list[Score]:

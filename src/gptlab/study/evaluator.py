@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from gptlab.evaluation.positions import loss_by_position
 from gptlab.evaluation.probes import copy_at_distance, induction
 from gptlab.evaluation.scoring import Result, Score
 from gptlab.evaluation.tasks import evaluate as run_task
+from gptlab.evaluation.tasks import evaluate_trigram
+from gptlab.evaluation.trigram import Trigram
 from gptlab.language_model import LanguageModel
 from gptlab.study.directory import cached, key
 from gptlab.study.results import AttentionMap, ByPosition, Copy, Heads, Induction, LayerHeads, Sample
@@ -70,6 +73,10 @@ class Evaluator:
             return result.to_dict() | {"protocol": "text", "seconds": 0.0}
 
         return _result(self._cached("quality", model, compute, length=length, text=self.sha256, **self._dtype))
+
+    def score_counts(self, trigram: Trigram, tokenizer: Tokenizer, like: Result) -> Result:
+        """Return the score of a trigram on the text, in the units of a model's result."""
+        return evaluate_trigram(trigram, tokenizer, replace(like, protocol=f"text:{self.text}"))
 
     def divergence(self, base: LanguageModel, before: str, lm: LanguageModel, model: str) -> tuple[float, int]:
         """Return the mean KL(base || converted) in nats per token over the beginning of the text, and its tokens."""

@@ -194,10 +194,11 @@ class Batches:
         """Return batch ``step``, counted from 0."""
         numbers = np.arange(step * self.size, (step + 1) * self.size)
         epochs = numbers // len(self.rows)
-        parts = [self._permutation(int(e))[numbers[epochs == e] % len(self.rows)] for e in np.unique(epochs)]
+        parts = [self.order(int(e))[numbers[epochs == e] % len(self.rows)] for e in np.unique(epochs)]
         return self.rows.take(np.concatenate(parts))
 
-    def _permutation(self, epoch: int) -> np.ndarray:
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the numbers of all rows in the order in which an epoch has them, int64."""
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
