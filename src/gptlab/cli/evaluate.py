@@ -161,9 +161,11 @@ def _counts(data: Path, name: str, lm: LanguageModel, said: list[str]) -> Trigra
 
     dataset = open_dataset(data)
     if dataset.tokenizer.sha256 != lm.needs_tokenizer().sha256:
-        raise GptlabError(f"{data} was prepared with a tokenizer other than that of {name}; prepare it with --tokenizer")
+        raise GptlabError(
+            f"{data} was prepared with a tokenizer other than that of {name}; prepare it with --tokenizer"
+        )
     counts = count_read(dataset, Windows(dataset.training, lm.config.context_length), tokens_trained(name), 0)
-    said.append(f"trigram: {DEFINITION}: {counts.n_tokens:,} of {dataset.name}.")
+    said.append(f"{DEFINITION}: {counts.n_tokens:,} of {dataset.name}.")
     return counts
 
 

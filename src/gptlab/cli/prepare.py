@@ -44,7 +44,10 @@ def prepare(
         str | None, typer.Option(help="gpt2 (the default), bytes, chars, bpe (trained), or a model by name.")
     ] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Ids of a bpe tokenizer (default 4096).")] = None,
-    held_out: Annotated[float | None, typer.Option(help="Share of the text to hold out (default 0.01).")] = None,
+    held_out: Annotated[
+        float | None,
+        typer.Option(help="Share of the text to hold out (default 0.01, and up to 0.05 for 200 documents)."),
+    ] = None,
     validation: ValidationOption = None,
     per_line: Annotated[
         bool, typer.Option("--per-line", help="Every line is a document, as in a list of names.")
@@ -76,8 +79,7 @@ def prepare(
         if validation and held_out is not None:
             raise GptlabError("--held-out has no effect with --validation; leave one of them out")
         choice = _tokenizer(tokenizer or "gpt2", vocab_size or 4096)
-        share = 0.01 if held_out is None else held_out
-        dataset = prepare_with_progress(sources, choice, out, share, per_line, validation or (), text_field)
+        dataset = prepare_with_progress(sources, choice, out, held_out, per_line, validation or (), text_field)
     print(f"train on it: gptlab train {'names' if dataset.items else 'pocket'} --data {out} --out runs/{out.name}")
 
 
@@ -85,7 +87,7 @@ def prepare_with_progress(
     sources: Sequence[str],
     tokenizer: Tokenizer | TokenizerChoice,
     out: Path,
-    held_out: float,
+    held_out: float | None,
     per_line: bool = False,
     validation: Sequence[str] = (),
     text_field: str | None = None,

@@ -21,8 +21,8 @@ from gptlab.errors import GptlabError
 
 NAME = "trigram"
 DEFINITION = (
-    "count trigram, interpolated absolute discounting (Ney, Essen and Kneser 1994), counted on as many tokens of the"
-    " training data; each token given the two before it in its document"
+    "trigram: counts, interpolated absolute discounting (Ney, Essen and Kneser 1994), of as many tokens of the training"
+    " data; each token given the two before it in its document"
 )
 _MOST_IDS = 2_097_151
 """Of three ids in 63 bits."""

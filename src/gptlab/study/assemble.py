@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import TypeVar
 
@@ -12,15 +12,18 @@ import gptlab
 from gptlab.conversion.calibration import default_tokens
 from gptlab.conversion.rotary import MOST_TOKENS
 from gptlab.evaluation.scoring import Result
+from gptlab.evaluation.trigram import DEFINITION
 from gptlab.model import cost
 from gptlab.study import costs, statistics
-from gptlab.study.claims import claims_of_results
+from gptlab.study.claims import TRIGRAM, claims_of_results
 from gptlab.study.directory import plain
-from gptlab.study.evaluate import Answers, Evaluation
+from gptlab.study.evaluate import Evaluation
 from gptlab.study.make import Made
 from gptlab.study.resolve import Entry, Plan
 from gptlab.study.results import (
     About,
+    Age,
+    Baseline,
     ByPosition,
     Checkpoint,
     Conversion,
@@ -30,10 +33,11 @@ from gptlab.study.results import (
     Induction,
     Interval,
     Quality,
+    Rate,
     Results,
     Variant,
 )
-from gptlab.study.statistics import Scored, at, contrast, residual
+from gptlab.study.statistics import Scored, at, at_age, contrast, residual, unit_of
 from gptlab.study.variants import Converted, Loaded, Trained, continued_base, rank
 
 _Row = TypeVar("_Row", Copy, Induction)
@@ -56,6 +60,9 @@ def assemble(plan: Plan, made: Mapping[tuple[str, int], Made], evaluation: Evalu
         effects=statistics.effects({name: variant.factors for name, variant in variants.items()}, scored),
         four_sizes=costs.four_sizes({entry.name: entry.config for entry in plan.entries}, plan.base.name),
         residual=residual(trained, scored),
+        baselines=[_baseline(tokens, plan, evaluation) for tokens in sorted(evaluation.baselines)],
+        ages=[_age(tokens, plan, variants, evaluation, scored) for tokens in evaluation.ages],
+        rates=_rates(plan, variants),
     )
     claims = claims_of_results(plan.study.claims, plan.study.claim, results, scored)
     return results.model_copy(update={"claims": claims})
@@ -68,7 +75,16 @@ def all_scores(plan: Plan, evaluation: Evaluation) -> Scored:
     """
     scores: dict[str, Mapping[int, Result]] = {name: one.scores for name, one in evaluation.answers.items()}
     scores[at(plan.base.name, 0.0)] = scores[plan.base.name]
+    seeds = plan.seeds or (0,)  # counts know none: the same beside each
+    for tokens, result in evaluation.baselines.items():
+        age = tokens if tokens in evaluation.ages else max(evaluation.ages, default=tokens)
+        scores[at_age(TRIGRAM, age)] = dict.fromkeys(seeds, result)
+    if plan.base.tokens in evaluation.baselines:
+        scores[TRIGRAM] = dict.fromkeys(seeds, evaluation.baselines[plan.base.tokens])
     pools = [frozenset(entry.name for entry in plan.entries if isinstance(entry.variant, Trained))]
+    for tokens, asked in evaluation.ages.items():
+        scores |= {at_age(name, tokens): one.scores for name, one in asked.items()}
+        pools.append(frozenset(at_age(name, tokens) for name in asked))
     by_share: dict[float, set[str]] = {}
     for name, course in evaluation.courses.items():
         for share, at_share in course.scores.items():
@@ -79,6 +95,48 @@ def all_scores(plan: Plan, evaluation: Evaluation) -> Scored:
     last = {name: max(course.scores) for name, course in evaluation.courses.items() if course.scores}
     pools += [frozenset(names | {n for n, end in last.items() if end == share}) for share, names in by_share.items()]
     return Scored(scores, pools)
+
+
+def _baseline(tokens: int, plan: Plan, evaluation: Evaluation) -> Baseline:
+    """The trigram of so many tokens, beside the first run of the base after as many."""
+    result = evaluation.baselines[tokens]
+    answers = evaluation.answers if tokens == plan.base.tokens else evaluation.ages.get(tokens, {})
+    scores = answers[plan.base.name].scores if plan.base.name in answers else {}
+    quality, difference = _quality([result], evaluation), None
+    assert quality is not None
+    if scores:
+        both = {"base": scores[min(scores)], TRIGRAM: result}
+        difference = statistics.over_documents(both, {"base": 1.0, TRIGRAM: -1.0}).interval
+    return Baseline(label=TRIGRAM, definition=f"{DEFINITION}.", tokens=tokens, quality=quality, difference=difference)
+
+
+def _age(tokens: int, plan: Plan, variants: Mapping[str, Variant], evaluation: Evaluation, scored: Scored) -> Age:
+    """All variants after so many tokens."""
+    answers = evaluation.ages[tokens]
+    gaps = {n: _difference(at_age(n, tokens), at_age(plan.base.name, tokens), scored) for n in answers}
+    counted = tokens if tokens in evaluation.baselines else plan.base.tokens or 0
+    return Age(
+        tokens=tokens,
+        quality={n: own for n, one in answers.items() if (own := _quality(one.scores.values(), evaluation))},
+        differences=statistics.corrected({n: g for n, g in gaps.items() if g is not None and n != plan.base.name}),
+        effects=statistics.effects({at_age(n, tokens): one.factors for n, one in variants.items()}, scored),
+        induction={n: _mean_row(one.inductions) for n, one in answers.items() if one.inductions},
+        copying={n: [_mean_row(rows) for rows in zip(*one.copying, strict=True)] for n, one in answers.items()},
+        residual=residual([at_age(n, tokens) for n in answers], scored, {at_age(n, tokens): n for n in answers}),
+        baseline=_baseline(counted, plan, evaluation) if counted in evaluation.baselines else None,
+    )
+
+
+def _rates(plan: Plan, variants: Mapping[str, Variant]) -> dict[str, list[Rate]]:
+    """What a search for the learning rate has found, by variant."""
+    rates: dict[str, list[Rate]] = {}
+    for entry in plan.entries:
+        if isinstance(entry.variant, Trained) and entry.variant.searched is not None:
+            quality, rate = variants[entry.name].quality, entry.variant.recipe.optimizer.learning_rate
+            nats = None if quality is None else quality.nats_per_token
+            one = Rate(learning_rate=rate, variant=entry.name, nats_per_token=nats)
+            rates.setdefault(entry.variant.searched, []).append(one)
+    return rates
 
 
 def _corrected(variants: dict[str, Variant]) -> dict[str, Variant]:
@@ -151,7 +209,7 @@ def _variant(
         cache=costs.cache_sizes(config, contexts, batches),
         receptive_field=cost.receptive_field(config),
         runs=[one.run for one in own if one.run is not None],
-        quality=_quality(answers, evaluation),
+        quality=_quality(answers.scores.values(), evaluation),
         by_position=_mean_positions(answers.by_position),
         copying=[_mean_row(rows) for rows in zip(*answers.copying, strict=True)],
         induction=_mean_row(answers.inductions) if answers.inductions else None,
@@ -167,8 +225,8 @@ def _difference(name: str, other: str, scored: Scored) -> Interval | None:
     return None if estimate is None else estimate.interval
 
 
-def _quality(answers: Answers, evaluation: Evaluation) -> Quality | None:
-    results = list(answers.scores.values())
+def _quality(scores: Iterable[Result], evaluation: Evaluation) -> Quality | None:
+    results = list(scores)
     if not results:
         return None
     by_run = [result.metrics["nats_per_token"] for result in results]
@@ -180,6 +238,8 @@ def _quality(answers: Answers, evaluation: Evaluation) -> Quality | None:
         documents=len(results[0].scores),
         tokens=sum(score.tokens for score in results[0].scores),
         by_run=by_run,
+        unit=unit_of(results[0]),
+        part=evaluation.part,
     )
 
 

@@ -78,7 +78,7 @@ def claim_directory(request: Request, out: Path, variants: Sequence[Variant], da
         GptlabError: the directory holds something else, or cannot be written.
     """
     whole = {"name": request.study.name, "base": request.study.base, "data": data}
-    parts = {variant.name: _definition(variant) for variant in variants}
+    parts = {variant.name: _definition(variant, ages=bool(request.study.ages)) for variant in variants}
     if (out / STUDY).exists():
         before = _read(out)
         for name, value in whole.items():
@@ -116,14 +116,17 @@ def _read(out: Path) -> _StudyFile:
         raise GptlabError(f"{path} cannot be read ({said}); restore it, or choose another --out") from None
 
 
-def _definition(variant: Variant) -> dict[str, Any]:
+def _definition(variant: Variant, *, ages: bool) -> dict[str, Any]:
     if isinstance(variant, Loaded):
         return {"load": variant.model}
     if isinstance(variant, Converted):
         after = variant.uptraining
         recipe = None if after is None else {"recipe": plain(after.recipe), "of": after.pretraining_tokens}
         return {"convert": variant.changes.to_dict(), "uptrain": recipe}
-    return {"recipe": plain(variant.recipe)}
+    recipe = plain(variant.recipe)
+    if ages:  # which may be added
+        del recipe["budget"]
+    return {"recipe": recipe}
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from gptlab.checkpoints.files import write_files
-from gptlab.errors import GptlabError
 from gptlab.evaluation.scoring import Result
 from gptlab.language_model import LanguageModel
 from gptlab.progress import Report
 from gptlab.study.directory import CACHE, model_key
 from gptlab.study.evaluator import Evaluator
+from gptlab.study.held_out import write_held_out
 from gptlab.study.make import Made, Model, load_model
 from gptlab.study.resolve import Entry, Plan
 from gptlab.study.results import AttentionMap, ByPosition, Copy, Corpus, Heads, Induction, Sample
-from gptlab.study.settings import EvaluationSettings
-from gptlab.text.documents import open_documents
-from gptlab.text.shards import Dataset, Split
-from gptlab.text.tokenizers import END_OF_TEXT, Tokenizer
+from gptlab.text.splits import Part
+from gptlab.training.loop import rows_of
 
 Scores = dict[int, Result]
 """Score on the held-out text by seed."""
-
-HELD_OUT = "held_out.txt"
 
 
 @dataclass
@@ -73,15 +67,21 @@ class Evaluation:
 
     Attributes:
         text: the held-out text.
+        part: which of its documents were read, None where all of them might be.
         protocol: how it was scored, in words.
         answers: by variant.
         courses: by variant that was converted.
+        ages: by tokens and variant, where the study has ages; the last are the same as ``answers``.
+        baselines: the count trigram of as many tokens, by their number.
     """
 
     text: Corpus
+    part: Part | None
     protocol: str
     answers: dict[str, Answers]
     courses: dict[str, Course]
+    ages: dict[int, dict[str, Answers]]
+    baselines: dict[int, Result]
 
 
 def evaluate(plan: Plan, made: Mapping[tuple[str, int], Made], report: Report) -> Evaluation:
@@ -92,14 +92,15 @@ def evaluate(plan: Plan, made: Mapping[tuple[str, int], Made], report: Report) -
         made: its models by variant and seed.
         report: called as the work goes on.
     """
-    text, name = write_held_out(plan.study.evaluate, plan.dataset, plan.out)
-    evaluator = Evaluator(text, name, plan.study.evaluate, plan.length, plan.out / CACHE)
+    text = write_held_out(plan.study.evaluate, plan.dataset, plan.out)
+    evaluator = Evaluator(text.path, text.name, plan.study.evaluate, plan.length, plan.out / CACHE)
     answers = {entry.name: Answers() for entry in plan.entries}
     models = {key: one.model for key, one in made.items() if one.model is not None}
     for i, ((name, seed), model) in enumerate(models.items()):
         what = f"{name}, seed {seed}" if plan.seeds else name
         report({"event": "phase", "phase": "evaluate", "what": what, "done": i, "of": len(models)})
         _ask(answers[name], seed, load_model(model, plan.device), evaluator)
+    ages = _ages(plan, made, answers, evaluator, report)
     courses = {}
     for entry in plan.entries:
         if entry.milestones:
@@ -107,16 +108,55 @@ def evaluate(plan: Plan, made: Mapping[tuple[str, int], Made], report: Report) -
             report({"event": "phase", "phase": "evaluate", "what": what, "done": 0, "of": 1})
             courses[entry.name] = _course(plan, entry, made, evaluator)
     _draw_attention(plan, answers, models, evaluator)
-    return Evaluation(Corpus(name=evaluator.name, sha256=evaluator.sha256), evaluator.protocol, answers, courses)
+    corpus = Corpus(name=evaluator.name, sha256=evaluator.sha256)
+    baselines = _baselines(plan, answers, evaluator, report)
+    return Evaluation(corpus, text.part, evaluator.protocol, answers, courses, ages, baselines)
+
+
+def _baselines(plan: Plan, answers: Mapping[str, Answers], evaluator: Evaluator, report: Report) -> dict[int, Result]:
+    """Score a count trigram of what a run of the base has read, at its end."""
+    like = next((score for one in answers.values() for score in one.scores.values()), None)
+    numbers = {plan.base.tokens, *plan.study.ages[:-1]} - {None}
+    if plan.dataset is None or like is None:
+        return {}
+    seed, length, results = (plan.seeds or (0,))[0], plan.base.config.context_length, {}
+    for tokens in sorted(filter(None, numbers)):
+        report({"event": "phase", "phase": "evaluate", "what": f"trigram of {tokens:,} tokens", "done": 0, "of": 1})
+        rows, _ = rows_of(plan.dataset, plan.recipe, length)
+        results[tokens] = evaluator.score_counts(plan.dataset, rows, tokens, seed, like)
+    return results
+
+
+def _ages(
+    plan: Plan,
+    made: Mapping[tuple[str, int], Made],
+    answers: dict[str, Answers],
+    evaluator: Evaluator,
+    report: Report,
+) -> dict[int, dict[str, Answers]]:
+    """Ask the models of all ages but the last, whose answers there are, for losses, copies and induction."""
+    ages: dict[int, dict[str, Answers]] = {}
+    for tokens in plan.study.ages[:-1]:
+        ages[tokens] = {name: Answers() for name in answers}
+        report({"event": "phase", "phase": "evaluate", "what": f"at {tokens:,} tokens", "done": 0, "of": 1})
+        for (name, seed), one in made.items():
+            if tokens in one.ages:
+                lm = load_model(one.ages[tokens], plan.device)
+                _ask_for_losses(ages[tokens][name], seed, lm, model_key(lm), evaluator)
+    return ages | dict.fromkeys(plan.study.ages[-1:], answers)
+
+
+def _ask_for_losses(answers: Answers, seed: int, lm: LanguageModel, key: str, evaluator: Evaluator) -> None:
+    answers.scores[seed] = evaluator.score(lm, key)
+    answers.copying.append(evaluator.copying(lm, key))
+    answers.inductions.append(evaluator.induction(lm, key))
 
 
 def _ask(answers: Answers, seed: int, lm: LanguageModel, evaluator: Evaluator) -> None:
     key = model_key(lm)
-    answers.scores[seed] = evaluator.score(lm, key)
+    _ask_for_losses(answers, seed, lm, key, evaluator)
     if (positions := evaluator.by_position(lm, key)) is not None:
         answers.by_position.append(positions)
-    answers.copying.append(evaluator.copying(lm, key))
-    answers.inductions.append(evaluator.induction(lm, key))
     if answers.heads is None:
         answers.heads, answers.samples = evaluator.heads(lm, key), evaluator.samples(lm, key)
 
@@ -159,43 +199,3 @@ def _draw_attention(
         if own.scores:
             lm = load_model(models[name, min(own.scores)], plan.device)
             own.attention_map = evaluator.attention_map(lm, model_key(lm), layer, head, tokens)
-
-
-def write_held_out(settings: EvaluationSettings, dataset: Dataset | None, directory: Path) -> tuple[Path, str]:
-    """Write the text that the models of a study are asked about; return the file and what to call it.
-
-    Args:
-        settings: of the study.
-        dataset: what its variants are trained on, or None where none is.
-        directory: of the study.
-
-    Raises:
-        GptlabError: no such text, or no text named where nothing is trained.
-    """
-    documents: Iterable[str]
-    if settings.text is not None:
-        corpus = open_documents([settings.text])
-        documents, name = corpus, corpus.name
-    elif dataset is not None:
-        documents, name = _decoded(dataset.validation, dataset.tokenizer), f"held-out part of {dataset.name}"
-    else:
-        raise GptlabError("a study of trained models needs a text to ask them about; set evaluate.text")
-    parts, left = [], settings.bytes
-    for document in documents:
-        part = document.encode()[:left].decode(errors="ignore")
-        if part.strip():
-            parts.append(part if part.endswith("\n") else part + "\n")
-        left -= len(part.encode())
-        if left <= 0:
-            break
-    content = f"{END_OF_TEXT}\n".join(parts).encode()
-    path = directory / HELD_OUT
-    if not path.exists() or path.read_bytes() != content:
-        write_files(directory, {HELD_OUT: content})
-    return path, name
-
-
-def _decoded(split: Split, tokenizer: Tokenizer) -> Iterable[str]:
-    """The documents of a split; all of it where their ends are not recorded."""
-    for ids in split.documents():
-        yield tokenizer.decode([i for i in ids.tolist() if i != tokenizer.end_of_text])

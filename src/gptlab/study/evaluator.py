@@ -19,13 +19,15 @@ from gptlab.evaluation.probes import copy_at_distance, induction
 from gptlab.evaluation.scoring import Result, Score
 from gptlab.evaluation.tasks import evaluate as run_task
 from gptlab.evaluation.tasks import evaluate_trigram
-from gptlab.evaluation.trigram import Trigram
 from gptlab.language_model import LanguageModel
 from gptlab.study.directory import cached, key
 from gptlab.study.results import AttentionMap, ByPosition, Copy, Heads, Induction, LayerHeads, Sample
 from gptlab.study.settings import EvaluationSettings
 from gptlab.text.documents import open_documents, sha256_of_documents
+from gptlab.text.shards import Dataset
 from gptlab.text.tokenizers import Tokenizer
+from gptlab.training.counts import count_read
+from gptlab.training.data import Items, Windows
 
 STRING = 16
 """Tokens of a string that is to be copied."""
@@ -74,9 +76,24 @@ class Evaluator:
 
         return _result(self._cached("quality", model, compute, length=length, text=self.sha256, **self._dtype))
 
-    def score_counts(self, trigram: Trigram, tokenizer: Tokenizer, like: Result) -> Result:
-        """Return the score of a trigram on the text, in the units of a model's result."""
-        return evaluate_trigram(trigram, tokenizer, replace(like, protocol=f"text:{self.text}"))
+    def score_counts(self, dataset: Dataset, rows: Windows | Items, tokens: int, seed: int, like: Result) -> Result:
+        """Return the score of a trigram on the text, in the units of a model's result.
+
+        Args:
+            dataset: that the models were trained on.
+            rows: of its training part.
+            tokens: of them that are counted.
+            seed: of the run whose first rows these are.
+            like: of a model.
+        """
+
+        def compute() -> dict[str, Any]:
+            trigram = count_read(dataset, rows, tokens, seed)
+            result = evaluate_trigram(trigram, dataset.tokenizer, replace(like, protocol=f"text:{self.text}"))
+            return result.to_dict() | {"protocol": "text", "seconds": 0.0}
+
+        parts = {"data": dataset.sha256, "length": rows.length, "tokens": tokens, "seed": seed, "text": self.sha256}
+        return _result(self._cached("trigram", "", compute, **parts, **self._dtype))
 
     def divergence(self, base: LanguageModel, before: str, lm: LanguageModel, model: str) -> tuple[float, int]:
         """Return the mean KL(base || converted) in nats per token over the beginning of the text, and its tokens."""

@@ -29,6 +29,7 @@ from gptlab.devices import timed
 from gptlab.errors import GptlabError
 from gptlab.language_model import LanguageModel
 from gptlab.progress import Report
+from gptlab.study.ages import train_age
 from gptlab.study.directory import CONVERTED, RUNS, key
 from gptlab.study.resolve import Entry, Plan
 from gptlab.study.results import Run
@@ -47,6 +48,8 @@ from gptlab.study.timing import training_step
 from gptlab.study.uptraining import Uptraining
 from gptlab.study.variants import Converted, Loaded, Trained
 from gptlab.text.shards import Dataset
+from gptlab.training.branch import of_age
+from gptlab.training.recipe import Recipe
 
 Source = str | Path
 
@@ -87,6 +90,7 @@ class Made:
         run: its training, None where it has none.
         model: its final model, None where it failed.
         checkpoints: of a conversion: its models by share of the pre-training, 0 right after it.
+        ages: of one that is trained: its models by tokens, where the study has ages.
         steps: of a conversion, in words.
     """
 
@@ -94,6 +98,7 @@ class Made:
     model: Model | None = None
     checkpoints: Mapping[float, Model] = field(default_factory=dict)
     steps: tuple[str, ...] = ()
+    ages: Mapping[int, Model] = field(default_factory=dict)
 
 
 def make(plan: Plan, report: Report) -> dict[tuple[str, int], Made]:
@@ -143,6 +148,8 @@ def _make(plan: Plan, entry: Entry, seed: int, base: Source | None, report: Repo
     variant, device = entry.variant, str(plan.device)
     if isinstance(variant, Trained):
         dataset, where = _dataset(plan), run_directory(plan, entry, seed)
+        if plan.study.ages:
+            return _make_ages(plan, entry, seed, tell)
         run, model = train_run(with_seed(variant.recipe, seed), dataset, where, device=device, report=tell)
         return Made(run, model)
     if isinstance(variant, Loaded):
@@ -175,6 +182,23 @@ def _make(plan: Plan, entry: Entry, seed: int, base: Source | None, report: Repo
     return Made(run, models.get(steps[-1]), {0.0: start, **by_share}, taken)
 
 
+def _make_ages(plan: Plan, entry: Entry, seed: int, tell: Report) -> Made:
+    ages, length = plan.study.ages, entry.config.context_length
+    models: dict[int, Model] = {}
+    for tokens in ages:
+        where, recipe = run_directory(plan, entry, seed, tokens), with_seed(of_age(_recipe(entry), tokens), seed)
+        run, model = train_age(recipe, _dataset(plan), where, ages, length, device=str(plan.device), report=tell)
+        if model is None:
+            return Made(run, ages=models)
+        models[tokens] = model
+    return Made(run, model, ages=models)
+
+
+def _recipe(entry: Entry) -> Recipe:
+    assert isinstance(entry.variant, Trained)
+    return entry.variant.recipe
+
+
 def _narrowed(plan: Plan, changes: Changes, base: Source) -> Made:
     model = Narrowed(base, changes)
     steps = plan_steps(plan.base.config, changes, calibrated=False)
@@ -187,10 +211,11 @@ def _dataset(plan: Plan) -> Dataset:
     return plan.dataset
 
 
-def run_directory(plan: Plan, entry: Entry, seed: int) -> Path:
-    """Return the directory of the run of a variant that is trained or uptrained."""
+def run_directory(plan: Plan, entry: Entry, seed: int, tokens: int | None = None) -> Path:
+    """Return the directory of the run of a variant that is trained or uptrained; the last of its ages by default."""
     match entry.variant:
         case Trained(recipe=recipe):
+            recipe = recipe if tokens is None else of_age(recipe, tokens)
             name = run_key(with_seed(recipe, seed), _dataset(plan), str(plan.device))
         case Converted(changes=changes, uptraining=Uptraining() as after):
             steps = [milestone.step for milestone in entry.milestones[1:]]
@@ -236,6 +261,11 @@ def forecast(plan: Plan) -> dict[str, Any]:
     for entry in plan.entries:
         match entry.variant:
             case Trained(recipe=recipe):
+                for age in plan.study.ages[:-1]:  # of the others, the decay comes on top
+                    decays = [finished(run_directory(plan, entry, seed, age)) is not None for seed in entry.seeds]
+                    runs += len(decays)
+                    part = round(age * recipe.schedule.decay_share)
+                    missing += [(entry, recipe, part)] * decays.count(False)
                 done = [finished(run_directory(plan, entry, seed)) is not None for seed in entry.seeds]
                 tokens = entry.tokens or 0
             case Converted(uptraining=Uptraining(recipe=recipe)):

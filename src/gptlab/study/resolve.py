@@ -15,6 +15,7 @@ from gptlab.checkpoints.hub import locate
 from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.progress import Report
+from gptlab.study.ages import check_ages
 from gptlab.study.claims import check_claims
 from gptlab.study.directory import DATA, Request, claim_directory, model_key
 from gptlab.study.evaluator import check_settings
@@ -146,6 +147,11 @@ def resolve(request: Request, out: Path, report: Report) -> Plan:
         )
     configs = _configs(variants, 0 if dataset is None else dataset.tokenizer.vocab_size)
     entries = _entries(variants, configs, dataset, seeds)
+    if study.ages:
+        for entry in entries:
+            if not isinstance(entry.variant, Trained):
+                raise GptlabError(f"the study has ages, but variant {entry.name!r} is not trained from scratch")
+            check_ages(entry.name, entry.variant.recipe, study.ages, entry.config.context_length)
     if not request.only:
         check_claims(study.claim, {entry.name: entry.factors for entry in entries})
     length = _length(study.evaluate, configs)

@@ -37,6 +37,9 @@ def _config(value: Any) -> ModelConfig:
         return ModelConfig.from_dict(value)
 
 
+Unit = Literal["document", "part of a document"]
+"""What a text is scored in and resampled by."""
+
 Config = Annotated[ModelConfig, BeforeValidator(_config), PlainSerializer(lambda config: config.to_dict())]
 
 
@@ -187,7 +190,7 @@ class Quality(Record):
     documents: int
     tokens: int
     by_run: list[float]
-    unit: Literal["document", "part of a document"] | None = None
+    unit: Unit | None = None
     part: Literal["tune", "test"] | None = None
 
 

@@ -43,16 +43,16 @@ def with_seed(recipe: Recipe, seed: int) -> Recipe:
 def run_key(recipe: Recipe, dataset: Dataset, device: str) -> str:
     """Return the name of a run: two variants that come to the same model, by the same recipe, share it."""
     config = recipe.model_for(dataset.tokenizer.vocab_size).to_dict()
-    return key("train", recipe=_training(recipe), model=config, data=dataset.sha256, device=device)
+    return key("train", recipe=training_of(recipe), model=config, data=dataset.sha256, device=device)
 
 
 def uptrain_key(recipe: Recipe, converted: str, steps: Sequence[int], dataset: Dataset, device: str) -> str:
     """Return the name of a run that uptrains the conversion of a key."""
     parts = {"converted": converted, "steps": list(steps), "data": dataset.sha256, "device": device}
-    return key("train", recipe=_training(recipe), **parts)
+    return key("train", recipe=training_of(recipe), **parts)
 
 
-def _training(recipe: Recipe) -> dict[str, Any]:
+def training_of(recipe: Recipe) -> dict[str, Any]:
     """What a recipe says of training; model, tokenizer and data have keys of their own."""
     values = plain(recipe)
     del values["model"], values["tokenizer"], values["data"]["corpus"]

@@ -32,6 +32,7 @@ class VariantSettings(_Section):
         name: in results and on the command line.
         label: in words.
         model: fields that differ from the recipe's.
+        set: changes to the recipe beside those of the whole study, as the variant's own learning rate.
         load: a built-in model, a directory or a hub name, as `gptlab.load` takes it; nothing is trained then.
         convert: what to convert the base into, see `gptlab.conversion.convert.Changes`; empty is the base as it is.
         uptrain: changes to the recipe of the uptraining, beside those of the whole study. In
@@ -41,6 +42,7 @@ class VariantSettings(_Section):
     name: str
     label: str | None = None
     model: dict[str, Any] = Field(default_factory=dict)
+    set: list[str] = Field(default_factory=list)
     load: str | None = None
     convert: dict[str, Any] | None = None
     uptrain: list[str] | Literal[False] | None = None
@@ -58,6 +60,12 @@ class FactorSettings(_Section):
 
     label: str | None = None
     model: dict[str, Any]
+
+
+class CellSettings(_Section):
+    """Changes to the recipe of one combination of a grid, as its own learning rate, each ``section.key=value``."""
+
+    set: list[str] = Field(min_length=1)
 
 
 class UptrainSettings(_Section):
@@ -80,7 +88,10 @@ class EvaluationSettings(_Section):
 
     Attributes:
         text: a file, a directory or a name such as ``pydoc``; None is the held-out part of the training data.
-        bytes: most of that text that is read.
+        part: of the documents: those to ``tune`` on, or those to ``test`` on, which nothing may be chosen on; a hash of
+            a document's text decides. None is ``test`` of held-out documents, and all of another text.
+        bytes: of the text that are read at least where there are so many, in whole documents.
+        documents: that are read at least where there are so many.
         length: tokens of a window; None is the least trained length of the models.
         positions: how many times this length a model without learned positions is followed.
         pieces: of text that are so long, at most; all models read the same.
@@ -93,7 +104,9 @@ class EvaluationSettings(_Section):
     """
 
     text: str | None = None
+    part: Literal["tune", "test"] | None = None
     bytes: int = Field(400_000, ge=1000)
+    documents: int = Field(100, ge=1)
     length: int | None = Field(None, ge=16)
     positions: int = Field(4, ge=1)
     pieces: int = Field(16, ge=1)
@@ -172,6 +185,10 @@ class StudySettings(_Section):
         base: the variant that the others are compared with.
         variant: variants one by one.
         grid: changes of which every combination is a variant.
+        cell: changes to the recipe of single combinations of the grid, by name.
+        rates: learning rates to search: every variant that is trained from scratch is trained with each of them.
+        ages: tokens after which to compare the variants that are trained from scratch, ascending. Each is the end of a
+            run of its own; their beginning, up to where the schedule ``wsd`` begins its decay, is trained once.
         uptrain: how variants that are made by conversion are uptrained; None leaves them as they were converted.
         evaluate: what is asked of every model.
         measure: what is timed.
@@ -191,6 +208,9 @@ class StudySettings(_Section):
     base: str = "base"
     variant: list[VariantSettings] = Field(default_factory=list)
     grid: dict[str, FactorSettings] = Field(default_factory=dict)
+    cell: dict[str, CellSettings] = Field(default_factory=dict)
+    rates: list[float] = Field(default_factory=list)
+    ages: list[int] = Field(default_factory=list)
     uptrain: UptrainSettings | None = None
     evaluate: EvaluationSettings = EvaluationSettings()
     measure: MeasurementSettings = MeasurementSettings()
@@ -232,6 +252,15 @@ def make_study(values: Mapping[str, Any]) -> StudySettings:
         raise GptlabError(f"seeds of study {study.name} must be different numbers of at least 0, got {study.seeds}")
     if study.uptrain is not None and not all(0 <= share <= 1 for share in study.uptrain.shares):
         raise GptlabError(f"uptrain.shares must lie between 0 and 1, got {study.uptrain.shares}")
+    if study.ages != sorted(set(study.ages)) or any(tokens < 1 for tokens in study.ages):
+        raise GptlabError(f"ages of study {study.name} must be numbers of tokens that ascend, got {study.ages}")
+    if len(set(study.rates)) < len(study.rates) or any(rate <= 0 for rate in study.rates):
+        raise GptlabError(f"rates of study {study.name} must be different numbers above 0, got {study.rates}")
+    for own in study.claim:
+        if own.tokens is not None and own.tokens not in study.ages:
+            raise GptlabError(f"the claim {own.claim!r} is about {own.tokens:,} tokens, which is none of the ages")
+        if own.share is not None and (study.uptrain is None or own.share not in study.uptrain.shares):
+            raise GptlabError(f"the claim {own.claim!r} is about a share of {own.share:g}, none of uptrain.shares")
     for claim in study.claims:
         if claim not in CLAIMS:
             raise GptlabError(f"unknown claim {claim!r}{nearest(claim, CLAIMS)}; there are {', '.join(CLAIMS)}")
@@ -257,6 +286,7 @@ def _home(path: list[str]) -> type[BaseModel]:
     sections: dict[str, type[BaseModel]] = {
         "variant": VariantSettings,
         "grid": FactorSettings,
+        "cell": CellSettings,
         "claim": ClaimSettings,
         "uptrain": UptrainSettings,
         "evaluate": EvaluationSettings,

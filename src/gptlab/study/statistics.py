@@ -17,7 +17,7 @@ import numpy as np
 
 from gptlab.evaluation.compare import COVERAGE, refuse_unlike, resampled_ratios
 from gptlab.evaluation.scoring import Result
-from gptlab.study.results import Effects, Interval, Residual
+from gptlab.study.results import Effects, Interval, Residual, Unit
 from gptlab.study.student import holm, t_distribution, t_quantile
 
 UNIT = "nats per token"
@@ -186,14 +186,21 @@ class Fit:
         return _student(float(vector @ self._means), error if vector.any() else 0.0, self.df, n, POOLED)
 
 
-def residual(names: Sequence[str], scored: Scored) -> Residual | None:
-    """Return what is left of the losses of these variants beside their means and those of the seeds."""
+def residual(names: Sequence[str], scored: Scored, called: Mapping[str, str] | None = None) -> Residual | None:
+    """Return what is left of the losses of these variants beside their means and those of the seeds.
+
+    Args:
+        names: of the variants among all scores.
+        scored: all scores.
+        called: what to call them in the result, where that is another name.
+    """
     losses = {name: row for name in names if (row := scored.losses(name))}
     fit = Fit(losses) if losses else None
     if fit is None or not fit.df:
         return None
     spread = {name: math.sqrt(math.fsum(r * r for r in rest) / len(rest)) for name, rest in fit.residuals.items()}
-    return Residual(deviation=math.sqrt(fit.variance), df=fit.df, by_variant=spread)
+    named = {(called or {}).get(name, name): value for name, value in spread.items()}
+    return Residual(deviation=math.sqrt(fit.variance), df=fit.df, by_variant=named)
 
 
 def over_documents(results: Mapping[str, Result], weights: Weights, resamples: int = 10_000) -> Estimate:
@@ -214,7 +221,7 @@ def over_documents(results: Mapping[str, Result], weights: Weights, resamples: i
         gaps += weight * np.array([score.nats for score in results[name].scores])
     gaps, tokens = gaps[tokens > 0], tokens[tokens > 0]
     mean, n = float(gaps.sum() / tokens.sum()), len(tokens)
-    method = OVER_DOCUMENTS if first.data.get("unit", "document") == "document" else OVER_PARTS
+    method = OVER_PARTS if unit_of(first) == "part of a document" else OVER_DOCUMENTS
     interval = Interval(mean=mean, low=None, high=None, n=n, unit=UNIT, method=method)
     if n < 2:
         return Estimate(interval)
@@ -223,6 +230,12 @@ def over_documents(results: Mapping[str, Result], weights: Weights, resamples: i
     tail, draws = (1 - COVERAGE) / 2, resampled_ratios(gaps, tokens, 0, resamples)
     low, high = np.quantile(draws, [tail, 1 - tail])
     return _with_p(Estimate(interval.model_copy(update={"low": float(low), "high": float(high)}), draws=draws))
+
+
+def unit_of(result: Result) -> Unit | None:
+    """Return what the scores of a result are of; None where it was made before that was kept."""
+    unit: Unit | None = result.data.get("unit")
+    return unit
 
 
 def corrected(intervals: Mapping[str, Interval]) -> dict[str, Interval]:

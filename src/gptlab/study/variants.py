@@ -12,8 +12,9 @@ from gptlab.config import ModelConfig
 from gptlab.conversion.changes import Changes, target
 from gptlab.errors import GptlabError, nearest
 from gptlab.study.results import Kind
-from gptlab.study.settings import NAME, FactorSettings, StudySettings, VariantSettings
+from gptlab.study.settings import NAME, StudySettings, VariantSettings
 from gptlab.study.uptraining import Uptraining, read_uptraining
+from gptlab.training.branch import of_age
 from gptlab.training.recipe import Recipe, read_recipe
 
 _UPTRAIN = "uptrain."
@@ -39,12 +40,14 @@ class Trained:
         label: in words.
         recipe: seed aside.
         factors: the grid's changes that it combines; None where it is not of the grid.
+        searched: in a search for the learning rate: the variant that it is a trial of.
     """
 
     name: str
     label: str
     recipe: Recipe
     factors: tuple[str, ...] | None = None
+    searched: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def read_variants(study: StudySettings, settings: Sequence[str] = ()) -> list[Va
     Raises:
         GptlabError: two variants of one name, no base, or a variant that is impossible, which is named.
     """
-    asked = [*_grid(study.grid), *((variant, None) for variant in study.variant)]
+    asked = [*_grid(study), *((variant, None) for variant in study.variant)]
     own = [setting for setting in settings if not setting.startswith(_UPTRAIN)]
     further = [setting.removeprefix(_UPTRAIN) for setting in settings if setting.startswith(_UPTRAIN)]
     if further and study.uptrain is None:
@@ -97,6 +100,8 @@ def read_variants(study: StudySettings, settings: Sequence[str] = ()) -> list[Va
     own = [*study.set, *own]
     if any(setting.partition("=")[0].strip() == "train.seed" for setting in own):
         raise GptlabError("train.seed has no effect in a study, which has seeds of its own; leave it out of set")
+    if study.ages and (found := next((s for s in own if s.startswith("budget.")), None)):
+        raise GptlabError(f"the study's ages are its budgets, so {found} has no effect; leave it out")
     variants: dict[str, Variant] = {}
     for variant, factors in asked:
         if not NAME.fullmatch(variant.name):
@@ -104,6 +109,10 @@ def read_variants(study: StudySettings, settings: Sequence[str] = ()) -> list[Va
         if variant.name in variants:
             raise GptlabError(f"two variants are called {variant.name!r}; rename one")
         label = variant.label or ("base" if variant.name == study.base else variant.name)
+        if variant.set and (_converts(variant) or variant.load is not None):
+            raise GptlabError(
+                f"variant {variant.name!r} is not trained by the recipe, so set has no effect; leave it out"
+            )
         if _converts(variant):
             variants[variant.name] = _converted(variant, label, study, further)
         elif variant.load is not None:
@@ -111,17 +120,34 @@ def read_variants(study: StudySettings, settings: Sequence[str] = ()) -> list[Va
                 raise GptlabError(f"variant {variant.name!r} is loaded, so model has no effect; give load or model")
             variants[variant.name] = Loaded(variant.name, label, variant.load)
         else:
-            variants[variant.name] = Trained(variant.name, label, _recipe(variant, study.recipe, own), factors)
+            recipe = _recipe(variant, study.recipe, [*own, *variant.set])
+            if study.ages:
+                recipe = of_age(recipe, study.ages[-1])
+            for trial in _trials(Trained(variant.name, label, recipe, factors), study.rates):
+                variants[trial.name] = trial
     if not variants:
         raise GptlabError("the study has no variants; add [[variant]] entries or a [grid]")
-    if study.base not in variants:
-        hint, names = nearest(study.base, variants), ", ".join(variants)
-        raise GptlabError(f"no variant is the base {study.base!r}{hint}; set base to one of {names}")
-    return sorted(variants.values(), key=lambda variant: variant.name != study.base)
+    base = next((v.name for v in variants.values() if isinstance(v, Trained) and v.searched == study.base), study.base)
+    if base not in variants:
+        hint, names = nearest(base, variants), ", ".join(variants)
+        raise GptlabError(f"no variant is the base {base!r}{hint}; set base to one of {names}")
+    return sorted(variants.values(), key=lambda variant: variant.name != base)
 
 
-def _grid(factors: Mapping[str, FactorSettings]) -> list[tuple[VariantSettings, tuple[str, ...]]]:
-    names = sorted(factors, key=rank)
+def _trials(variant: Trained, rates: Sequence[float]) -> list[Trained]:
+    """A variant with each of the learning rates of a search; itself where none is searched."""
+    if not rates:
+        return [variant]
+    trials = []
+    for rate in rates:
+        optimizer = variant.recipe.optimizer.model_copy(update={"learning_rate": rate})
+        recipe = variant.recipe.model_copy(update={"optimizer": optimizer})
+        trials.append(Trained(f"{variant.name}-{rate:g}", f"{variant.label}, {rate:g}", recipe, None, variant.name))
+    return trials
+
+
+def _grid(study: StudySettings) -> list[tuple[VariantSettings, tuple[str, ...]]]:
+    factors, names = study.grid, sorted(study.grid, key=rank)
     variants = []
     for size in range(len(names) + 1 if names else 0):
         for chosen in itertools.combinations(names, size):
@@ -131,8 +157,16 @@ def _grid(factors: Mapping[str, FactorSettings]) -> list[tuple[VariantSettings, 
                     raise GptlabError(f"two changes of the grid set {min(again)}; a grid combines different settings")
                 model |= factors[name].model
             label = " + ".join(factors[name].label or name for name in chosen)
-            variant = VariantSettings(name="-".join(chosen) or "base", label=label or None, model=model)
-            variants.append((variant, chosen))
+            cell = "-".join(chosen) or "base"
+            changes = study.cell[cell].set if cell in study.cell else []
+            variants.append((VariantSettings(name=cell, label=label or None, model=model, set=changes), chosen))
+    known = [variant.name for variant, _ in variants]
+    for cell in study.cell:
+        if cell not in known:
+            raise GptlabError(
+                f"the study has [cell.{cell}], but the grid has no {cell!r}{nearest(cell, known)}; there are"
+                f" {', '.join(known) or 'none'}"
+            )
     return variants
 
 

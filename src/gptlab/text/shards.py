@@ -27,7 +27,7 @@ from gptlab.text.datasets import FORMAT, INDEX, TWO_MARKS, VERSION, Dataset, Spl
 from gptlab.text.documents import Documents
 from gptlab.text.encoding import SplitWriter, encode
 from gptlab.text.segmentation import in_pieces
-from gptlab.text.splits import SPLITS, Division, divide, divide_alike, divide_between, survey
+from gptlab.text.splits import SPLITS, Division, default_share, divide, divide_alike, divide_between, survey
 from gptlab.text.tokenizers import Tokenizer, make_tokenizer
 
 __all__ = ["Dataset", "NewTokenizer", "Split", "TokenizerChoice", "append", "open_dataset", "prepare"]
@@ -57,7 +57,7 @@ def prepare(
     tokenizer: Tokenizer | TokenizerChoice,
     out: Path,
     *,
-    held_out: float = 0.01,
+    held_out: float | None = None,
     validation: Documents | None = None,
     shard_tokens: int = SHARD_TOKENS,
     report: Report = lambda row: None,
@@ -71,7 +71,7 @@ def prepare(
         tokenizer: one to use, or what to make: ``bpe`` is trained on the training part, the alphabet of ``chars`` is
             that of both parts.
         out: the directory to make; it appears when all of it is on disk.
-        held_out: share of the bytes, between 0 and 1.
+        held_out: share of the bytes, between 0 and 1; None is `default_share` of the number of documents.
         validation: a text of one's own to hold out; all of ``documents`` is then trained on.
         shard_tokens: most ids in a file.
         report: called with plain values as the work goes on; ``{"event": "shared", "documents": n}`` says that n
@@ -81,7 +81,7 @@ def prepare(
         GptlabError: ``out`` exists or cannot be written, no text, too little of it for two parts, an unknown tokenizer,
             or a character that it lacks.
     """
-    if not 0 < held_out < 1:
+    if held_out is not None and not 0 < held_out < 1:
         raise GptlabError(f"the share to hold out must be between 0 and 1, got {held_out}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise GptlabError(
@@ -119,12 +119,13 @@ def prepare(
 
 
 def _divide(
-    documents: Documents, validation: Documents | None, held_out: float, report: Report
+    documents: Documents, validation: Documents | None, held_out: float | None, report: Report
 ) -> tuple[Division, int]:
     """Return which documents are held out, and the bytes of all."""
     surveyed = survey(documents, report)
     if validation is None:
-        return divide(documents, surveyed, held_out), surveyed.n_bytes
+        share = default_share(len(surveyed.ranks)) if held_out is None else held_out
+        return divide(documents, surveyed, share), surveyed.n_bytes
     other = survey(validation, report)
     if shared := int(np.isin(surveyed.ranks, other.ranks).sum()):
         report({"event": "shared", "documents": shared})

@@ -6,7 +6,7 @@ import hashlib
 import re
 from array import array
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -55,6 +55,15 @@ class Rule(NamedTuple):
     moved: tuple[float, ...] = ()
     cut: Cut | None = None
     exact: bool = False
+
+
+Part = Literal["tune", "test"]
+"""Of the held-out documents: those to choose recipes and rates on, and those to report on."""
+
+TUNE_SHARE = 1 / 3
+"""Of the held-out documents, those to tune on."""
+LEAST_SHARE, LARGEST_SHARE, WANTED = 0.01, 0.05, 200
+"""Shares to hold out where nobody says how much, and documents that are wanted of a corpus of many."""
 
 
 class Survey(NamedTuple):
@@ -130,14 +139,44 @@ def survey(
     return Survey(np.frombuffer(ranks, dtype=np.float64), np.frombuffer(sizes, dtype=np.int64))
 
 
+def default_share(n_documents: int) -> float:
+    """Return the share to hold out of a corpus: a hundredth, and of thousands of documents what gives `WANTED`."""
+    share = max(LEAST_SHARE, WANTED / max(n_documents, 1))
+    return share if share <= LARGEST_SHARE else LEAST_SHARE
+
+
+def part_of(text: str) -> tuple[Part, float]:
+    """Return which of the held-out documents a whole one belongs to, and its place in their order, from 0 to 1.
+
+    Both depend on its text alone, white space at its end aside, and not on why it is held out: they are further bits
+    of the hash of its rank (of a line, where each line is a document, of the line with its end).
+    """
+    digest = hashlib.sha256(text.rstrip().encode() + b"\n").digest()
+    place = int.from_bytes(digest[8:16], "big") / 2**64
+    return ("tune" if place < TUNE_SHARE else "test"), place
+
+
+def is_whole(text: str, rule: Rule, *, items: bool = False) -> bool:
+    """Is a held-out text a whole document, which the rule holds out, and not the end of one that was cut?
+
+    Args:
+        text: of a held-out document.
+        rule: that held it out.
+        items: each document is a line.
+    """
+    content = text.encode() if rule.exact else text.rstrip().encode() + (b"" if items else b"\n")
+    rank = int.from_bytes(hashlib.sha256(content).digest()[:8], "big") / 2**64
+    return (rank < rule.held_out) is not (rank in rule.moved)
+
+
 def divide(documents: Documents, surveyed: Survey, held_out: float) -> Division:
     """Divide a corpus so that ``held_out`` of its bytes are held out, within `TOLERANCE`.
 
     A document is held out when its rank is below ``held_out``: equal documents stay together, and added ones move none
-    to the other side. Where that misses the share, the difference is made up for: by cutting the longest document that
-    is longer than the difference (its end is held out, and its copies are cut at the same place), or else by moving
-    documents, those nearest to the border first, and then cutting. Documents of fewer than `LEAST_TO_CUT` bytes are
-    never cut; a corpus of nothing else gets as near to the share as whole documents allow.
+    to the other side. Where that misses the share, documents are moved, those nearest to the border first. Where whole
+    documents do not make up for the difference, the longest one that is longer than it is cut (its end is held out, and
+    its copies are cut at the same place), or else documents are moved and then one is cut. Documents of fewer than
+    `LEAST_TO_CUT` bytes are never cut; a corpus of nothing else gets as near to the share as whole documents allow.
 
     Raises:
         GptlabError: too little text for two parts.
@@ -195,17 +234,20 @@ def _plan(surveyed: Survey, held_out: float) -> tuple[tuple[float, ...], _Wanted
     too_much = held > target
     rest = np.flatnonzero((ranks < held_out) == too_much)  # those from which the difference can be taken
     moved: list[float] = []
+    left = gap
+    for i in rest[np.argsort(np.abs(ranks[rest] - held_out), kind="stable")].tolist():
+        if left <= slack:
+            break
+        if sizes[i] <= left + slack:
+            moved.append(float(ranks[i]))
+            left -= sizes[i]
+    if left <= slack:
+        return tuple(moved), None
     cut = _longest(rest[sizes[rest] > gap], single)
-    if cut is None:
-        for i in rest[np.argsort(np.abs(ranks[rest] - held_out), kind="stable")].tolist():
-            if gap <= slack:
-                return tuple(moved), None
-            if sizes[i] <= gap + slack:
-                moved.append(float(ranks[i]))
-                gap -= sizes[i]
-        if gap <= slack:
-            return tuple(moved), None
-        rest = rest[~np.isin(ranks[rest], moved)]
+    if cut is not None:  # then nothing need be moved
+        moved = []
+    else:
+        gap, rest = left, rest[~np.isin(ranks[rest], moved)]
         cut = _longest(rest, single)  # all of them are longer than the gap
     if cut is None:
         smallest = rest[np.argmin(sizes[rest])]

@@ -89,11 +89,16 @@ def begin(run: Path, recipe: Recipe, dataset: Dataset, group: Group, teacher: Te
     if taken:
         raise GptlabError(f"{run} holds a run already; go on with it by --resume {run}, or choose another --out")
     if group.first:
-        where = {"path": str(dataset.directory.resolve()), "name": dataset.name, "sha256": dataset.sha256}
-        about = {"recipe": recipe.model_dump(mode="json"), "data": where, "made_with": versions()}
+        about = about_run(recipe, dataset)
         if teacher is not None:
             about["teacher"] = teacher.about
         write_files(run, {"run.json": json.dumps(about, indent=2).encode() + b"\n"})
+
+
+def about_run(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+    """Return what `run.json` says of a run."""
+    where = {"path": str(dataset.directory.resolve()), "name": dataset.name, "sha256": dataset.sha256}
+    return {"recipe": recipe.model_dump(mode="json"), "data": where, "made_with": versions()}
 
 
 def versions() -> dict[str, Any]:

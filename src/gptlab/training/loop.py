@@ -6,7 +6,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ def train(
     *,
     base: LanguageModel | None = None,
     resume: bool = False,
+    save_at: Collection[int] = (),
     device: str | None = None,
     report: Report = lambda row: None,
 ) -> Result:
@@ -101,6 +102,7 @@ def train(
         run: the directory for checkpoints and metrics.
         base: the model that ``recipe.base`` names; a run that goes on from a checkpoint does without.
         resume: go on with the run in ``run``.
+        save_at: steps after which to save, beside those of the recipe.
         device: ``cpu``, ``cuda``, ...; None takes a GPU where there is one.
         report: called on the first process with the rows of `metrics.jsonl`, with checkpoints and with notes.
 
@@ -114,7 +116,7 @@ def train(
         tell: Report = report if group.first else lambda row: None
         note = lambda text: tell({"event": "note", "text": text})  # noqa: E731
         with alone(run, group, note):
-            return _train(recipe, dataset, run, group, base, resume, tell, note)
+            return _train(recipe, dataset, run, group, base, resume, save_at, tell, note)
 
 
 def _train(
@@ -124,6 +126,7 @@ def _train(
     group: Group,
     base: LanguageModel | None,
     resume: bool,
+    save_at: Collection[int],
     tell: Report,
     note: Callable[[str], None],
 ) -> Result:
@@ -158,6 +161,7 @@ def _train(
         validation=validation,
         objective=objective,
         steps=recipe.steps(recipe.length(model.config), len(training)),
+        save_at=save_at,
     )
     if saved is not None:
         loop.restore(*saved)
@@ -265,6 +269,7 @@ class _Loop:
     validation: Windows | Items
     objective: _Objective
     steps: int
+    save_at: Collection[int]
     step: int = 0
     seconds: float = 0.0
     validation_loss: float | None = None
@@ -300,7 +305,7 @@ class _Loop:
                 # A signal may have reached one process and not yet the others: all stop at the same step.
                 if self.group.any(bool(caught)):
                     stop = caught[0] if caught else signal.SIGTERM
-                if last or stop is not None or self.step % save_every == 0:
+                if last or stop is not None or self.step % save_every == 0 or self.step in self.save_at:
                     rows.sync()
                     path = self._save()
                     tell({"event": "checkpoint", "step": self.step, "path": str(path)})
@@ -392,7 +397,7 @@ class _Loop:
         path = None
         if self.group.first:
             keep = self.recipe.train.keep_last
-            path = state.write_checkpoint(self.run, model, self.dataset.tokenizer, weights, memory, facts, keep)
+            path = state.write_checkpoint(self.run, model.config, self.dataset.tokenizer, weights, memory, facts, keep)
         self.group.wait()
         return path
 

@@ -30,6 +30,7 @@ from gptlab import checkpoints
 from gptlab.checkpoints import native
 from gptlab.checkpoints.files import open_safetensors, tensor_sha256, write_files
 from gptlab.checkpoints.runs import FOLDER, best, read_facts, run_checkpoints
+from gptlab.config import ModelConfig
 from gptlab.errors import GptlabError
 from gptlab.model.gpt import GPT
 from gptlab.text.tokenizers import Tokenizer
@@ -86,7 +87,7 @@ def restore(
 
 def write_checkpoint(
     run: Path,
-    model: GPT,
+    config: ModelConfig,
     tokenizer: Tokenizer | None,
     weights: dict[str, Tensor],
     memory: dict[str, Tensor],
@@ -99,7 +100,7 @@ def write_checkpoint(
 
     Args:
         run: the run's directory.
-        model: whose configuration to write.
+        config: of the model.
         tokenizer: written beside the weights.
         weights: from `model_state`.
         memory: from `optimizer_state`.
@@ -113,7 +114,7 @@ def write_checkpoint(
     partial = final.with_name(f".{final.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        native.write(partial, checkpoints.Checkpoint(model.config, weights, tokenizer))
+        native.write(partial, checkpoints.Checkpoint(config, weights, tokenizer))
         tensors = {name: tensor.contiguous() for name, tensor in memory.items()}
         header = {"format": "gptlab training", "version": VERSION, **facts, "model_sha256": _model_sha256(partial)}
         about = json.dumps(header, indent=2).encode() + b"\n"
