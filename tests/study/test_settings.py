@@ -46,12 +46,13 @@ def test_the_base_comes_first_then_the_grid_then_the_rest_as_in_the_file() -> No
 
 
 def test_every_study_of_the_package_is_possible() -> None:
-    assert study_names() == ["convert", "convert-8m", "gpt2-small", "papers", "quick", "real", "standard"]
+    names = ["ages", "convert", "convert-8m", "gpt2-small", "papers", "quick", "rates", "real", "standard"]
+    assert study_names() == names
     for name in study_names():
         study = read_study(name)
         variants = read_variants(study)
         assert study.name == name
-        assert variants[0].name == study.base
+        assert variants[0].name == study.base + ("-0.003" if study.rates else "")
     assert [variant.name for variant in read_variants(read_study("standard"))] == FACTORIAL
     assert [variant.name for variant in read_variants(read_study("gpt2-small"))] == FACTORIAL
     for study in map(read_study, ("papers", "convert", "convert-8m")):

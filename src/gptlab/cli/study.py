@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptlab.cli.study_tables import conversion_table, notes, summary
+from gptlab.cli.study_tables import ages_table, conversion_table, notes, rates_table, summary
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +27,9 @@ EVERY = 30.0
 def study(
     name: Annotated[
         str | None,
-        typer.Argument(help="quick, standard, papers, convert, real, gpt2-small, or a .toml file; none with --resume."),
+        typer.Argument(
+            help="quick, standard, papers, rates, ages, convert, real, gpt2-small, or a .toml file; none with --resume."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the study (default studies/NAME).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the study in --out with its own options.")] = False,
@@ -85,8 +87,9 @@ def _run(request: Request, out: Path) -> None:
         raise typer.Exit(128 + number) from None
     console = table_console()
     console.print(summary(results, timings))
-    if conversions := conversion_table(results):
-        console.print(conversions)
+    for table in (conversion_table(results), rates_table(results), ages_table(results)):
+        if table is not None:
+            console.print(table)
     for note in notes(results, timings):
         console.print(note, soft_wrap=True)
     print(f"results: {out / 'results.json'}, {out / 'timings.json'}\nreport: {path}")

@@ -39,6 +39,45 @@ def summary(results: Results, timings: Timings) -> Table:
             "" if name == about.base else difference(variant.difference),
             "" if point is None else f"{point.milliseconds:.2f}",
         )
+    for counted in results.baselines[-1:]:
+        gap = "" if counted.difference is None else f"the base less it: {difference(counted.difference)}"
+        table.add_row(counted.label, "", "", f"{counted.quality.nats_per_token:.4f}", gap, "")
+    return table
+
+
+def rates_table(results: Results) -> Table | None:
+    """Return the losses of a search for the learning rate; None where there was none."""
+    from rich.table import Table
+
+    if not results.rates:
+        return None
+    rates = sorted({one.learning_rate for row in results.rates.values() for one in row})
+    title = "loss by learning rate, nats per token"
+    table = Table("variant", *(f"{rate:g}" for rate in rates), "best", title=title, title_justify="left")
+    for cell, row in results.rates.items():
+        losses = {one.learning_rate: one.nats_per_token for one in row if one.nats_per_token is not None}
+        best = min(losses, key=lambda rate: losses[rate], default=None)
+        cells = [f"{losses[rate]:.4f}" if rate in losses else "failed" for rate in rates]
+        table.add_row(cell, *cells, "" if best is None else f"{best:g}")
+    return table
+
+
+def ages_table(results: Results) -> Table | None:
+    """Return losses and effects by age; None where there is one age."""
+    from rich.table import Table
+
+    if not results.ages:
+        return None
+    title = "loss and effects by tokens of training"
+    table = Table("", *(f"{age.tokens:,}" for age in results.ages), title=title, title_justify="left")
+    for name, variant in results.variants.items():
+        losses = [age.quality.get(name) for age in results.ages]
+        table.add_row(variant.label, *("failed" if one is None else f"{one.nats_per_token:.4f}" for one in losses))
+    counted = [age.baseline for age in results.ages]
+    table.add_row("trigram", *("" if one is None else f"{one.quality.nats_per_token:.4f}" for one in counted))
+    effects = [{} if age.effects is None else age.effects.main | age.effects.interactions for age in results.ages]
+    for term in dict.fromkeys(term for of_age in effects for term in of_age):
+        table.add_row(f"effect of {term}", *(difference(of_age.get(term)) for of_age in effects))
     return table
 
 
