@@ -119,7 +119,7 @@ def _baselines(plan: Plan, answers: Mapping[str, Answers], evaluator: Evaluator,
     numbers = {plan.base.tokens, *plan.study.ages[:-1]} - {None}
     if plan.dataset is None or like is None:
         return {}
-    seed, length, results = (plan.seeds or (0,))[0], plan.base.config.context_length, {}
+    seed, length, results = (plan.seeds or (0,))[0], plan.recipe.length(plan.base.config), {}
     for tokens in sorted(filter(None, numbers)):
         report({"event": "phase", "phase": "evaluate", "what": f"trigram of {tokens:,} tokens", "done": 0, "of": 1})
         rows, _ = rows_of(plan.dataset, plan.recipe, length)

@@ -183,7 +183,7 @@ def _make(plan: Plan, entry: Entry, seed: int, base: Source | None, report: Repo
 
 
 def _make_ages(plan: Plan, entry: Entry, seed: int, tell: Report) -> Made:
-    ages, length = plan.study.ages, entry.config.context_length
+    ages, length = plan.study.ages, _recipe(entry).length(entry.config)
     models: dict[int, Model] = {}
     for tokens in ages:
         where, recipe = run_directory(plan, entry, seed, tokens), with_seed(of_age(_recipe(entry), tokens), seed)

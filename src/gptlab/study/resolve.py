@@ -151,7 +151,7 @@ def resolve(request: Request, out: Path, report: Report) -> Plan:
         for entry in entries:
             if not isinstance(entry.variant, Trained):
                 raise GptlabError(f"the study has ages, but variant {entry.name!r} is not trained from scratch")
-            check_ages(entry.name, entry.variant.recipe, study.ages, entry.config.context_length)
+            check_ages(entry.name, entry.variant.recipe, study.ages, entry.variant.recipe.length(entry.config))
     if not request.only:
         check_claims(study.claim, {entry.name: entry.factors for entry in entries})
     length = _length(study.evaluate, configs)
