@@ -67,12 +67,8 @@ def evaluate(
 
     tasks = list(dict.fromkeys(tasks or []))
     texts = [task for task in tasks if task.startswith("text:")]
-    if by_position and not texts:
-        raise GptlabError("--by-position needs a text; give one with --task text:FILE")
-    if trigram is not None and not texts:
-        raise GptlabError("--trigram needs a text; give one with --task text:FILE")
-    if text_field != "text" and not texts:
-        raise GptlabError("--text-field applies to the records of a text; give one with --task text:FILE")
+    if not texts:
+        _refuse_without_text(by_position, trigram, text_field)
     protocols = _protocols(tasks, stride, paper_table)
     paths = sources.parse_paths(data or [])
     for name in dict.fromkeys(protocol.data for protocol in protocols if protocol.data):
@@ -125,6 +121,17 @@ def evaluate(
         whole = _as_json(results, differences, positions, absent, scores=True)
         # A name of a file need not be Unicode; what is not becomes an escape that JSON knows.
         write_files(out.parent, {out.name: whole.encode(errors="backslashreplace") + b"\n"})
+
+
+def _refuse_without_text(by_position: bool, trigram: Path | None, text_field: str) -> None:
+    from gptlab.errors import GptlabError
+
+    if by_position:
+        raise GptlabError("--by-position needs a text; give one with --task text:FILE")
+    if trigram is not None:
+        raise GptlabError("--trigram needs a text; give one with --task text:FILE")
+    if text_field != "text":
+        raise GptlabError("--text-field applies to the records of a text; give one with --task text:FILE")
 
 
 def _protocols(tasks: list[str], stride: int | None, paper_table: bool) -> list[Protocol]:
