@@ -63,7 +63,6 @@ def evaluate(
     from gptlab.evaluation import data as sources
     from gptlab.evaluation.positions import positions_in_text
     from gptlab.evaluation.tasks import evaluate as measure
-    from gptlab.evaluation.tasks import evaluate_trigram
 
     tasks = list(dict.fromkeys(tasks or []))
     texts = [task for task in tasks if task.startswith("text:")]
@@ -102,7 +101,7 @@ def evaluate(
                 )
             results[protocol.name].append(result)
             if counts is not None and protocol.name in texts:
-                results[protocol.name].append(evaluate_trigram(counts, lm.needs_tokenizer(), result, text_field))
+                results[protocol.name].append(_by_counts(counts, lm, result, text_field))
         for text, by_model in positions.items():
             source = text.removeprefix("text:")
             with _progress(f"{name} {text} by position") as progress:
@@ -174,6 +173,12 @@ def _counts(data: Path, name: str, lm: LanguageModel, said: list[str]) -> Trigra
     counts = count_read(dataset, Windows(dataset.training, lm.config.context_length), tokens_trained(name), 0)
     said.append(f"{DEFINITION}: {counts.n_tokens:,} of {dataset.name}.")
     return counts
+
+
+def _by_counts(counts: Trigram, lm: LanguageModel, result: Result, text_field: str) -> Result:
+    from gptlab.evaluation.tasks import evaluate_trigram
+
+    return evaluate_trigram(counts, lm.needs_tokenizer(), result, text_field)
 
 
 def _paper_protocols(tasks: list[str], paths: dict[str, Path], absent: dict[str, str]) -> list[Protocol]:
