@@ -111,7 +111,7 @@ def test_killed_at_any_moment_and_extended(whole: Path, corpus: Path, tmp_path: 
             trained.append(row["row"]["step"])
 
     run_study(asked(corpus), out, report=tell)
-    assert trained == [6] * 8  # each from where the rate of the first age began to fall
+    assert trained == [7] * 8  # each from where the rate of the first age began to fall
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
     assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
 
