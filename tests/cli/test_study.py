@@ -94,7 +94,7 @@ def test_a_study_ends_with_a_table_and_the_path_of_its_report(gptlab: Gptlab, fi
     interval = results.variants["rope"].difference
     assert difference(interval) in said
     assert "Trained on 768 tokens, one seed." in said
-    assert "Intervals: paired bootstrap over documents" in said
+    assert "Intervals: paired bootstrap over parts of documents" in said
     assert said.endswith(f"report: {out / 'report.html'}\n")
     assert "RoPE" in (out / "report.html").read_text()
     # Plain lines, no escape codes: nobody is watching.
