@@ -324,6 +324,13 @@ def real_table() -> str:
     return table(study_results("real")) if (ROOT / "docs" / "results" / kept("real")[0]).exists() else ""
 
 
+def real_uptraining() -> str:
+    from real_study import uptrained
+
+    file = ROOT / "docs/results/real-uptraining.json"
+    return uptrained(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else ""
+
+
 def viewed(name: str) -> Any:
     """A kept study as the report asks for it."""
     from gptlab.report.view import read_study
@@ -439,6 +446,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "conversion headline": conversion_headline,
     "llama sizes": llama_sizes,
     "real table": real_table,
+    "real uptraining": real_uptraining,
     "small models": small_models,
     "gpt2 sizes": gpt2_sizes,
     **{f"measured {change}": functools.partial(measured, change) for change in ("rope", "gqa", "swa")},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from gptlab.formatting import MINUS
 from gptlab.plotting import lines
 from gptlab.plotting.lines import Series
@@ -42,6 +45,29 @@ def table(results: Results) -> str:
     )
     if windows(results):
         rows.append("\n![Loss added against the window, by the number of sinks.](images/real-windows.svg)")
+    return "\n".join(rows)
+
+
+def uptrained(kept: Mapping[str, Any]) -> str:
+    """Return Markdown: what continued training gave back to the conversion with one key head.
+
+    Args:
+        kept: docs/results/real-uptraining.json.
+    """
+    looks = [row for row in kept["curve"] if row["event"] == "evaluate"]
+    rows = ["| model | loss | added | 95% interval |", "|---|---:|---:|---:|"]
+    gaps = {gap["of"]: gap for gap in kept["differences"]}
+    for name, found in kept["evaluation"].items():
+        gap = gaps.get(name)
+        cells = f"{_signed(gap['mean'])} | {_signed(gap['low'])} to {_signed(gap['high'])}" if gap else " | "
+        rows.append(f"| {name} | {found['nats_per_token']:.3f} | {cells} |")
+    curve = ", ".join(f"{row['validation_loss']:.2f} after {row['tokens']:,}" for row in looks)
+    rows.append(
+        f"\nThe same articles and windows as above. Continued for {looks[-1]['tokens']:,} tokens of other articles, in"
+        f" windows of {kept['recipe']['batch']['length']:,}, with SmolLM2 as teacher. Loss on validation tokens during"
+        f" training: {curve} tokens. Commands, recipe and curve:"
+        " [real-uptraining.json](results/real-uptraining.json)."
+    )
     return "\n".join(rows)
 
 
