@@ -1,6 +1,6 @@
 """Turn a trained model into one that the package carries: bfloat16 weights, tokenizer and figures.
 
-    gptlab prepare enwiki.txt --tokenizer bpe --out data/enwiki
+    gptlab prepare enwiki.txt --tokenizer bpe --held-out 0.01 --out data/enwiki
     gptlab train pocket --data data/enwiki --out runs/pocket
     python tools/publish_built_in.py runs/pocket pocket --data data/enwiki
 

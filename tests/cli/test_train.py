@@ -198,7 +198,7 @@ def test_without_a_window(run: Run, recipe: Path, text: Path, tmp_path: Path) ->
 
 def test_a_context_longer_than_the_data(refused: Refused, recipe: Path, text: Path, tmp_path: Path) -> None:
     said = refused(recipe, "--corpus", text, "--out", tmp_path / "a", "--set", "model.context_length=20000")
-    assert "which give 0 windows of 20000 tokens, too few for one batch of 4; add text, lower batch.size, or" in said
+    assert "which give 0 windows of 20000 tokens, too few for one batch of 4; add text, or lower batch.size or" in said
     # What was prepared is not lost: the next attempt says how to use it.
     data = tmp_path / "a" / "data"
     again = refused(recipe, "--corpus", text, "--out", tmp_path / "a")

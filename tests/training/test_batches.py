@@ -75,7 +75,7 @@ def test_a_batch_is_a_function_of_seed_and_step_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("n_tokens", [2, 40])
 def test_data_too_short_for_one_batch_is_refused(tmp_path: Path, n_tokens: int) -> None:
     with pytest.raises(
-        gptlab.GptlabError, match="windows of 10 tokens, too few for one batch of 4; add text, lower batch"
+        gptlab.GptlabError, match="windows of 10 tokens, too few for one batch of 4; add text, or lower batch"
     ):
         Batches(Windows(stream(tmp_path, np.zeros(n_tokens)), 10), 4, seed=0)
     Batches(Windows(stream(tmp_path, np.zeros(41)), 10), 4, seed=0)  # just enough
