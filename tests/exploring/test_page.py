@@ -97,6 +97,7 @@ def test_losses(page: Page, models: dict[str, LanguageModel]) -> None:
     see(page, "losses")
     nats = [inspecting.token_losses(models[name].model, ids_of(models[name])) for name in AT_FIRST]
     page.click("#losses summary")
+    page.wait_for_selector("#losses tbody tr")  # the table is made when it is opened
     rows = page.locator("#losses tbody tr").evaluate_all(
         "rows => rows.map(row => [...row.cells].map(c => c.innerText))"
     )
