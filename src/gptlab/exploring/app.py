@@ -23,7 +23,7 @@ from gptlab.exploring.texts import AT_FIRST, BUILT_IN, beginning
 from gptlab.serving.bodies import parse
 from gptlab.serving.errors import Refusal
 from gptlab.serving.http import ERRORS, JSON, Guard, endpoint, read_body
-from gptlab.serving.protocol import Protocol
+from gptlab.serving.protocol import server_config
 
 if TYPE_CHECKING:
     from gptlab.exploring.shelf import Shelf
@@ -123,15 +123,4 @@ def _written(answer: Any) -> Response:
 
 def make_server(app: Starlette) -> uvicorn.Server:
     """Return what serves the page. Ctrl-C ends it at once: nothing that is computed here is worth waiting for."""
-    config = uvicorn.Config(
-        app,
-        http=Protocol,
-        ws="none",
-        lifespan="on",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=1,
-    )
-    return uvicorn.Server(config)
+    return uvicorn.Server(server_config(app, 1))

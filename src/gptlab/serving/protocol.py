@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 
+import uvicorn
+from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gptlab.serving.errors import Refusal
@@ -69,3 +71,18 @@ class Protocol(H11Protocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
+
+
+def server_config(app: Starlette, grace: int) -> uvicorn.Config:
+    """Return how an application is served: with these limits, and ``grace`` seconds to finish in when it is stopped."""
+    return uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=grace,
+    )

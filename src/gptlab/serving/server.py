@@ -9,7 +9,7 @@ import socket
 import uvicorn
 from starlette.applications import Starlette
 
-from gptlab.serving.protocol import Protocol
+from gptlab.serving.protocol import server_config
 from gptlab.serving.worker import Worker
 
 GRACE = 10.0
@@ -37,15 +37,4 @@ class Server(uvicorn.Server):
 
 def make_server(app: Starlette) -> Server:
     """Return what serves an application of `gptlab.serving.app`."""
-    config = uvicorn.Config(
-        app,
-        http=Protocol,
-        ws="none",
-        lifespan="on",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=int(GRACE) + 5,
-    )
-    return Server(config)
+    return Server(server_config(app, int(GRACE) + 5))
