@@ -29,6 +29,7 @@ TEXT = next(iter(examples().values()))
 SHORT = "The keepers of the tower lit it at night."
 SECTIONS = ["begin", "losses", "maps", "sharing", "positions", "steps", "without", "costs"]
 PATIENCE = 60_000  # milliseconds: other tests may have the processor
+expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -249,9 +250,8 @@ def test_a_text_that_is_too_long_is_refused_in_words_and_the_last_one_typed_coun
     browser: Browser, address: str, models: dict[str, LanguageModel]
 ) -> None:
     page = open_page(browser, address)
-    page.fill("#text", "sea " * 600)
-    page.wait_for_timeout(500)
     see(page, "losses")
+    page.fill("#text", "sea " * 600)
     warning = page.locator("#losses .warning").first
     expect(warning).to_contain_text(f"and {PLAIN} reads 512 at most; make it shorter by about")
     for text in ("The", "The sea", "The sea is blue."):
@@ -270,7 +270,7 @@ def test_the_page_is_there_at_once(browser: Browser) -> None:
         start = time.perf_counter()
         page.goto(address)
         page.wait_for_selector("html[data-ready]")
-        page.wait_for_selector("#begin >> text=loading…")
+        page.wait_for_selector("#begin .choice")
         seconds = time.perf_counter() - start
         painted = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
         page.close()
