@@ -166,16 +166,25 @@ def completion_logprobs(
     length = window_length(model, context)
     rows = []
     for owner, (before, after) in enumerate(pairs):
-        head, tail = as_ids(model, before, "a context"), as_ids(model, after, "a continuation")
-        if len(tail) > length:
-            raise GptlabError(f"a continuation has {len(tail)} tokens, the window holds {length}; shorten it")
-        ids = np.concatenate([head, tail])[-length - 1 :]
-        rows.append(Row(owner, ids, len(ids) - 1 - len(tail)))
+        ids = completion_window(model, before, after, length)
+        rows.append(Row(owner, ids, len(ids) - 1 - len(after)))
     scores = score_rows(model, rows, batch_tokens, dtype, progress, best=True, never=never)
     return [
         Completion(logprobs, best, torch.from_numpy(row.ids[1 + row.first :].copy()))
         for row, (logprobs, best) in zip(rows, scores, strict=True)
     ]
+
+
+def completion_window(model: GPT, before: Ids, after: Ids, length: int) -> np.ndarray:
+    """Return a context and its continuation as (n,) int64, at most ``length + 1``: the last tokens of the context.
+
+    Raises:
+        GptlabError: an empty context or continuation, a continuation that is longer than the window.
+    """
+    head, tail = as_ids(model, before, "a context"), as_ids(model, after, "a continuation")
+    if len(tail) > length:
+        raise GptlabError(f"a continuation has {len(tail)} tokens, the window holds {length}; shorten it")
+    return np.concatenate([head, tail])[-length - 1 :]
 
 
 def window_length(model: GPT, context: int | None) -> int:

@@ -194,6 +194,14 @@ class Rows:
         self._keep([i for i, state in enumerate(states) if state.row.grown.finish is None])
         return pieces
 
+    @torch.inference_mode()
+    def score(self, ids: Sequence[int], top: int) -> list[TokenScore]:
+        """Score every token but the first, as those of a prompt are; the last may lie beyond the table of positions."""
+        prompt = Prompt(ids[: self._limit], top=top)
+        _, logits = self.read(prompt, len(prompt.ids))
+        beyond = torch.tensor(ids[self._limit :], dtype=torch.int64, device=self._device)
+        return prompt.scores + _scores(logits, beyond, self._listed(logits.shape[1]), top)
+
     def read(self, prompt: Prompt, length: int) -> tuple[Text, Tensor]:
         """Read a prompt, a chunk at a time, and score it where asked; return its text and the logits (1, V) after."""
         if prompt.top is None:

@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from gptlab.errors import GptlabError, nearest
 from gptlab.evaluation.batches import DTYPES
-from gptlab.evaluation.scoring import completion_logprobs, window_length
+from gptlab.evaluation.scoring import completion_logprobs, completion_window, window_length
 from gptlab.evaluation.tasks import identity
 from gptlab.generation.continuation import Continuation
 from gptlab.generation.engine import decode
+from gptlab.generation.rows import Rows
 from gptlab.generation.sampling import Sampling
 from gptlab.language_model import load
 from gptlab.text.chat import render_chat
@@ -57,7 +58,8 @@ class GptlabLM(TemplateLM):  # type: ignore[misc]
         max_length: tokens of a window; by default the model's context.
         prefix_token_id: stands before a text that has no context; by default the end of text.
         batch_size: windows of ``max_length`` tokens to compute at once (shorter requests share them), and texts to
-            continue at once; or ``auto``.
+            continue at once; or ``auto``. With 1 every request is read alone, as `gptlab serve` reads it, so that the
+            scores are the server's to the last digit.
         device: the harness gives ``cuda:0`` by default; where there is no such device, the CPU is taken.
 
     Raises:
@@ -98,6 +100,7 @@ class GptlabLM(TemplateLM):  # type: ignore[misc]
             raise GptlabError(f"batch_size must be a whole number of at least 1, or auto, got {batch_size!r}")
         self.batch_size = batch_size
         self._rows = AUTO_ROWS if auto else int(batch_size)
+        self._alone = Rows(self._model, vocab_size=self._model.config.vocab_size, compiled=False)
         self._batch_tokens = None if auto else int(batch_size) * self.max_length
 
     @property
@@ -178,19 +181,26 @@ class GptlabLM(TemplateLM):  # type: ignore[misc]
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as bar:
             for start in range(0, len(order), KEPT):
                 part = order[start : start + KEPT]
-                completions = completion_logprobs(
-                    self._model,
-                    [requests[i][1:] for i in part],
-                    context=self.max_length,
-                    batch_tokens=self._batch_tokens,
-                    dtype=self._dtype,
-                )
-                for i, completion in zip(part, completions, strict=True):
-                    answers[i] = (completion.logprobs.double().sum().item(), completion.greedy)
+                score = self._score_together if self._batch_tokens != self.max_length else self._score_alone
+                for i, answer in zip(part, score([requests[i][1:] for i in part]), strict=True):
+                    answers[i] = answer
                     if requests[i][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
                 bar.update(len(part))
         return answers
+
+    def _score_together(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        completions = completion_logprobs(
+            self._model, pairs, context=self.max_length, batch_tokens=self._batch_tokens, dtype=self._dtype
+        )
+        return [(sum(completion.logprobs.tolist()), completion.greedy) for completion in completions]
+
+    def _score_alone(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Iterator[tuple[float, bool]]:
+        for before, after in pairs:
+            window = completion_window(self._model, before, after, self.max_length)
+            scores = self._alone.score(window.tolist(), top=1)[-len(after) :]
+            greedy = all(score.top[0][0] == token for score, token in zip(scores, after, strict=True))
+            yield sum(score.logprob for score in scores), greedy
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability of each text: windows that do not overlap, but for the last, which is full."""
