@@ -110,6 +110,7 @@ def batch(model: list[str], asked: list[dict[str, object]], seconds: float, rate
         prompts, out = Path(directory) / "prompts.jsonl", Path(directory) / "out.jsonl"
         prompts.write_text("".join(json.dumps({"prompt": body["prompt"]}) + "\n" for body in few), encoding="utf-8")
         command = [*COMMAND, "generate", *model, "--batch", str(prompts), "--out", str(out), "--seed", "0"]
+        command += ["--temperature", "1", "--top-k", "0"]  # as the server samples where nothing is asked for
         done = subprocess.run(
             [*command, "--max-new-tokens", str(new)], capture_output=True, text=True, check=True, env=os.environ
         )
