@@ -255,7 +255,7 @@ def show(works: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--peers", default=sys.executable, help="interpreter of the other programs' environment")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/peers.json"))
     parser.add_argument("--only", nargs="+", default=list(WORKS), choices=list(WORKS))
     parser.add_argument("--programs", nargs="+", choices=sorted({name for name, _ in PROGRAMS}))
     parser.add_argument("--precisions", nargs="+", choices=sorted({kind for _, kind in PROGRAMS}))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gptlab.study.results import Results
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDIES = ("standard", "papers", "convert", "convert-8m", "real")
+STUDIES = ("standard", "papers", "modern", "convert", "convert-8m", "real")
 """Those whose results the docs show, where a page has a place for them; tools/keep_results.py puts them there."""
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)*src/[\w/]+\.py)(#\w*)?\)")
 
@@ -331,6 +331,19 @@ def real_uptraining() -> str:
     return uptrained(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else ""
 
 
+def real_layers() -> str:
+    from real_study import layers
+
+    file = ROOT / "docs/results/real-layers.json"
+    return layers(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else ""
+
+
+def modern_ladder() -> str:
+    from study_tables import ladder
+
+    return ladder(study_results("modern")) if (ROOT / "docs" / "results" / kept("modern")[0]).exists() else ""
+
+
 def viewed(name: str) -> Any:
     """A kept study as the report asks for it."""
     from gptlab.report.view import read_study
@@ -447,6 +460,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "llama sizes": llama_sizes,
     "real table": real_table,
     "real uptraining": real_uptraining,
+    "real layers": real_layers,
+    "modern ladder": modern_ladder,
     "small models": small_models,
     "gpt2 sizes": gpt2_sizes,
     **{f"measured {change}": functools.partial(measured, change) for change in ("rope", "gqa", "swa")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,6 +68,27 @@ def uptrained(kept: Mapping[str, Any]) -> str:
         f" windows of {kept['recipe']['batch']['length']:,}, with SmolLM2 as teacher. Loss on validation tokens during"
         f" training: {curve} tokens. Commands, recipe and curve:"
         " [real-uptraining.json](results/real-uptraining.json)."
+    )
+    return "\n".join(rows)
+
+
+def layers(kept: Mapping[str, Any]) -> str:
+    """Return Markdown: what sharing one key head costs by the number of layers that share.
+
+    Args:
+        kept: docs/results/real-layers.json.
+    """
+    alone, parts = kept["alone"], list(kept["alone"])
+    rows = [f"| layers with one key head | {' | '.join(parts)} |", "|---|" + "---:|" * len(parts)]
+    rows += [f"| {row['layers']} | {' | '.join(_signed(row[part]) for part in parts)} |" for row in kept["together"]]
+    cost = alone["keys and values"]
+    worst = sorted(range(len(cost)), key=lambda layer: -cost[layer])[:3]
+    words = ", ".join(f"layer {layer + 1} ({_signed(cost[layer])})" for layer in worst)
+    rows.append(
+        f"\nAdded nats per token on {kept['windows']} windows of {kept['length']:,} tokens ({kept['loss']:.3f} as"
+        " it is); layers that cost least alone come first; where only keys or values are shared, the rest stay as they"
+        f" are. Alone, a layer costs {_signed(statistics.median(cost))} in the median; most of all: {words}."
+        " `python benchmarks/shared_layers.py enwiki-validation.txt`, [real-layers.json](results/real-layers.json)."
     )
     return "\n".join(rows)
 

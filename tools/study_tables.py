@@ -10,6 +10,7 @@ from gptlab.model import cost
 from gptlab.report.blocks import ends, nats, span
 from gptlab.report.summary import speed_up, variants_table
 from gptlab.report.view import Study, tokens
+from gptlab.study.results import Results
 
 BUILT_IN = {"rope": "pocket-rope", "gqa": "pocket-gqa", "swa": "pocket-swa"}
 
@@ -18,6 +19,37 @@ def small_models(study: Study) -> str:
     """Return Markdown: the table of variants of a study."""
     table = variants_table(study, "", list(study.variants), {name: study.label(name) for name in study.variants})
     return f"{table.markdown}\n\n{table.note} {study.setting}."
+
+
+def ladder(results: Results) -> str:
+    """Return Markdown: one change after the other, and what was claimed of each step before it was trained.
+
+    Args:
+        results: of a study whose claims are its steps, in the order of its variants.
+    """
+    rows = [
+        "| | parameters | loss | the step adds | 95% interval | claimed beforehand | |",
+        "|---|---:|---:|---:|---|---|---|",
+    ]
+    for variant, claim in zip(results.variants.values(), [None, *results.claims], strict=True):
+        assert variant.quality is not None
+        cells = [variant.label, count(variant.parameters["total"]), f"{variant.quality.nats_per_token:.3f}"]
+        if claim is not None and claim.interval is not None:
+            verdict = {True: "holds", False: "does not hold", None: "not decided"}[claim.holds]
+            cells += [nats(claim.interval), span(claim.interval), claim.claim, verdict]
+        else:
+            cells += ["", "", "", ""]
+        rows.append(f"| {' | '.join(cells)} |")
+    rows += [f"| {one.label} | | {one.quality.nats_per_token:.3f} | | | | |" for one in results.baselines]
+    quality = results.variants[results.study.base].quality
+    assert quality is not None
+    rows.append(
+        f"\nNats per token on {quality.tokens:,} tokens of {quality.documents} documents of {quality.text};"
+        f" {millions(results.study.tokens)} tokens trained, seeds {' and '.join(map(str, results.study.seeds))}, one"
+        " learning rate for all. Intervals and verdicts: over seeds, with the residual variance of all variants pooled,"
+        " corrected for the number of claims. [All of it](appendix/modern.md)."
+    )
+    return "\n".join(rows)
 
 
 def measured(change: str, study: Study, cards: dict[str, dict[str, Any]]) -> str:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
+from gptlab.config import ModelConfig
 from gptlab.progress import Report
 from gptlab.study.assemble import assemble
 from gptlab.study.claims import claims_of_timings
@@ -11,8 +15,10 @@ from gptlab.study.directory import CACHE, Request
 from gptlab.study.evaluate import evaluate
 from gptlab.study.make import make
 from gptlab.study.measure import measure
-from gptlab.study.resolve import Plan, resolve
+from gptlab.study.resolve import resolve
 from gptlab.study.results import Results, Timings, write_results, write_timings
+from gptlab.study.settings import StudySettings
+from gptlab.training.recipe import Recipe
 
 
 def run_study(request: Request, out: Path, *, report: Report = lambda row: None) -> tuple[Results, Timings]:
@@ -33,18 +39,37 @@ def run_study(request: Request, out: Path, *, report: Report = lambda row: None)
     evaluation = evaluate(plan, made, report)
     results = assemble(plan, made, evaluation)
     write_results(out, results)
-    timings = time_variants(plan, results, report)
+    configs = {entry.name: entry.config for entry in plan.entries}
+    timings = time_variants(plan.study, plan.recipe, configs, results, out / CACHE, device=plan.device, report=report)
     write_timings(out, timings)
     return results, timings
 
 
-def time_variants(plan: Plan, results: Results, report: Report) -> Timings:
-    """Time every architecture once, and judge the claims that a clock decides."""
-    first = {entry.config: entry.name for entry in reversed(plan.entries)}
-    configs = {entry.name: entry.config for entry in plan.entries if first[entry.config] == entry.name}
-    settings, cache = plan.study.measure, plan.out / CACHE
-    timings = measure(configs, settings, plan.recipe, cache, device=plan.device, report=report)
+def time_variants(
+    study: StudySettings,
+    recipe: Recipe,
+    configs: Mapping[str, ModelConfig],
+    results: Results,
+    cache: Path,
+    *,
+    device: torch.device,
+    report: Report,
+) -> Timings:
+    """Time every architecture once, and judge the claims that a clock decides.
+
+    Args:
+        study: what to time, and which claims to judge.
+        recipe: the batch and dtype of a training step.
+        configs: of all variants, by name.
+        results: of the study, for claims that need them too.
+        cache: where single measurements are kept.
+        device: to measure on.
+        report: as in `run_study`.
+    """
+    first = {config: name for name, config in reversed(list(configs.items()))}
+    distinct = {name: config for name, config in configs.items() if first[config] == name}
+    timings = measure(distinct, study.measure, recipe, cache, device=device, report=report)
     # Variants of one architecture share their times.
-    shared = {entry.name: timings.variants[first[entry.config]] for entry in plan.entries}
+    shared = {name: timings.variants[first[config]] for name, config in configs.items()}
     timings = timings.model_copy(update={"variants": shared})
-    return timings.model_copy(update={"claims": claims_of_timings(plan.study.claims, results, timings)})
+    return timings.model_copy(update={"claims": claims_of_timings(study.claims, results, timings)})

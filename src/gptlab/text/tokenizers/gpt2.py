@@ -43,17 +43,15 @@ def _asset(name: str) -> bytes:
     return (importlib.resources.files("gptlab") / "assets" / "gpt2" / name).read_bytes()
 
 
-@functools.cache
 def gpt2_merges() -> tuple[tuple[str, str], ...]:
     """The 50,000 merges of GPT-2's BPE in order of rank, in the byte alphabet."""
     lines = _asset("vocab.bpe").decode().split("\n")[1:-1]
     return tuple((a, b) for a, b in (line.split() for line in lines))
 
 
-@functools.cache
 def gpt2_vocab() -> dict[str, int]:
     """GPT-2's vocabulary in the byte alphabet: the bytes, then each merge, then the end of text."""
-    tokens = [*byte_alphabet(), *(a + b for a, b in gpt2_merges()), END_OF_TEXT]
+    tokens = [*byte_alphabet(), *(a + b for a, b in gpt2_merges()), END_OF_TEXT]  # not kept: they take 15 MB
     return {token: i for i, token in enumerate(tokens)}
 
 
@@ -75,9 +73,10 @@ def _gpt2_encoding() -> Any:
 
 @functools.cache
 def _gpt2_files() -> dict[str, bytes]:
+    vocab = gpt2_vocab()
     return {
-        "tokenizer.json": byte_level(gpt2_vocab(), gpt2_merges()).to_str().encode(),
-        "vocab.json": json.dumps(gpt2_vocab()).encode(),
+        "tokenizer.json": byte_level(vocab, gpt2_merges()).to_str().encode(),
+        "vocab.json": json.dumps(vocab).encode(),
         "merges.txt": _asset("vocab.bpe"),
     }
 
