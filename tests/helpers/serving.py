@@ -4,9 +4,10 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ class Running:
     port: int
     worker: Worker
     client: openai.OpenAI
+    connections: Collection[Any]
 
     @property
     def url(self) -> str:
@@ -50,9 +52,14 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(lm: LanguageModel, name: str = "m", **settings: Any) -> Iterator[Running]:
+def serving(
+    lm: LanguageModel, name: str = "m", *, send_buffer: int | None = None, **settings: Any
+) -> Iterator[Running]:
+    """Serve a model; ``send_buffer`` is the bytes that the system may hold for a client that does not read."""
     app = make_app(lm, name, **settings)
     listening = listen("127.0.0.1", 0)
+    if send_buffer is not None:  # accepted sockets have it from the one that listens
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     server = make_server(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
@@ -60,7 +67,7 @@ def serving(lm: LanguageModel, name: str = "m", **settings: Any) -> Iterator[Run
     key = settings.get("api_key") or "none"
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=60)
     try:
-        yield Running(port, app.state.worker, client)
+        yield Running(port, app.state.worker, client, server.server_state.connections)
     finally:
         client.close()
         server.should_exit = True

@@ -1,4 +1,4 @@
-# Clients that send slowly or only hold connections: real sockets.
+# Clients that send slowly, do not read or only hold connections: real sockets.
 from __future__ import annotations
 
 import json
@@ -15,6 +15,8 @@ from gptlab.serving import http, protocol
 
 BODY = b'{"prompt": "a", "max_tokens": 1}'
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n" % len(BODY)
+LONG = 4000
+"""Tokens of a text that nobody here waits for."""
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +24,9 @@ def server() -> Iterator[Running]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(protocol, "HEAD_SECONDS", 0.6)
         patch.setattr(http, "BODY_SECONDS", 0.6)
+        patch.setattr(protocol, "UNREAD_SECONDS", 0.6)
         patch.setattr(protocol, "MOST_CONNECTIONS", 4)
-        with serving(tiny_lm()) as running:
+        with serving(tiny_lm(position="rope"), max_length=LONG, send_buffer=4096) as running:
             yield running
 
 
@@ -50,6 +53,16 @@ def drip(server: Running, content: bytes, before: bytes = b"") -> tuple[bytes, f
 def error(received: bytes) -> tuple[int, str]:
     head, _, body = received.partition(b"\r\n\r\n")
     return int(head.split()[1]), json.loads(body)["error"]["message"]
+
+
+def slowed(server: Running, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    step = server.worker._rows.step
+
+    def slowly() -> Any:
+        time.sleep(seconds)
+        return step()
+
+    monkeypatch.setattr(server.worker._rows, "step", slowly)
 
 
 @pytest.mark.parametrize(
@@ -91,13 +104,7 @@ def test_an_answer_may_take_longer_than_a_head(server: Running, monkeypatch: pyt
                 received += part
             assert received.startswith(b"HTTP/1.1 200")
             time.sleep(0.3)
-    step = server.worker._rows.step
-
-    def slowly() -> Any:
-        time.sleep(0.1)
-        return step()
-
-    monkeypatch.setattr(server.worker._rows, "step", slowly)
+    slowed(server, monkeypatch, 0.1)
     began = time.monotonic()
     status, answer = server.request("POST", "/v1/completions", {"prompt": "a", "max_tokens": 12, "seed": 1})
     assert (status, answer["usage"]["completion_tokens"]) == (200, 12)
@@ -119,3 +126,57 @@ def test_connections_beyond_the_limit_are_refused_and_others_live(server: Runnin
             connection.close()
     time.sleep(0.1)
     assert server.request("POST", "/v1/completions", BODY)[0] == 200
+
+
+def ask_without_reading(server: Running, **body: Any) -> socket.socket:
+    """Ask for a text with many numbers beside it, over a connection that holds few of them."""
+    content = json.dumps({"prompt": "a", "temperature": 0, "logprobs": 20, **body}).encode()
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    connection.settimeout(10)
+    connection.connect(("127.0.0.1", server.port))
+    connection.sendall(HEAD.replace(b"%d" % len(BODY), b"%d" % len(content)) + content)
+    return connection
+
+
+def test_a_stream_that_nobody_reads_gives_its_place_back(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    slowed(server, monkeypatch, 0.005)  # the whole text would take 20 seconds
+    began = time.monotonic()
+    with ask_without_reading(server, max_tokens=LONG, stream=True):
+        while not server.worker.load[0] and time.monotonic() < began + 5:
+            time.sleep(0.01)
+        assert server.worker.load == (1, 0)
+        assert server.idle()
+        assert 0.5 < time.monotonic() - began < 10
+        assert not server.connections
+    assert server.request("POST", "/v1/completions", BODY)[0] == 200
+
+
+def read(connection: socket.socket, pauses: int) -> tuple[int, int]:
+    """Read an answer, the beginning in small parts with pauses between; return the bytes it should have, and has."""
+    received, n_bytes = b"", 0
+    for i in range(10**6):
+        try:
+            part = connection.recv(4096 if i < pauses else 65536)
+        except ConnectionResetError:
+            break
+        received += part
+        head, _, body = received.partition(b"\r\n\r\n")
+        n_bytes = int(head.partition(b"content-length: ")[2].split()[0])
+        if not part or len(body) == n_bytes:
+            break
+        if i < pauses:
+            time.sleep(0.1)
+    return n_bytes, len(received.partition(b"\r\n\r\n")[2])
+
+
+def test_an_answer_is_cut_off_where_nothing_of_it_is_taken_and_not_where_little_is(server: Running) -> None:
+    with ask_without_reading(server, max_tokens=200) as connection:
+        assert connection.recv(16)  # it has begun
+        end = time.monotonic() + 10
+        while server.connections and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not server.connections
+    with ask_without_reading(server, max_tokens=200) as connection:
+        should, has = read(connection, pauses=20)
+        assert should == has > 50_000

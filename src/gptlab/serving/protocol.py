@@ -1,6 +1,6 @@
-"""Limits of a connection that has asked for nothing yet: the time for its request's head, and how many there may be.
+"""Limits of a connection: the time for a request's head, the time to take an answer, and how many there may be.
 
-uvicorn has neither: a client that sends a byte a second would hold its connection for ever.
+uvicorn has none of them: a client that sends a byte a second, or never reads, would hold its connection for ever.
 """
 
 from __future__ import annotations
@@ -16,17 +16,22 @@ from gptlab.serving.http import written
 
 HEAD_SECONDS = 10.0
 """That a client has from its first byte, or from connecting, until its request's head is complete."""
+UNREAD_SECONDS = 30.0
+"""That a client may take nothing of an answer that waits for it."""
 MOST_CONNECTIONS = 768
 """At a time: below the 1,024 files that a process may have open by default."""
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 that closes a connection whose request does not come in time, and those that are too many."""
+    """HTTP/1.1 that closes connections whose request does not come or whose answer is not taken in time, or too many."""
 
     _deadline: asyncio.TimerHandle | None = None
+    _patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # Pause as soon as the system takes no more and until it has taken all: what waits can then only become less.
+        transport.set_write_buffer_limits(high=0)
         if len(self.connections) > MOST_CONNECTIONS:
             self._refuse(Refusal(503, f"the server has {MOST_CONNECTIONS} connections already; close some, or wait"))
             return
@@ -38,7 +43,16 @@ class Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
+        self._taken()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._wait(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._taken()
 
     def _watch(self) -> None:
         """Let the time run while no request is being answered; what follows an answer counts as the next one's head."""
@@ -60,6 +74,23 @@ class Protocol(H11Protocol):
             self._refuse(Refusal(408, f"the request's head did not come within {HEAD_SECONDS:.0f} seconds"))
         else:
             self.transport.close()
+
+    def _wait(self, n_bytes: int) -> None:
+        """Give the client time to take some of the bytes that wait for it."""
+        self._patience = self.loop.call_later(UNREAD_SECONDS, self._unread, n_bytes)
+
+    def _unread(self, n_bytes: int) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left < n_bytes:
+            self._wait(left)
+        else:
+            self._patience = None
+            self.transport.abort()  # to close would wait until all is taken
+
+    def _taken(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
 
     def _refuse(self, refusal: Refusal) -> None:
         """Answer what has not been asked, and close."""
