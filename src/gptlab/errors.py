@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 LONGEST = 800
 """Characters of a sentence."""
@@ -19,6 +20,23 @@ class GptlabError(ValueError):
     def __init__(self, sentence: str) -> None:
         half = LONGEST // 2
         super().__init__(sentence if len(sentence) <= LONGEST else f"{sentence[:half]} [...] {sentence[-half:]}")
+
+
+@contextlib.contextmanager
+def needing(extra: str, what: str) -> Iterator[None]:
+    """Turn an import that fails inside the ``with`` block into the sentence that says what to install.
+
+    Args:
+        extra: of gptlab, which brings the packages.
+        what: is missing, with its verb: "the page's packages are".
+
+    Raises:
+        GptlabError: a package is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise GptlabError(f"{what} not installed (no module {error.name!r}): pip install 'gptlab[{extra}]'") from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

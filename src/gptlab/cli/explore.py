@@ -27,16 +27,12 @@ def explore(
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")] = "cpu",
 ) -> None:
     """Look inside models in a browser: losses, attention, heads and positions, side by side."""
-    from gptlab.errors import GptlabError
+    from gptlab.errors import GptlabError, needing
 
-    try:
+    with needing("serve", "the page's packages are"):
         from gptlab.exploring.app import make_app, make_server
         from gptlab.serving.http import is_loopback
         from gptlab.serving.listening import listen
-    except ModuleNotFoundError as error:
-        raise GptlabError(
-            f"the page's packages are not installed (no module {error.name!r}): pip install 'gptlab[serve]'"
-        ) from None
 
     if text is not None and not text.strip():
         raise GptlabError("the text is empty; give it some words, or leave --text out for an example")

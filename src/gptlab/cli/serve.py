@@ -42,16 +42,12 @@ def serve(
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")] = "cpu",
 ) -> None:
     """Answer programs by OpenAI's completions interface."""
-    from gptlab.errors import GptlabError
+    from gptlab.errors import needing
 
-    try:
+    with needing("serve", "the server's packages are"):
         from gptlab.serving.app import make_app
         from gptlab.serving.listening import check_access, listen
         from gptlab.serving.server import make_server
-    except ModuleNotFoundError as error:
-        raise GptlabError(
-            f"the server's packages are not installed (no module {error.name!r}): pip install 'gptlab[serve]'"
-        ) from None
     import gptlab
 
     check_access(host, api_key)

@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import sys
 
-from gptlab.errors import GptlabError
+from gptlab.errors import GptlabError, needing
 
 
 def main() -> None:
     """Run `lm-eval` with the model type ``gptlab``; a `GptlabError` becomes one sentence and exit code 2."""
     try:
-        try:
+        with needing("eval", "the evaluation harness is"):
             from lm_eval.__main__ import cli_evaluate
 
             from gptlab.harness import adapter
-        except ModuleNotFoundError as error:
-            raise GptlabError(
-                f"the evaluation harness is not installed (no module {error.name!r}): pip install 'gptlab[eval]'"
-            ) from None
         adapter.register()
         cli_evaluate()
     except GptlabError as error:

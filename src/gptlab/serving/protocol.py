@@ -23,7 +23,7 @@ MOST_CONNECTIONS = 768
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 that closes connections whose request does not come or whose answer is not taken in time, or too many."""
+    """HTTP/1.1 that ends connections whose request does not come, whose answer is not taken, or that are too many."""
 
     _deadline: asyncio.TimerHandle | None = None
     _patience: asyncio.TimerHandle | None = None
