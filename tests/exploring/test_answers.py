@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 
 import gptlab
 from gptlab import inspecting
+from gptlab.exploring import shelf
 from gptlab.exploring.app import make_app
 from gptlab.exploring.computing import Check, Computer
 from gptlab.exploring.packing import pack, shrink, unpack
@@ -98,6 +99,22 @@ def test_sharing(client: TestClient, lm: LanguageModel) -> None:
     assert found["cacheBytesPerToken"][0] == found["cacheBytesPerToken"][1] * lm.config.kv_heads
 
 
+@pytest.mark.parametrize("most_bytes", [0, shelf.MOST_BYTES])
+def test_another_text_converts_nothing_again(monkeypatch: pytest.MonkeyPatch, most_bytes: int) -> None:
+    monkeypatch.setattr(shelf, "MOST_BYTES", most_bytes)  # with none to keep, the last one is kept
+    models = shelf.Shelf(["pocket"])
+    first, second = [models.shared("pocket", 2, [0, *range(9, 9 + n)]) for n in (20, 30)]
+    assert first.model is second.model
+    torch.testing.assert_close(
+        second.losses_after, inspecting.share_keys(first.source, 2, [0, *range(9, 39)]).losses_after
+    )
+    models.shared("pocket", 3, [0, *range(9, 39)])
+    again = models.shared("pocket", 2, [0, *range(9, 39)])
+    assert (again.model is first.model) == (most_bytes > 0)
+    inputs = models.inputs("pocket", [0, 9, 10])
+    assert models.inputs("pocket", [0, 9, 10]) is inputs
+
+
 def test_scores_and_shifts(client: TestClient, lm: LanguageModel) -> None:
     ids = ids_of(lm)
     found, scores = ask(client, "scores", **about(lm), layer=3, head=5), inspecting.position_scores(lm.model, ids, 3, 5)
@@ -114,13 +131,15 @@ def test_steps(client: TestClient, lm: LanguageModel) -> None:
     found = ask(client, "steps", **about(lm), n=5, seed=3, temperature=1)
     steps = list(inspecting.generation_steps(lm, ids_of(lm), 5, seed=3, top=8))
     assert [step["chosen"][0] for step in found["steps"]] == [step.chosen.text for step in steps]
-    assert [step["slots"] for step in found["steps"]] == [[list(slots) for slots in step.slots] for step in steps]
+    for step, own in zip(found["steps"], steps, strict=True):  # layers whose caches hold the same are sent once
+        slots = {layer: held for layers, held in zip(found["layers"], step["slots"], strict=True) for layer in layers}
+        assert [slots[layer] for layer in range(lm.config.n_layer)] == [list(held) for held in own.slots]
     assert [step["bytes"] for step in found["steps"]] == [step.cache_bytes for step in steps]
 
 
 def test_what_is_taken_out(client: TestClient, lm: LanguageModel) -> None:
     ids = ids_of(lm)
-    effects = torch.tensor(ask(client, "effects", **about(lm))["effects"])
+    effects = torch.tensor([ask(client, "effects", **about(lm), layer=layer)["effects"] for layer in range(4)])
     torch.testing.assert_close(effects, inspecting.head_effects(lm.model, ids))
     found = ask(client, "without", **about(lm), heads=[[0, 1], [3, 2]], attention=[1])
     before = inspecting.token_losses(lm.model, ids)
@@ -149,6 +168,7 @@ REFUSED = [
     ("losses", {"model": "pocket"}, 400, "text is missing"),
     ("losses", {"model": "pocket", "text": "x" * 200_001}, 400, "at most 200000 characters"),
     ("maps", {"model": "pocket", "text": "a b", "layer": 4}, 400, "layer must be 0 to 3, got 4"),
+    ("effects", {"model": "pocket", "text": "a b", "layer": 4}, 400, "layer must be 0 to 3, got 4"),
     ("maps", {"model": "pocket", "text": "a b", "layer": -1}, 400, "layer must be greater than or equal to 0"),
     ("maps", {"model": "pocket", "text": "a b", "layer": 0, "head": 6}, 400, "head must be 0 to 5, got 6"),
     ("maps", {"model": "pocket", "text": "a b", "layer": 0, "size": 4096}, 400, "size must be less than or equal"),

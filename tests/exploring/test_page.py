@@ -173,7 +173,7 @@ def test_sharing(page: Page, models: dict[str, LanguageModel]) -> None:
             page.keyboard.press("ArrowLeft")
         sharing = inspecting.share_keys(lm.model, key_heads, ids_of(lm))
         expect(page.locator("#sharing .summary")).to_contain_text(f"{fixed(sharing.loss_after, 3)} after")
-        groups = page.locator("#sharing .grouping").nth(1).locator(".group")
+        groups = page.locator("#sharing details .grouping").nth(1).locator(".group")
         assert groups.count() == key_heads
         heads = groups.evaluate_all("g => g.map(one => [...one.querySelectorAll('strong')].map(e => e.innerText))")
         assert heads == [[f"head {head}" for head in group] for group in sharing.groups[1]]

@@ -46,6 +46,10 @@ def test_effects_are_the_losses_without_each_head(
                 zeroed.blocks[layer].attn.c_proj.weight[:, 8 * head : 8 * head + 8] = 0
             close(effects[layer, head], token_losses(zeroed, ids).mean() - own, 2e-5)
     assert effects.abs().max() > 0.01
+    told.clear()
+    some = head_effects(model, ids, lambda done, total: told.append((done, total)), layers=[2, 0])
+    close(some, effects[[2, 0]], 1e-6)
+    assert told[-1] == (8, 8)
 
 
 def test_effects_of_a_model_that_lacks_something_already() -> None:

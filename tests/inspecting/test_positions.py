@@ -105,6 +105,10 @@ def test_a_moved_text_is_what_transformers_makes_of_it(known: tuple[GPT, Tensor,
     if not moves:
         assert shift.largest_loss_change < 2e-5
         assert shift.largest_weight_change < 1e-5
+    assert shift.largest_weight_change == (shift.maps_after - shift.maps_before).abs().max()
+    few = shifted(model, ids, 17, layers=[])
+    assert few.largest_weight_change == shift.largest_weight_change
+    assert few.maps_after.shape == (0, *shift.maps_after.shape[1:])
     assert shift.largest_loss_change == (shift.losses_after - shift.losses_before).abs().max()
 
 

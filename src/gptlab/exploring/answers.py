@@ -13,10 +13,11 @@ from gptlab.errors import GptlabError
 from gptlab.exploring.calculating import calculator_here
 from gptlab.exploring.computing import Check
 from gptlab.exploring.packing import pack, shrink
-from gptlab.exploring.questions import Maps, Nothing, OfModel, OfText, Scores, Sharing, Shift, Steps, Without
+from gptlab.exploring.questions import Effects, Maps, Nothing, OfModel, OfText, Scores, Sharing, Shift, Steps, Without
 from gptlab.exploring.shelf import Shelf
 from gptlab.language_model import LanguageModel
 from gptlab.model import cost
+from gptlab.model.masks import Visibility
 from gptlab.serving.answers import token_text
 from gptlab.serving.bodies import Body
 
@@ -59,10 +60,12 @@ def read(shelf: Shelf, asked: OfText, least: int = 2) -> Read:
 
 def facts(shelf: Shelf, asked: OfModel, check: Check) -> dict[str, Any]:
     """Describe a model; it is loaded for it."""
-    config = shelf.get(asked.model).config
+    lm = shelf.get(asked.model)
+    config = lm.config
     return {
         "parameters": sum(cost.parameters(config).values()),
         "context": config.context_length,
+        "vocabulary": lm.vocabulary()["vocab_size"],
         "layers": config.n_layer,
         "heads": config.n_head,
         "keyHeads": config.kv_heads,
@@ -101,7 +104,7 @@ def maps(shelf: Shelf, asked: Maps, check: Check) -> Tensor:
     elif asked.by:
         weights = inspecting.shifted(lm.model, ids, asked.by, [layer]).maps_after[0]
     else:
-        weights = inspecting.attention_maps(lm.model, ids, [layer])[0]
+        weights = shelf.inputs(asked.model, ids).maps(layer)
     if asked.head is not None:
         if asked.head >= lm.config.n_head:
             raise GptlabError(f"head must be 0 to {lm.config.n_head - 1}, got {asked.head}")
@@ -141,7 +144,7 @@ def scores(shelf: Shelf, asked: Scores, check: Check) -> dict[str, Any]:
 def shift(shelf: Shelf, asked: Shift, check: Check) -> dict[str, Any]:
     """Move a text to other positions and say what changed."""
     lm, ids, _ = read(shelf, asked)
-    found = inspecting.shifted(lm.model, ids, asked.by)
+    found = inspecting.shifted(lm.model, ids, asked.by, [])
     return {
         "before": _mean(found.losses_before),
         "after": _mean(found.losses_after),
@@ -159,15 +162,19 @@ def steps(shelf: Shelf, asked: Steps, check: Check) -> dict[str, Any]:
     ):
         check()
         found.append(step)
+    layers: dict[Visibility, list[int]] = {}  # caches of those that see alike hold alike
+    for layer, visibility in enumerate(cost.visibilities(lm.config)):
+        layers.setdefault(visibility, []).append(layer)
     return {
         "prompt": len(ids),
-        "windows": list(lm.config.windows),
+        "layers": list(layers.values()),
+        "windows": [visibility.window for visibility in layers],
         "sinks": lm.config.sinks,
         "steps": [
             {
                 "candidates": [[one.text, one.probability, one.chance] for one in step.candidates],
                 "chosen": [step.chosen.text, step.chosen.probability, step.chosen.chance],
-                "slots": step.slots,
+                "slots": [step.slots[own[0]] for own in layers.values()],
                 "bytes": step.cache_bytes,
                 "seconds": step.seconds,
                 "ends": step.ends,
@@ -177,11 +184,11 @@ def steps(shelf: Shelf, asked: Steps, check: Check) -> dict[str, Any]:
     }
 
 
-def effects(shelf: Shelf, asked: OfText, check: Check) -> dict[str, Any]:
-    """Measure by how much the loss changes when one head is taken out, for every head."""
+def effects(shelf: Shelf, asked: Effects, check: Check) -> dict[str, Any]:
+    """Measure by how much the loss changes when one head is taken out, for every head of a layer."""
     lm, ids, _ = read(shelf, asked)
-    found = inspecting.head_effects(lm.model, ids, lambda done, of: check())
-    return {"effects": found.tolist()}
+    found = inspecting.head_effects(lm.model, ids, lambda done, of: check(), [asked.layer])
+    return {"effects": found[0].tolist()}
 
 
 def without(shelf: Shelf, asked: Without, check: Check) -> dict[str, Any]:
@@ -219,7 +226,7 @@ ANSWERS: Mapping[str, tuple[type[Body], Callable[[Shelf, Any, Check], dict[str, 
     "scores": (Scores, scores),
     "shift": (Shift, shift),
     "steps": (Steps, steps),
-    "effects": (OfText, effects),
+    "effects": (Effects, effects),
     "without": (Without, without),
     "costs": (Nothing, costs),
 }

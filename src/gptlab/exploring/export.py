@@ -71,8 +71,9 @@ def _of_model(name: str, config: ModelConfig, text: str) -> Iterator[Question]:
     layers, heads = range(config.n_layer), range(config.n_head)
     key_heads = [n for n in divisors(config.n_head) if n <= config.kv_heads]
     yield "facts", {"model": name}
-    yield from ((question, about) for question in ("losses", "effects"))
+    yield "losses", about
     for layer in layers:
+        yield "effects", {**about, "layer": layer}
         small = {**about, "layer": layer, "size": SMALL}
         yield "maps", small
         yield from (("maps", {**about, "layer": layer, "head": head}) for head in heads)

@@ -62,6 +62,12 @@ class Scores(OfText):
     head: Index
 
 
+class Effects(OfText):
+    """What becomes of the loss without each head of a layer."""
+
+    layer: Index
+
+
 class Shift(OfText):
     """What becomes of a text that is moved."""
 

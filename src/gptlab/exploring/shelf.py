@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -11,10 +12,15 @@ import gptlab
 from gptlab.devices import find_device
 from gptlab.errors import GptlabError
 from gptlab.inspecting import Sharing, share_keys
+from gptlab.inspecting.attention import LayerInputs, layer_inputs
 from gptlab.language_model import LanguageModel
+from gptlab.model.gpt import GPT
 
-MOST_CONVERTED = 2
-"""Converted models that are kept."""
+MOST_BYTES = 2**29
+"""Of converted models that are kept, and of what layers read; the last one is kept in any case."""
+
+Key = TypeVar("Key")
+Kept = TypeVar("Kept")
 
 
 class Shelf:
@@ -32,7 +38,8 @@ class Shelf:
         self._names = tuple(names)
         self.device: torch.device = find_device(device)
         self._loaded: dict[str, LanguageModel] = {}
-        self._shared: OrderedDict[tuple[str, int, tuple[int, ...]], Sharing] = OrderedDict()
+        self._shared: OrderedDict[tuple[str, int], tuple[tuple[int, ...], Sharing]] = OrderedDict()
+        self._inputs: OrderedDict[tuple[str, tuple[int, ...]], LayerInputs] = OrderedDict()
 
     def get(self, name: str) -> LanguageModel:
         """Return a model, loaded at the first call.
@@ -55,10 +62,34 @@ class Shelf:
         Raises:
             GptlabError: as `share_keys`.
         """
-        key = name, n_kv_head, tuple(ids)
-        if key not in self._shared:
-            self._shared[key] = share_keys(self.get(name).model, n_kv_head, ids)
-            if len(self._shared) > MOST_CONVERTED:
-                self._shared.popitem(last=False)
-        self._shared.move_to_end(key)
-        return self._shared[key]
+        key, text = (name, n_kv_head), tuple(ids)
+        before, sharing = self._shared.get(key, (None, None))
+        if sharing is None:
+            sharing = share_keys(self.get(name).model, n_kv_head, ids)
+        elif before != text:
+            sharing = sharing.on(ids)
+        _keep(self._shared, key, (text, sharing), lambda kept: _bytes_of(kept[1].model))
+        return sharing
+
+    def inputs(self, name: str, ids: Sequence[int]) -> LayerInputs:
+        """Return what the attention of every layer of a model reads of a text, for maps of one layer after the other.
+
+        Raises:
+            GptlabError: as `get`.
+        """
+        key = name, tuple(ids)
+        inputs = self._inputs.get(key) or layer_inputs(self.get(name).model, ids)
+        _keep(self._inputs, key, inputs, lambda kept: kept.n_bytes)
+        return inputs
+
+
+def _keep(shelf: OrderedDict[Key, Kept], key: Key, kept: Kept, size: Callable[[Kept], int]) -> None:
+    """Put something on a shelf as the newest, and take off the oldest that are too many."""
+    shelf[key] = kept
+    shelf.move_to_end(key)
+    while len(shelf) > 1 and sum(map(size, shelf.values())) > MOST_BYTES:
+        shelf.popitem(last=False)
+
+
+def _bytes_of(model: GPT) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,20 +50,67 @@ def maps_at(model: GPT, ids: Tensor | Sequence[int], positions: Tensor | None, l
         check_index(config.n_layer, layer, "layer")
     if not chosen:
         raise GptlabError("there is no layer to look at; leave layers out for all")
-    said = f"maps of {len(chosen) * config.n_head} heads at {length:,} tokens take"
     shape = (len(chosen), config.n_head, length, length)
-    check_memory(4 * torch.Size(shape).numel(), row.device, said, "take fewer layers or a shorter text")
+    check_maps(config, len(chosen), length, row.device)
+    inputs = layer_inputs(model, ids, positions, chosen)
     maps = torch.empty(shape, device=row.device)
-
-    def fill(attention: CausalSelfAttention, inputs: tuple[Any, ...]) -> None:
-        weights = attention.weights(*inputs[:3])[0]
-        for i, layer in enumerate(chosen):
-            if model.blocks[layer].attn is attention:
-                maps[i] = weights
-
-    with looking(model), hooked([model.blocks[layer].attn for layer in set(chosen)], fill):
-        model(row, positions=None if positions is None else positions[None].to(row.device), head=lambda x, _: x)
+    for i, layer in enumerate(chosen):
+        maps[i] = inputs.maps(layer)
     return maps
+
+
+def check_maps(config: ModelConfig, n_layer: int, length: int, device: torch.device) -> None:
+    """Refuse maps of so many layers where they take more memory than there is."""
+    said = f"maps of {n_layer * config.n_head} heads at {length:,} tokens take"
+    check_memory(4 * n_layer * config.n_head * length**2, device, said, "take fewer layers or a shorter text")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """What the attention of each layer reads of one text: it gives maps of any layer without another forward pass.
+
+    Attributes:
+        model: that read the text; it must not be changed as long as maps are asked for.
+        by_layer: what `CausalSelfAttention.weights` takes.
+    """
+
+    model: GPT
+    by_layer: Mapping[int, tuple[Any, ...]]
+
+    def maps(self, layer: int) -> Tensor:
+        """Return the weights of a layer's heads, (H, T, T) float32."""
+        with looking(self.model):
+            return self.model.blocks[layer].attn.weights(*self.by_layer[layer])[0]
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the hidden states that are held."""
+        return sum(inputs[0].nbytes for inputs in self.by_layer.values())
+
+
+def layer_inputs(
+    model: GPT, ids: Tensor | Sequence[int], positions: Tensor | None = None, layers: Sequence[int] | None = None
+) -> LayerInputs:
+    """Read a text once and keep what the attention of each layer reads: 4 * layers * T * C bytes.
+
+    Args:
+        model: any variant, in any dtype.
+        ids: (T,) int64.
+        positions: (T,) int64, where the tokens stand; None: from 0 on.
+        layers: which; None: all.
+    """
+    row = as_row(model, ids)
+    chosen = range(model.config.n_layer) if layers is None else layers
+    found: dict[int, tuple[Any, ...]] = {}
+
+    def keep(layer: int, _: CausalSelfAttention, inputs: tuple[Any, ...]) -> None:
+        found[layer] = inputs[:3]
+
+    with looking(model), contextlib.ExitStack() as stack:
+        for layer in set(chosen):
+            stack.enter_context(hooked([model.blocks[layer].attn], functools.partial(keep, layer)))
+        model(row, positions=None if positions is None else positions[None].to(row.device), head=lambda x, _: x)
+    return LayerInputs(model, found)
 
 
 @contextlib.contextmanager

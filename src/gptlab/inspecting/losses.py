@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gptlab.evaluation.batches import BATCH_TOKENS, BATCH_TOKENS_GPU, Head, Progress
-from gptlab.inspecting.running import as_row, looking
+from gptlab.inspecting.running import as_row, check_index, looking
 from gptlab.inspecting.sites import editing
 from gptlab.model.gpt import GPT
 from gptlab.model.linear import Linear
@@ -53,7 +53,12 @@ def _loss(model: GPT, targets: Tensor) -> Callable[[Tensor, Linear], Tensor]:
     return head
 
 
-def head_effects(model: GPT, ids: Tensor | Sequence[int], progress: Progress | None = None) -> Tensor:
+def head_effects(
+    model: GPT,
+    ids: Tensor | Sequence[int],
+    progress: Progress | None = None,
+    layers: Sequence[int] | None = None,
+) -> Tensor:
     """Return by how much the mean loss of a text changes when one head is taken out: measured, head by head.
 
     A head is taken out by putting zeros in place of its output, as `gptlab.inspecting.ablated` does. What lies below a
@@ -63,33 +68,37 @@ def head_effects(model: GPT, ids: Tensor | Sequence[int], progress: Progress | N
         model: any variant, in any dtype.
         ids: (T,) int64.
         progress: called with the heads done so far and the heads in all, after every batch.
+        layers: whose heads, in this order; None: all.
 
     Returns:
-        (n_layer, n_head) float32 on the CPU, nats per token: above 0 where the text becomes harder to predict.
+        (layers, n_head) float32 on the CPU, nats per token: above 0 where the text becomes harder to predict.
 
     Raises:
-        GptlabError: as `token_losses`.
+        GptlabError: as `token_losses`, or a layer that the model does not have.
     """
     row = as_row(model, ids, least=2)
     n_layer, n_head = model.config.n_layer, model.config.n_head
+    chosen = [check_index(n_layer, layer, "layer") for layer in (range(n_layer) if layers is None else layers)]
     batch_tokens = BATCH_TOKENS if row.device.type == "cpu" else BATCH_TOKENS_GPU
-    losses = torch.zeros(n_layer, n_head, dtype=torch.float64)
+    losses, done = torch.zeros(n_layer, n_head, dtype=torch.float64), 0
     with looking(model):
         loss = _loss(model, row[0, 1:])
         x, tokens, rotary = model.embed(row[:, :-1], None, None, None)
         for layer, block in enumerate(model.blocks):
-            for heads in torch.arange(n_head).split(max(1, batch_tokens // row.shape[1])):
+            size = max(1, batch_tokens // row.shape[1])
+            for heads in torch.arange(n_head).split(size) if layer in chosen else ():
                 _, beside, turned = model.embed(row[:, :-1].expand(len(heads), -1), None, None, None)
                 with editing(model, [("heads", layer, _taking_out_one_each(heads))]):
                     y = block(x.expand(len(heads), -1, -1), beside, turned)
                 for above in model.blocks[layer + 1 :]:
                     y = above(y, beside, turned)
                 losses[layer, heads] = loss(model.ln_f(y), model.lm_head).cpu().double().mean(1)
+                done += len(heads)
                 if progress is not None:
-                    progress(layer * n_head + int(heads[-1]) + 1, n_layer * n_head)
+                    progress(done, len(set(chosen)) * n_head)
             x = block(x, tokens, rotary)
         whole = loss(model.ln_f(x), model.lm_head).cpu().double().mean()
-    return (losses - whole).float()
+    return (losses[chosen] - whole).float()
 
 
 def _taking_out_one_each(heads: Tensor) -> Callable[[Tensor], Tensor]:

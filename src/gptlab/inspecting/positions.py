@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gptlab.errors import GptlabError
-from gptlab.inspecting.attention import hooked, maps_at
+from gptlab.inspecting.attention import check_maps, hooked, layer_inputs
 from gptlab.inspecting.losses import losses_at
 from gptlab.inspecting.running import as_row, check_index, looking
 from gptlab.model.gpt import GPT
@@ -89,6 +89,7 @@ class Shift:
         losses_after: the same, moved.
         maps_before: (layers, H, T, T) float32 weights of attention.
         maps_after: the same, moved.
+        largest_weight_change: by how much a weight of attention of any layer changed at most, 0 to 1.
     """
 
     by: int
@@ -96,16 +97,12 @@ class Shift:
     losses_after: Tensor
     maps_before: Tensor
     maps_after: Tensor
+    largest_weight_change: float
 
     @property
     def largest_loss_change(self) -> float:
         """Nats by which the loss of a token changed at most."""
         return (self.losses_after - self.losses_before).abs().max().item()
-
-    @property
-    def largest_weight_change(self) -> float:
-        """By how much a weight of attention changed at most, 0 to 1."""
-        return (self.maps_after - self.maps_before).abs().max().item()
 
 
 def shifted(model: GPT, ids: Tensor | Sequence[int], by: int, layers: Sequence[int] | None = None) -> Shift:
@@ -119,7 +116,7 @@ def shifted(model: GPT, ids: Tensor | Sequence[int], by: int, layers: Sequence[i
         model: any variant, in any dtype.
         ids: (T,) int64.
         by: positions, at least 0.
-        layers: whose maps; None: all. They take twice the memory of `attention_maps`.
+        layers: whose maps are kept; None: all, which take twice the memory of `attention_maps`.
 
     Raises:
         GptlabError: a negative number, or positions past the end of those learned.
@@ -133,11 +130,17 @@ def shifted(model: GPT, ids: Tensor | Sequence[int], by: int, layers: Sequence[i
             f"{length:,} tokens moved by {by:,} reach position {length + by - 1:,}, and the learned positions end at"
             f" {config.context_length - 1:,}; move them by at most {max(config.context_length - length, 0):,}"
         )
-    start, moved = torch.arange(length), torch.arange(length) + by
-    return Shift(
-        by,
-        losses_at(model, ids, start),
-        losses_at(model, ids, moved),
-        maps_at(model, ids, start, layers),
-        maps_at(model, ids, moved, layers),
-    )
+    kept = range(config.n_layer) if layers is None else layers
+    for layer in kept:
+        check_index(config.n_layer, layer, "layer")
+    check_maps(config, 2 * len(kept) + 3, length, row.device)  # three more pass by
+    places = torch.arange(length), torch.arange(length) + by
+    before, after = (layer_inputs(model, ids, at) for at in places)
+    maps = torch.empty(2, len(kept), config.n_head, length, length, device=row.device)
+    largest = 0.0
+    for layer in range(config.n_layer):
+        pair = before.maps(layer), after.maps(layer)
+        largest = max(largest, (pair[1] - pair[0]).abs_().max().item())
+        for i in (i for i, own in enumerate(kept) if own == layer):
+            maps[0, i], maps[1, i] = pair
+    return Shift(by, *(losses_at(model, ids, at) for at in places), *maps, largest)

@@ -2,7 +2,7 @@
 
 const bakedIn = document.getElementById("baked");
 export const exported = bakedIn !== null;
-const KEPT = 64; // answers, the last that were used
+const KEPT = 256; // answers, the last that were used: all maps of a few models among them
 const answers = new Map();
 
 async function unpackBaked() {

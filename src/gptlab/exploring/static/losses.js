@@ -52,7 +52,7 @@ export function startLosses(root) {
   const key = el("p", { className: "key note" });
   const chooser = el("div", { className: "controls" });
   const details = el("details", {}, el("summary", {}, "All numbers as a table"));
-  const numbers = el("div");
+  const numbers = el("div"), guess = el("span");
   details.append(numbers);
 
   const cards = new Cards(grid, (name) => {
@@ -97,8 +97,16 @@ export function startLosses(root) {
     chooser.replaceChildren(...(state.chosen.length > 1 ? [labelled("compare each model with", picker)] : []));
   }
 
+  /** What a loss would be without any knowledge. */
+  async function describeGuess() {
+    const all = await Promise.allSettled(state.chosen.map((model) => ask("facts", { model })));
+    const sizes = new Set(all.filter((one) => one.value).map((one) => one.value.vocabulary));
+    guess.textContent = [...sizes].map((n) => `; a guess among all ${whole(n)} tokens is ${fixed(Math.log(n), 1)} nats`).join("");
+  }
+
   function refresh() {
     choose();
+    describeGuess();
     for (const name of found.keys()) if (!state.chosen.includes(name)) found.delete(name);
     for (const { name, task } of cards.show(state.chosen)) {
       task.run((signal) => ask("losses", { model: name, text: state.text }, signal), (answer, content) => {
@@ -115,7 +123,7 @@ export function startLosses(root) {
     paint();
   }
 
-  root.append(el("p", {}, "Each token is coloured by its loss: minus the logarithm of the probability that the model gave it. 0 is certainty; a guess among all 4,096 tokens of the small models is 8.3 nats."),
+  root.append(el("p", {}, "Each token is coloured by its loss: minus the logarithm of the probability that the model gave it. 0 is certainty", guess, "."),
     chooser, key, grid, readout, details);
   subscribe((changed) => changed.has("text") && found.clear());
   whenSeen(root, ["text", "chosen"], refresh);

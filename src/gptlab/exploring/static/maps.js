@@ -32,8 +32,8 @@ function sharedKeys({ heads, keyHeads }) {
   });
 }
 
-/** All heads of a model, a row for each layer; `open(layer, head)` is what a click does, `made` hears of each button. */
-function overview(name, facts, open, made) {
+/** All heads of a model, a row for each layer; `open(layer, head)` is what a click does, `made` hears of each button, `progress` how far it is. */
+function overview(name, facts, open, made, progress) {
   const rows = Array.from({ length: facts.layers }, () => new Task(""));
   const root = el("div", { className: "heads" }, ...rows.map((row, layer) =>
     el("div", { className: "layer" }, el("span", { className: "note" }, `layer ${layer}`), row.root)));
@@ -51,6 +51,9 @@ function overview(name, facts, open, made) {
   });
 
   async function load(signal) {
+    let done = 0;
+    const count = () => !signal.aborted && progress(done < facts.layers ? `${done} of ${facts.layers} layers\u2026` : "");
+    count();
     await Promise.all(rows.map((row, layer) => row.run(
       () => ask("maps", { model: name, text: state.text, layer, size: state.settings.small }, signal),
       ({ shape: [heads, size], data }, content) => {
@@ -64,7 +67,10 @@ function overview(name, facts, open, made) {
         content.replaceChildren(...sharedKeys(facts), ...buttons[layer]);
         buttons[layer].forEach((button, head) => made(button, layer, head));
       },
-    )));
+    ).then(() => {
+      done += 1;
+      count();
+    })));
   }
   return { root, load };
 }
@@ -207,7 +213,7 @@ export function startMaps(root) {
       if (returning?.[0] !== layer || returning[1] !== head) return;
       returning = null;
       button.focus({ preventScroll: true });
-    });
+    }, (words) => card.task.progress(words));
   }
 
   async function showOne(card, signal) {
@@ -216,7 +222,8 @@ export function startMaps(root) {
     const layer = Math.min(state.layer, facts.layers - 1), head = Math.min(state.head, facts.heads - 1);
     const { data } = await ask("maps", { ...body, layer, head }, signal);
     const label = `${card.name}, layer ${layer}, head ${head}: use the arrow keys to move the query and the key`;
-    return { tokens, bytes: data, window: facts.windows[layer], sinks: facts.sinks, label, cursor };
+    const note = layer === state.layer && head === state.head ? "" : `${card.name} has fewer: this is layer ${layer}, head ${head}.`;
+    return { tokens, bytes: data, window: facts.windows[layer], sinks: facts.sinks, label, cursor, note };
   }
 
   function refresh() {
@@ -226,7 +233,7 @@ export function startMaps(root) {
     for (const card of cards.show(state.chosen)) {
       if (single) {
         card.task.run((signal) => showOne(card, signal), (shown, content) => {
-          content.replaceChildren(card.one.root);
+          content.replaceChildren(...(shown.note ? [el("p", { className: "note" }, shown.note)] : []), card.one.root);
           card.one.show(shown);
         });
       } else {

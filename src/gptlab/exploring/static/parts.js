@@ -6,7 +6,9 @@ import { subscribe } from "./state.js";
 export class Task {
   constructor(waiting = "computing\u2026") {
     this.waiting = waiting;
-    this.status = el("p", { className: "status note", role: "status" });
+    this.words = el("span", { role: "status" });
+    this.clock = el("span", { "aria-hidden": "true" }); // what changes every second is not read out
+    this.status = el("p", { className: "status note" }, this.words, this.clock);
     this.content = el("div", { className: "content" });
     this.root = el("div", { className: "task" }, this.status, this.content);
     this.running = null;
@@ -18,6 +20,10 @@ export class Task {
     this.running = own;
     this.say(this.waiting);
     this.root.setAttribute("aria-busy", "true");
+    this.clock.textContent = "";
+    const began = performance.now(), timer = setInterval(() => {
+      if (this.running === own) this.clock.textContent = ` ${Math.round((performance.now() - began) / 1000)} s`;
+    }, 1000);
     try {
       const result = await load(own.signal);
       if (own.signal.aborted) return;
@@ -28,7 +34,11 @@ export class Task {
       this.say(error.message, true);
       this.content.replaceChildren();
     } finally {
-      if (this.running === own) this.root.setAttribute("aria-busy", "false");
+      clearInterval(timer);
+      if (this.running === own) {
+        this.clock.textContent = "";
+        this.root.setAttribute("aria-busy", "false");
+      }
     }
   }
 
@@ -36,8 +46,14 @@ export class Task {
     this.running?.abort();
   }
 
+  /** Say how far it is; what is shown already counts. */
+  progress(text) {
+    this.say(text);
+    this.content.classList.remove("old");
+  }
+
   say(text, failed = false) {
-    this.status.textContent = text;
+    this.words.textContent = text;
     this.status.classList.toggle("warning", failed);
     this.status.hidden = !text;
     this.content.classList.toggle("old", Boolean(text) && !failed);

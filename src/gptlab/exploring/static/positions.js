@@ -17,13 +17,13 @@ function startScores(root) {
     el("p", {}, "The score of a key is what the softmax turns into its weight. This is the mean over all queries of the text, by how far back the key stands. Rotary positions rotate pairs of channels, each at its own speed; the sum of the pairs is the score."),
     controls, task.root);
 
-  function draw(answer, content) {
+  function draw({ answer, layer, head }, content) {
     const { total, pairs, angles, note } = answer;
     const series = [];
     if (pairs) pairs.forEach((values, i) => String(i) !== pair && series.push({ values, className: "faint" }));
     series.push({ values: total, className: "total" });
     if (pairs && pair !== "") series.push({ values: pairs[pair], className: "picked" });
-    const chart = lineChart({ series, across: "tokens back", up: "mean score", label: `Mean score against distance of layer ${state.layer}, head ${state.head}, of ${picker.model}` });
+    const chart = lineChart({ series, across: "tokens back", up: "mean score", label: `Mean score against distance of layer ${layer}, head ${head}, of ${picker.model}` });
     const places = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256].filter((d) => d < total.length);
     const rows = [["sum", ...places.map((d) => fixed(total[d], 2))]];
     if (pairs && pair !== "") rows.push([`pair ${pair}`, ...places.map((d) => fixed(pairs[pair][d], 2))]);
@@ -31,7 +31,7 @@ function startScores(root) {
       table("Mean score by distance", ["tokens back", ...places.map(whole)], rows)];
     if (pairs) {
       const words = (i) => `pair ${i}: once round in ${fixed((2 * Math.PI) / angles[i], angles[i] > 0.1 ? 1 : 0)} tokens`;
-      const chooser = select([["", "none"], ...angles.map((_, i) => [i, words(i)])], pair, (value) => { pair = value; draw(answer, content); content.querySelector("select").focus(); });
+      const chooser = select([["", "none"], ...angles.map((_, i) => [i, words(i)])], pair, (value) => { pair = value; draw({ answer, layer, head }, content); content.querySelector("select").focus(); });
       parts.unshift(labelled("show one pair", chooser));
     } else parts.push(el("p", { className: "note" }, `${note[0].toUpperCase()}${note.slice(1)}.`));
     content.replaceChildren(...parts);
@@ -43,7 +43,7 @@ function startScores(root) {
       const facts = await ask("facts", { model: picker.model }, signal);
       controls.replaceChildren(picker.control(), layerPicker(facts), headPicker(facts));
       const layer = Math.min(state.layer, facts.layers - 1), head = Math.min(state.head, facts.heads - 1);
-      return ask("scores", { model: picker.model, text: state.text, layer, head }, signal);
+      return { answer: await ask("scores", { model: picker.model, text: state.text, layer, head }, signal), layer, head };
     }, draw);
   }
   whenSeen(root, ["text", "chosen", "layer", "head"], refresh);

@@ -6,6 +6,8 @@ import { layerPicker, ModelPicker } from "./pickers.js";
 import { state } from "./state.js";
 import { Task, whenSeen } from "./parts.js";
 
+let unfolded = null; // whether all layers are listed; null: where they are few
+const FEW = 6;
 let wanted = null; // key heads; null: as many as the model's next smaller number
 
 export const keyHeadsOf = (facts) =>
@@ -32,6 +34,14 @@ function beforeAndAfter(before, after) {
   const note = (text) => el("p", { className: "note" }, text);
   return el("div", { className: "pairs" }, ...Array.from({ length: heads }, (_, head) =>
     el("div", {}, note(`head ${head}, before`), one(before, head, "before"), note("after"), one(after, head, "after"))));
+}
+
+/** The brackets of every layer, folded where there are many. */
+function allLayers(answer) {
+  const n = answer.groups.length;
+  const details = el("details", { open: unfolded ?? n <= FEW }, el("summary", {}, `All ${n} layers`), ...answer.groups.map((_, layer) => brackets(answer, layer)));
+  details.addEventListener("toggle", () => (unfolded = details.open));
+  return details;
 }
 
 export function startSharing(root) {
@@ -71,8 +81,7 @@ export function startSharing(root) {
       content.replaceChildren(
         el("p", { className: "summary" }, loss, ` Cache per token: ${cache} after (bfloat16).`),
         el("p", { className: "note" }, "Percentages are the share of a head's circuit that is lost: \u201clooks\u201d is where it looks (QK), \u201cwrites\u201d what it adds (OV). 0% is nothing, 100% as much as there was."),
-        ...answer.groups.map((_, i) => brackets(answer, i)),
-        el("h3", {}, `Maps of layer ${layer}`), beforeAndAfter(before, after));
+        brackets(answer, layer), beforeAndAfter(before, after), allLayers(answer));
     });
   }
 

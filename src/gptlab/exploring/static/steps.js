@@ -7,8 +7,15 @@ import { Task, whenSeen } from "./parts.js";
 
 const PACE = 450; // milliseconds a step when it plays
 
-/** The slots of a layer's cache; the one that was written last is marked, and what it held before is said. */
-function slotsOf(layer, now, before, window, sinks) {
+/** Layers in words: "layer 3", "layers 0 to 29" or "layers 0, 2, 4". */
+function named(layers) {
+  const first = layers[0], last = layers.at(-1);
+  if (layers.length === 1) return `layer ${first}`;
+  return last - first === layers.length - 1 ? `layers ${first} to ${last}` : `layers ${layers.join(", ")}`;
+}
+
+/** The slots of the cache of layers that hold the same; the one that was written last is marked, and what it held before is said. */
+function slotsOf(layers, now, before, window, sinks) {
   const changed = now.map((position, slot) => before && slot < before.length && before[slot] !== position ? slot : -1).filter((slot) => slot >= 0);
   const added = before ? now.length - before.length : 0;
   const cells = now.map((position, slot) => {
@@ -20,8 +27,8 @@ function slotsOf(layer, now, before, window, sinks) {
     ? `slot ${changed[0]} is overwritten: position ${before[changed[0]]} goes, ${now[changed[0]]} comes`
     : before ? `one more slot: position ${Math.max(...filled)}` : "the prompt has been read";
   const kind = window === null ? "keeps everything" : `window ${whole(window)}`;
-  return el("div", { className: "cache" }, el("p", { className: "note" }, el("strong", {}, `layer ${layer}`), `, ${kind}: ${whole(filled.length)} slots, positions ${whole(oldest)} to ${whole(Math.max(...filled))}; ${words}`),
-    el("div", { className: "slots", role: "img", "aria-label": `layer ${layer}: ${words}` }, ...cells));
+  return el("div", { className: "cache" }, el("p", { className: "note" }, el("strong", {}, named(layers)), `, ${kind}: ${whole(filled.length)} slots${layers.length > 1 ? " each" : ""}, positions ${whole(oldest)} to ${whole(Math.max(...filled))}; ${words}`),
+    el("div", { className: "slots", role: "img", "aria-label": `${named(layers)}: ${words}` }, ...cells));
 }
 
 function candidates(step) {
@@ -62,7 +69,7 @@ export function startSteps(root) {
         el("p", { className: "grown" }, el("span", { className: "note" }, "\u2026 "), text, el("mark", {}, step.chosen[0].replaceAll("\n", "\u21b5\n"))),
         el("p", { className: "summary" }, `Cache: ${memory(step.bytes)} for ${whole(answer.prompt + at)} tokens. ${speed}.`),
         el("div", { className: "two" }, candidates(step), el("div", {},
-          ...step.slots.map((slots, layer) => slotsOf(layer, slots, before?.slots[layer], answer.windows[layer], answer.sinks)))));
+          ...step.slots.map((slots, i) => slotsOf(answer.layers[i], slots, before?.slots[i], answer.windows[i], answer.sinks)))));
     }
     function stop() {
       clearInterval(timer);

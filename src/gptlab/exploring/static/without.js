@@ -37,21 +37,23 @@ export function startWithout(root) {
 
   const flip = (set, value) => () => (set().delete(value) ? false : Boolean(set().add(value)));
 
-  function showGrid({ effects, facts }, content) {
-    const row = (effect, layer) => el("div", { className: "effects" },
-      toggle([`layer ${layer}`], `layer ${layer}: all attention`, layers.has(layer), flip(() => layers, layer), "whole"),
-      ...effect.map((nats, head) => toggle([el("span", { className: "note" }, `${head}`), signed(nats, 3)], `layer ${layer}, head ${head}: ${signed(nats, 3)} nats per token`,
-        heads.has(`${layer}.${head}`), flip(() => heads, `${layer}.${head}`), `change${changeStep(nats * 5)}`)));
+  const row = (effects, layer) => el("div", { className: "effects" },
+    toggle([`layer ${layer}`], `layer ${layer}: all attention`, layers.has(layer), flip(() => layers, layer), "whole"),
+    ...effects.map((nats, head) => toggle([el("span", { className: "note" }, `${head}`), signed(nats, 3)], `layer ${layer}, head ${head}: ${signed(nats, 3)} nats per token`,
+      heads.has(`${layer}.${head}`), flip(() => heads, `${layer}.${head}`), `change${changeStep(nats * 5)}`)));
+
+  /** What stands below the heads. */
+  function tools(facts) {
     const sinkButton = facts.sinks
       ? toggle([`the ${facts.sinks} sinks`], `the ${facts.sinks} sinks`, sinks, () => (sinks = !sinks), "whole")
       : el("span", { className: "note" }, `${picker.model} has no sinks to take out.`);
     const clear = el("button", { type: "button" }, "put everything back");
     clear.addEventListener("click", () => {
       heads = new Set(), layers = new Set(), sinks = false;
-      for (const button of content.querySelectorAll("[aria-pressed=true]")) button.setAttribute("aria-pressed", "false");
+      for (const button of grid.content.querySelectorAll("[aria-pressed=true]")) button.setAttribute("aria-pressed", "false");
       measure();
     });
-    content.replaceChildren(...effects.map(row), el("div", { className: "controls" }, sinkButton, clear));
+    return el("div", { className: "controls" }, sinkButton, clear);
   }
 
   function measure() {
@@ -85,8 +87,15 @@ export function startWithout(root) {
     measure();
     grid.run(async (signal) => {
       const facts = await ask("facts", { model: body.model }, signal);
-      return { facts, ...(await ask("effects", body, signal)) };
-    }, showGrid);
+      const rows = el("div");
+      for (let layer = 0; layer < facts.layers; layer++) {
+        if (layer) grid.progress(`measuring every head: ${layer} of ${facts.layers} layers\u2026`);
+        const { effects } = await ask("effects", { ...body, layer }, signal); // one at a time: others may ask between
+        if (signal.aborted) return;
+        if (!layer) grid.content.replaceChildren(rows, tools(facts));
+        rows.append(row(effects, layer));
+      }
+    }, () => {});
   }
   whenSeen(root, ["text", "chosen"], refresh);
 }
