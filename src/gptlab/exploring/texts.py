@@ -26,9 +26,9 @@ def examples() -> dict[str, str]:
     article = KNOWN.read_text(encoding="utf-8").split("\n\n")
     sentence = "The old harbour of Vellmar was built by twelve fishermen and a priest. "
     return {
-        "two paragraphs, longer than the windows of the built-in models": "\n\n".join(article[:3]).strip(),
-        "half a page, near their whole context": "\n\n".join(article[:4]).strip(),
-        "an article, for models with a longer context": "\n\n".join(article).strip(),
+        "two paragraphs, longer than a window of 128": "\n\n".join(article[:3]).strip(),
+        "half a page, near a context of 512": "\n\n".join(article[:4]).strip(),
+        "an article, for longer contexts": "\n\n".join(article).strip(),
         "one sentence": article[1].partition(". ")[0] + ".",
         "a sentence four times: who copies?": (sentence * 4).strip(),
     }
