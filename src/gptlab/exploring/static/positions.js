@@ -58,7 +58,7 @@ function startShift(root) {
   const rows = el("div", { className: "cards" });
   const tasks = new Map();
   root.append(el("h3", {}, "The same text, further on"),
-    el("p", {}, "All tokens are moved by so many positions, as if something stood before them that nobody can see. Rotary positions see distances only, so that nothing changes but rounding. Learned positions are other numbers at every place."),
+    el("p", {}, "All tokens are moved by so many positions, as if something stood before them that nobody can see. Rotary positions see distances only, so that nothing changes but rounding. Learned positions are other numbers at every place. Sinks are the first positions: a text that is moved past them has none."),
     el("div", { className: "controls" }, labelled("positions to move by", range, output)), rows);
 
   const says = (change) => (change < EXACT ? "stays" : "moves");
