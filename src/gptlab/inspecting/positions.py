@@ -143,4 +143,5 @@ def shifted(model: GPT, ids: Tensor | Sequence[int], by: int, layers: Sequence[i
         largest = max(largest, (pair[1] - pair[0]).abs_().max().item())
         for i in (i for i, own in enumerate(kept) if own == layer):
             maps[0, i], maps[1, i] = pair
-    return Shift(by, *(losses_at(model, ids, at) for at in places), *maps, largest)
+    losses = [losses_at(model, ids, at) for at in places]
+    return Shift(by, losses[0], losses[1], maps[0], maps[1], largest)
