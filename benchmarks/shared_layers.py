@@ -11,8 +11,9 @@ same, so that a layer may share keys and keep its values. Windows are scored in 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ from gptlab.evaluation.scoring import token_logprobs
 from gptlab.study.measure import machine
 
 WINDOWS, LENGTH = 4, 2048
+STEP = 6
+"""Layers that join those that share from one measurement to the next."""
 CALIBRATION = 16_384
 PARTS: dict[str, Callable[[Heads, Heads], Heads]] = {
     "keys and values": lambda old, new: new,
@@ -35,15 +38,27 @@ PARTS: dict[str, Callable[[Heads, Heads], Heads]] = {
 }
 
 
-def mixed(original: GPT, shared: GPT, layers: set[int], part: str) -> GPT:
-    """Return the original with one part of these layers' attention from the other model, without any shared head."""
+def variants(original: GPT, shared: GPT) -> dict[str, GPT]:
+    """Return the model with each part of every layer's attention shared; in bfloat16, for its layers."""
 
-    def change(layer: int, heads: Heads) -> Heads:
-        if layer not in layers:
-            return heads
-        return PARTS[part](heads, read_heads(shared.blocks[layer].attn))
+    def change(part: Callable[[Heads, Heads], Heads]) -> GPT:
+        new = rebuild(original, lambda layer, heads: part(heads, read_heads(shared.blocks[layer].attn)))
+        return new.bfloat16()
 
-    return rebuild(original, change)
+    return {name: change(part) for name, part in PARTS.items()}
+
+
+@contextlib.contextmanager
+def with_layers(model: GPT, other: GPT, layers: Sequence[int]) -> Iterator[GPT]:
+    """Give the model with the attention of another one in some layers."""
+    own = [block.attn for block in model.blocks]
+    for layer in layers:
+        model.blocks[layer].attn = other.blocks[layer].attn
+    try:
+        yield model
+    finally:
+        for block, attention in zip(model.blocks, own, strict=True):
+            block.attn = attention
 
 
 def main() -> None:
@@ -63,22 +78,25 @@ def main() -> None:
     # In one group of all heads their order is as it was.
     shared = repeat_heads(regroup(lm.model, 1, grouping="contiguous", statistics=statistics), n_head)
 
-    def loss(model: GPT) -> float:
-        scores = torch.cat(token_logprobs(model, rows, dtype="bfloat16"))
+    others = variants(original, shared)
+    model = original.bfloat16()
+
+    def loss(part: str, layers: Sequence[int]) -> float:
+        with with_layers(model, others[part], layers):
+            scores = torch.cat(token_logprobs(model, rows, dtype="bfloat16"))
         return -scores.double().mean().item()
 
-    before = loss(original)
+    whole, n_layer = "keys and values", lm.config.n_layer
+    before = loss(whole, [])
     print(f"as it is: {before:.4f}", flush=True)
-    alone = {}
-    for part in PARTS:
-        alone[part] = []
-        for layer in range(lm.config.n_layer):
-            alone[part].append(round(loss(mixed(original, shared, {layer}, part)) - before, 4))
-            print(f"layer {layer + 1}, {part}: {alone[part][-1]:+.4f}", flush=True)
-    order = sorted(range(lm.config.n_layer), key=lambda layer: alone["keys and values"][layer])
+    alone = []
+    for layer in range(n_layer):
+        alone.append(round(loss(whole, [layer]) - before, 4))
+        print(f"layer {layer + 1}: {alone[-1]:+.4f}", flush=True)
+    order = sorted(range(n_layer), key=alone.__getitem__)
     together = []
-    for n in range(5, lm.config.n_layer + 1, 5):
-        rises = {part: round(loss(mixed(original, shared, set(order[:n]), part)) - before, 4) for part in PARTS}
+    for n in range(STEP, n_layer + 1, STEP):
+        rises = {part: round(loss(part, order[:n]) - before, 4) for part in PARTS}
         together.append({"layers": n, **rises})
         print(together[-1], flush=True)
     result = {

@@ -78,10 +78,9 @@ def layers(kept: Mapping[str, Any]) -> str:
     Args:
         kept: docs/results/real-layers.json.
     """
-    alone, parts = kept["alone"], list(kept["alone"])
+    cost, parts = kept["alone"], [key for key in kept["together"][0] if key != "layers"]
     rows = [f"| layers with one key head | {' | '.join(parts)} |", "|---|" + "---:|" * len(parts)]
     rows += [f"| {row['layers']} | {' | '.join(_signed(row[part]) for part in parts)} |" for row in kept["together"]]
-    cost = alone["keys and values"]
     worst = sorted(range(len(cost)), key=lambda layer: -cost[layer])[:3]
     words = ", ".join(f"layer {layer + 1} ({_signed(cost[layer])})" for layer in worst)
     rows.append(
