@@ -75,6 +75,10 @@ def see(page: Page, section: str) -> None:
     """Scroll to a section and wait until all that can be seen has been computed."""
     page.locator(f"#{section}").evaluate("section => section.scrollIntoView()")
     page.wait_for_selector(f"#{section} .content > *", state="attached")
+    # Parts hear that they are in view after a frame has been drawn.
+    page.evaluate(
+        "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))"
+    )
     page.wait_for_function("() => !document.querySelector('[aria-busy=true]')")
 
 
@@ -186,7 +190,10 @@ def test_positions(page: Page, models: dict[str, LanguageModel]) -> None:
     assert cells.all_inner_texts() == [fixed(float(scores.total[d]), 2) for d in (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)]
     for name in AT_FIRST:
         shift = inspecting.shifted(models[name].model, ids_of(models[name]), 64)
-        rows = page.locator("#positions .card", has_text=name).first.locator("tbody tr").all_inner_texts()
+        page.get_by_text("The same text, further on").scroll_into_view_if_needed()
+        table = page.locator("#positions .card", has_text=name).first.locator("tbody tr")
+        expect(table).to_have_count(4)
+        rows = table.all_inner_texts()
         assert [row.split("\t")[1] for row in rows[1:3]] == [
             fixed(float(shift.losses_after.double().mean()), 3),
             fixed(shift.largest_loss_change, 3),
