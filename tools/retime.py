@@ -19,7 +19,6 @@ from build_docs import ROOT, STUDIES, kept
 from keep_results import encode
 
 from gptlab.checkpoints.files import write_files
-from gptlab.config import ModelConfig
 from gptlab.study.results import read_results
 from gptlab.study.run import time_variants
 from gptlab.study.settings import read_study
@@ -36,7 +35,7 @@ def main() -> None:
     name = parser.parse_args().name
     folder = ROOT / "docs" / "results"
     results = read_results(folder, kept(name)[0])
-    configs = {label: ModelConfig.from_dict(variant.config) for label, variant in results.variants.items()}
+    configs = {label: variant.config for label, variant in results.variants.items()}
     study = read_study(name)
     recipe = make_recipe(results.study.recipe) if results.study.recipe else read_recipe(study.recipe, study.set)
     with tempfile.TemporaryDirectory() as cache:
