@@ -20,6 +20,7 @@ from gptlab.model.kernels.flex import flex
 from gptlab.model.kernels.inputs import Inputs
 from gptlab.model.kernels.reference import attention_weights, reference
 from gptlab.model.kernels.sdpa import sdpa
+from gptlab.model.kernels.unfused import unfused
 from gptlab.model.kernels.varlen import varlen
 
 __all__ = [
@@ -33,18 +34,22 @@ __all__ = [
     "reference",
     "sdpa",
     "select",
+    "unfused",
     "use",
     "varlen",
 ]
 
 Kernel = Callable[[Inputs], Tensor]
-KERNELS: dict[str, Kernel] = {"reference": reference, "sdpa": sdpa, "banded": banded}
+KERNELS: dict[str, Kernel] = {"reference": reference, "sdpa": sdpa, "banded": banded, "unfused": unfused}
 """Those that compute on every device, forward and backward."""
 SPECIAL: dict[str, Kernel] = {"flex": flex, "varlen": varlen}
 """Those that need a certain device or dtype, or know no gradients there."""
 
 LONG = 2
 """From this many spans of a window on, `banded` is faster than a masked `sdpa`."""
+
+SHORT = 1024
+"""Up to this many keys for a query `unfused` trains fastest, in bfloat16 on a CPU; it keeps all weights in memory."""
 
 _forced: str | None = None  # a plain global: torch.compile cannot trace a ContextVar
 _log = logging.getLogger(__name__)
@@ -83,8 +88,11 @@ def select(inputs: Inputs) -> Kernel:
 
 def _fastest(inputs: Inputs) -> str:
     span, length = inputs.visibility.span, inputs.queries.positions.shape[1]
-    if torch.compiler.is_compiling() and _low_precision_training_on_cpu(inputs.q):
-        return "banded" if banded_applies(inputs) else "sdpa"
+    if _low_precision_training_on_cpu(inputs.q) and banded_applies(inputs):
+        if min(length, span or length) <= SHORT:
+            return "unfused"
+        if torch.compiler.is_compiling():
+            return "banded"
     if span is None or length < LONG * span:
         return "sdpa"
     # On the CPU `flex` is never chosen: it would hold back the first text by the seconds that it takes to compile, for

@@ -36,7 +36,7 @@ class Piece(NamedTuple):
     mask: Tensor  # (B or 1, 1, n_rows, n_keys) float32: 0 or HIDDEN
 
     def mask_for(self, group: int) -> Tensor:
-        """The mask for `_fold`ed queries: once for each query head of a group."""
+        """The mask for `fold`ed queries: once for each query head of a group."""
         return self.mask if group == 1 else self.mask.repeat(1, 1, group, 1)
 
 
@@ -59,7 +59,7 @@ def banded(inputs: Inputs) -> Tensor:
     return y
 
 
-def _blocks(visibility: Visibility, tokens: Tokens) -> Iterator[list[Piece]]:
+def blocks(visibility: Visibility, tokens: Tokens) -> Iterator[list[Piece]]:
     """Yield for every block of queries its band of keys, and its sinks if there are any."""
     length, step = tokens.positions.shape[1], visibility.dilation
     span = visibility.span or length
@@ -96,17 +96,17 @@ class _Banded(torch.autograd.Function):
         group = q.shape[1] // k.shape[1]
         y = torch.empty_like(q)
         total = q.new_empty(q.shape[:-1], dtype=torch.float32)  # (B, H, T), log-sum-exp of each query's scores
-        for pieces in _blocks(visibility, tokens):
+        for pieces in blocks(visibility, tokens):
             rows = pieces[0].rows
-            out, lse = _attend(_fold(q, rows, group), k, v, pieces[0], group)
+            out, lse = _attend(fold(q, rows, group), k, v, pieces[0], group)
             for sinks in pieces[1:]:
                 to_sinks = q if q_sinks is None else q_sinks
-                other, other_lse = _attend(_fold(to_sinks, rows, group), k, v, sinks, group)
+                other, other_lse = _attend(fold(to_sinks, rows, group), k, v, sinks, group)
                 both = torch.logaddexp(lse, other_lse)
                 share, other_share = ((part - both).exp()[..., None] for part in (lse, other_lse))
                 out, lse = (out * share + other * other_share).to(q.dtype), both
-            _unfold(y, rows, group)[:] = out.unflatten(2, (group, -1))
-            _unfold(total, rows, group)[:] = lse.unflatten(2, (group, -1))
+            unfold(y, rows, group)[:] = out.unflatten(2, (group, -1))
+            unfold(total, rows, group)[:] = lse.unflatten(2, (group, -1))
         ctx.save_for_backward(q, q_sinks, k, v, y, total)
         ctx.visibility, ctx.tokens, ctx.group = visibility, tokens, group
         return y
@@ -119,24 +119,24 @@ class _Banded(torch.autograd.Function):
         # For the band, for the sinks: queries, and where their gradient goes.
         of_kind = ((q, dq), (q, dq) if q_sinks is None or dq_sinks is None else (q_sinks, dq_sinks))
         dk, dv = (torch.zeros(x.shape, device=x.device) for x in (k, v))  # sums of many blocks: float32
-        for pieces in _blocks(ctx.visibility, ctx.tokens):
+        for pieces in blocks(ctx.visibility, ctx.tokens):
             for piece, (queries, gradient) in zip(pieces, of_kind, strict=False):
-                dy_, q_, y_, total_ = (_fold(x, piece.rows, ctx.group) for x in (dy, queries, y, total))
+                dy_, q_, y_, total_ = (fold(x, piece.rows, ctx.group) for x in (dy, queries, y, total))
                 dq_, dk_, dv_ = _attend_backward(dy_, q_, k, v, y_, total_, piece, ctx.group)
-                _unfold(gradient, piece.rows, ctx.group)[:] += dq_.unflatten(2, (ctx.group, -1))
+                unfold(gradient, piece.rows, ctx.group)[:] += dq_.unflatten(2, (ctx.group, -1))
                 dk[:, :, piece.keys] += dk_
                 dv[:, :, piece.keys] += dv_
         return dq, dq_sinks, dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
-def _unfold(x: Tensor, rows: slice, group: int) -> Tensor:
+def unfold(x: Tensor, rows: slice, group: int) -> Tensor:
     """A view of some queries: (B, H, T, ...) -> (B, H_kv, G, n_rows, ...)."""
     return x.unflatten(1, (-1, group))[:, :, :, rows]
 
 
-def _fold(x: Tensor, rows: slice, group: int) -> Tensor:
+def fold(x: Tensor, rows: slice, group: int) -> Tensor:
     """Some queries, those of a group one below the other: (B, H, T, ...) -> (B, H_kv, G * n_rows, ...)."""
-    return _unfold(x, rows, group).flatten(2, 3)
+    return unfold(x, rows, group).flatten(2, 3)
 
 
 def _fused(q: Tensor) -> bool:
