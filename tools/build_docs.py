@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gptlab.study.results import Results
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDIES = ("standard", "papers", "modern", "convert", "convert-8m", "real")
+STUDIES = ("standard", "papers", "modern", "rates", "ages", "convert", "convert-8m", "real")
 """Those whose results the docs show, where a page has a place for them; tools/keep_results.py puts them there."""
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)*src/[\w/]+\.py)(#\w*)?\)")
 
@@ -363,6 +363,14 @@ def measured(change: str) -> str:
     return measured(change, viewed("standard"), cards())
 
 
+def shown(name: str) -> str:
+    """The table of a study of ages or of rates, which `study_tables` has a function of the same name for."""
+    import study_tables
+
+    there = (ROOT / "docs" / "results" / kept(name)[0]).exists()
+    return str(getattr(study_tables, name)(viewed(name))) if there else ""
+
+
 def gpt2_sizes() -> str:
     from study_tables import gpt2_sizes
 
@@ -462,6 +470,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "real uptraining": real_uptraining,
     "real layers": real_layers,
     "modern ladder": modern_ladder,
+    "ages table": lambda: shown("ages"),
+    "rates table": lambda: shown("rates"),
     "small models": small_models,
     "gpt2 sizes": gpt2_sizes,
     **{f"measured {change}": functools.partial(measured, change) for change in ("rope", "gqa", "swa")},

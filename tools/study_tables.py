@@ -7,6 +7,7 @@ from typing import Any
 from gptlab.config import ModelConfig
 from gptlab.formatting import count, memory, millions
 from gptlab.model import cost
+from gptlab.report.ages import term_of
 from gptlab.report.blocks import ends, nats, span
 from gptlab.report.summary import speed_up, variants_table
 from gptlab.report.view import Study, tokens
@@ -48,6 +49,69 @@ def ladder(results: Results) -> str:
         f" {millions(results.study.tokens)} tokens trained, seeds {' and '.join(map(str, results.study.seeds))}, one"
         " learning rate for all. Intervals and verdicts: over seeds, with the residual variance of all variants pooled,"
         " corrected for the number of claims. [All of it](appendix/modern.md)."
+    )
+    return "\n".join(rows)
+
+
+def ages(study: Study) -> str:
+    """Return Markdown: losses, effects and recall of the variants of a study, by age."""
+    results = study.results
+    n_seeds = [len(age.quality[study.base_name].by_run) for age in results.ages]
+    heads = [
+        f"{millions(age.tokens)} tokens, {n} seed{'s' * (n > 1)}" for age, n in zip(results.ages, n_seeds, strict=True)
+    ]
+    rows = [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for name in study.variants:
+        losses = (f"{age.quality[name].nats_per_token:.3f}" for age in results.ages)
+        rows.append(f"| {study.label(name)} | {' | '.join(losses)} |")
+    counted = (f"{age.baseline.quality.nats_per_token:.3f}" if age.baseline else "" for age in results.ages)
+    rows.append(f"| trigram of equal tokens | {' | '.join(counted)} |")
+    effects = [age.effects.main | age.effects.interactions if age.effects else {} for age in results.ages]
+    for term in effects[0]:
+        cells = (f"{nats(of_age[term])} [{span(of_age[term])}]" for of_age in effects)
+        rows.append(f"| *{term_of(term)}* | {' | '.join(cells)} |")
+    heads_found = (max(one.best_head_score for one in age.induction.values()) for age in results.ages)
+    rows.append(f"| best induction score | {' | '.join(f'{score:.3f}' for score in heads_found)} |")
+    copies = [
+        max((copy.accuracy, copy.distance) for row in age.copying.values() for copy in row) for age in results.ages
+    ]
+    rows.append(f"| most copied at any distance | {' | '.join(f'{100 * share:.0f}%' for share, _ in copies)} |")
+    quality = study.variants[study.base_name].quality
+    assert quality is not None
+    rows.append(
+        f"\nNats per token on {quality.tokens:,} tokens of {quality.documents} whole documents of {study.text}, for the"
+        f" test alone; {study.model_words}. In italics: effects, averaged over the other change, and what both do together"
+        " beyond the sum; 95% intervals with the residual variance of all variants, over documents where there is one"
+        f" seed. Each age is the end of a run of its own, with a decay of its rate. Chance for an induction score:"
+        f" {_chance(study):.3f}. [All of it](appendix/{results.study.name}.md)."
+    )
+    return "\n".join(rows)
+
+
+def _chance(study: Study) -> float:
+    """What a head that spreads its attention evenly has for an induction score."""
+    induction = study.variants[study.base_name].induction
+    assert induction is not None
+    period = induction.period
+    # Of a query at place period + i, 0 <= i < period - 1, with period + i + 1 keys in sight.
+    return sum(1 / (period + i + 1) for i in range(period)) / period
+
+
+def rates(study: Study) -> str:
+    """Return Markdown: the loss of every variant at every learning rate that was tried."""
+    searches = study.results.rates
+    tried = sorted({one.learning_rate for row in searches.values() for one in row})
+    rows = [f"| | {' | '.join(f'{rate:g}' for rate in tried)} |", "|---|" + "---:|" * len(tried)]
+    for name, row in searches.items():
+        losses = {one.learning_rate: one.nats_per_token for one in row if one.nats_per_token is not None}
+        best = min(losses, key=losses.__getitem__)
+        cells = (f"**{losses[r]:.3f}**" if r == best else f"{losses[r]:.3f}" if r in losses else "" for r in tried)
+        label = study.variants[row[0].variant].label.rpartition(",")[0]
+        rows.append(f"| {label or name} | {' | '.join(cells)} |")
+    quality = next(v.quality for v in study.variants.values() if v.quality is not None)
+    rows.append(
+        f"\nNats per token on {quality.tokens:,} tokens of {quality.documents} documents of {study.text}, none of which a"
+        f" study reports on; {study.trained_words}; the best in bold. [All of it](appendix/{study.results.study.name}.md)."
     )
     return "\n".join(rows)
 

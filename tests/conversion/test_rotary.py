@@ -1,6 +1,7 @@
 # Learned positions to rotary ones: what is exact, what is fitted, and what is refused.
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from gptlab.conversion.convert import convert as convert_all
 from gptlab.conversion.drift import measure_drift
 from gptlab.conversion.gauge import Gauge, key_bias, spend_gauge
 from gptlab.conversion.layers import read_heads, rebuild
-from gptlab.conversion.rotary import best_rotary, finish_blend, to_blend, to_rope
+from gptlab.conversion.rotary import best_rotary, finish_blend, to_blend, to_rope, without_positions
 
 CONTEXT = 64
 VARIANTS: list[dict[str, Any]] = [
@@ -68,6 +69,40 @@ def test_a_blend_starts_with_the_probabilities_of_its_source(values: dict[str, A
         torch.testing.assert_close(blend(ids), model(ids), rtol=0, atol=1e-4)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert blend.wpe.weight.mean(0).abs().max() < 1e-6
+
+
+@variants
+def test_without_positions_only_the_mean_of_the_table_is_left(values: dict[str, Any]) -> None:
+    model = noisy(**values)
+    bare = without_positions(model)
+    assert bare.config.position == "none"
+    constant = copy.deepcopy(model)  # a table that says the same of every position
+    with torch.no_grad():
+        constant.wpe.weight[:] = model.wpe.weight.mean(0)
+    ids = random_ids(model)
+    torch.testing.assert_close(logprobs(bare, ids), logprobs(constant, ids), rtol=0, atol=1e-5)
+    assert (logprobs(bare, ids) - logprobs(model, ids)).abs().max() > 0.01
+
+
+def test_without_positions_nothing_is_rotated() -> None:
+    model = noisy(position="rope", rope=RopeConfig(theta=100.0))
+    converted = convert_all(model, Changes(position="none"))
+    assert [step.change for step in converted.steps] == ["rope -> none"]
+    assert converted.model.config.rope is None
+    assert same_state(converted.model, model)
+    swapped = random_ids(model, 1, 9)[:, [1, 0, *range(2, 9)]]
+    last = [converted.model(ids)[:, -1] for ids in (swapped, swapped[:, [1, 0, *range(2, 9)]])]
+    one_layer = without_positions(noisy(position="rope", n_layer=1))
+    single = [one_layer(ids)[:, -1] for ids in (swapped, swapped[:, [1, 0, *range(2, 9)]])]
+    torch.testing.assert_close(*single, rtol=0, atol=1e-5)  # one layer reads a set; more tell order by the mask
+    assert (last[0] - last[1]).abs().max() > 1e-4
+
+
+def test_a_blend_keeps_its_positions() -> None:
+    with pytest.raises(GptlabError, match="convert the model that it came from"):
+        without_positions(to_blend(noisy(), method="abrupt"))
+    with pytest.raises(GptlabError, match="convert the model that it came from"):
+        convert_all(to_blend(noisy(), method="abrupt"), Changes(position="none"))
 
 
 def test_a_tied_head_adds_one_number_to_all_logits_of_a_position() -> None:

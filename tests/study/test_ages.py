@@ -13,6 +13,9 @@ from helpers.studies import do_with_stops, finished_study, no_timings, requested
 import gptlab
 from gptlab.errors import GptlabError
 from gptlab.evaluation.trigram import count
+from gptlab.report.ages import by_age
+from gptlab.report.blocks import Table
+from gptlab.report.view import read_study
 from gptlab.study import run
 from gptlab.study.results import Results, read_results
 from gptlab.study.run import run_study
@@ -142,6 +145,29 @@ def test_what_is_kept_of_each_age(whole: Path) -> None:
     assert results.claims[2].interval.n == 2
 
 
+def test_seeds_that_stop_before_the_last_age(whole: Path, corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(run, "measure", no_timings)
+    plans: list[dict[str, Any]] = []
+
+    def tell(row: dict[str, Any]) -> None:
+        assert row["event"] != "note", row
+        plans.extend([row] if row["event"] == "plan" else [])
+
+    run_study(asked(corpus, oldest_seeds=1), tmp_path / "study", report=tell)
+    assert plans[0]["runs"] == 4 * (2 + 1)
+    assert len([p for p in (tmp_path / "study" / "runs").iterdir() if not p.name.startswith("trunk")]) == 4 * (2 + 1)
+    results, both = read_results(tmp_path / "study"), read_results(whole)
+    assert results.ages[0] == both.ages[0]
+    for name, quality in results.ages[1].quality.items():
+        assert quality.by_run == both.ages[1].quality[name].by_run[:1]
+        assert [one.seed for one in results.variants[name].runs] == [0]
+    assert results.effects is not None
+    assert results.effects.main["rope"].n == results.variants["base"].quality.documents  # type: ignore[union-attr]
+    table = by_age(read_study(tmp_path / "study"))[0]
+    assert isinstance(table, Table)
+    assert [column.title for column in table.columns[1:]] == ["512 tokens, 2 seeds", "1.54k tokens, 1 seed"]
+
+
 def test_the_trigram_counts_what_the_base_has_read(whole: Path) -> None:
     results, dataset = read_results(whole), open_dataset(whole / "data")
     assert [one.tokens for one in results.baselines] == AGES
@@ -195,6 +221,7 @@ def test_held_out_documents_are_whole_and_for_the_test(
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"ages": [640, 512]}, "must be numbers of tokens that ascend"),
     ({"ages": AGES[:1], "claim": [{**CLAIMS[0], "tokens": 999}]}, "about 999 tokens, which is none of the ages"),
+    ({"ages": AGES[:1], "oldest_seeds": 1, "claim": []}, "oldest_seeds of study .* has no effect without two ages"),
     ({"rates": [0.0]}, "different numbers above 0"),
     ({"claim": [{"claim": "x", "expect": "equal", "effect": "rope"}]}, "needs a margin"),
     ({"claim": [{"claim": "x", "expect": "lower"}]}, "give one of of and effect"),

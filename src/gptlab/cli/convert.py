@@ -39,7 +39,8 @@ def convert(
         str | None, typer.Option(help="Which heads share: fitted or contiguous (default: goes with the method).")
     ] = None,
     position: Annotated[
-        str | None, typer.Option(help="rope, or blend: rope at the end of further training (gptlab train uptrain).")
+        str | None,
+        typer.Option(help="rope; blend: rope at the end of further training (gptlab train uptrain); or none."),
     ] = None,
     rotary: Annotated[
         str | None, typer.Option(help="How positions become rotary: fit, gauge or abrupt (default: the best).")

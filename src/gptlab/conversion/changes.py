@@ -20,7 +20,7 @@ class Changes:
 
     Attributes:
         n_kv_head: key/value heads: fewer by sharing, more by repetition.
-        position: ``rope``, or ``blend``, from which training goes on to ``rope``.
+        position: ``rope``; ``blend``, from which training goes on to ``rope``; or ``none``, no positions at all.
         rope: settings of the rotary positions.
         window: keys that a query sees: one number, or one per layer.
         sinks: first tokens that stay visible outside the window.
@@ -40,7 +40,7 @@ class Changes:
     """
 
     n_kv_head: int | None = None
-    position: Literal["rope", "blend"] | None = None
+    position: Literal["rope", "blend", "none"] | None = None
     rope: RopeConfig | None = None
     window: int | Sequence[int | None] | None = None
     sinks: int | None = None
@@ -114,6 +114,7 @@ def target(config: ModelConfig, changes: Changes) -> ModelConfig:
         settings["n_kv_head"] = changes.n_kv_head
     if changes.position is not None:
         settings |= {"position": changes.position, "rope": changes.rope or config.rope}
+        settings |= {"rope": None} if changes.position == "none" else {}
     if changes.context_length is not None:
         check_length(config, changes.context_length)
         settings["context_length"] = changes.context_length
@@ -178,15 +179,17 @@ def _uniform(value: Any, n_layer: int) -> Any:
 def _check_positions(config: ModelConfig, changes: Changes) -> None:
     """Refuse changes of positions that there are no ways for."""
     asked: str | None = changes.position
-    choices = ("rope", "blend")
+    choices = ("rope", "blend", "none")
     if asked is not None and asked not in choices and asked != config.position:
         if asked == "learned":
             raise GptlabError(
                 f"a model of {config.position} positions cannot be given a learned table: there is nothing to make it"
                 " from; leave position out"
             )
-        raise GptlabError(f"position must be rope or blend, got {asked!r}{nearest(str(asked), choices)}")
-    rotating = asked in choices and asked != config.position
+        raise GptlabError(f"position must be rope, blend or none, got {asked!r}{nearest(str(asked), choices)}")
+    rotating = asked in ("rope", "blend") and asked != config.position
+    if asked == "none" and config.position == "blend":
+        raise GptlabError("a blend is on its way to rotary positions; convert the model that it came from")
     if rotating and config.position not in ("learned", "blend"):
         raise GptlabError(f"only learned positions become {asked}; this model has position {config.position!r}")
     if rotating and config.position == "blend" and changes.rotary is not None:

@@ -23,7 +23,14 @@ from gptlab.conversion.changes import Changes, target
 from gptlab.conversion.context import extend_context, rescale
 from gptlab.conversion.heads import best_grouping, best_method, regroup, repeat_heads
 from gptlab.conversion.refit import refit_outputs
-from gptlab.conversion.rotary import RotaryMethod, best_rotary, blended, finish_blend, rotated
+from gptlab.conversion.rotary import (
+    RotaryMethod,
+    best_rotary,
+    blended,
+    finish_blend,
+    rotated,
+    without_positions,
+)
 from gptlab.conversion.statistics import collect_statistics
 from gptlab.conversion.windows import narrow
 from gptlab.errors import GptlabError
@@ -181,6 +188,9 @@ def _positions(
     if config.position == "blend":
         step = Step("positions", "blend -> rope, the table deleted", "all outputs")
         return step, lambda _, model: finish_blend(model)
+    if changes.position == "none":
+        step = Step("positions", f"{config.position} -> none", "", "scores of heads")
+        return step, lambda _, model: without_positions(model)
     assert changes.position is not None
     method: RotaryMethod = changes.rotary or (best_rotary(changes.position) if calibrated else "abrupt")
     if method != "abrupt" and not calibrated:

@@ -1,4 +1,4 @@
-"""Learned positions to rotary ones, for a trained model: at once, or by way of a blend of both.
+"""Learned positions to rotary ones, for a trained model: at once, by way of a blend of both, or to none at all.
 
 A table of positions adds to the stream what a token's place is; rotation makes scores depend on distances. Nothing in
 the one tells how the other should be, so something is lost, and two things make it less:
@@ -154,6 +154,23 @@ def finish_blend(model: GPT) -> GPT:
             " MODEL --data DATA --set blend.ramp=geometric"
         )
     return _without_table(model, model.config.rope)
+
+
+@torch.no_grad()
+def without_positions(model: GPT) -> GPT:
+    """Return a new model without positions: a table is deleted but for its mean, or nothing is rotated any more.
+
+    The causal mask alone then tells tokens apart. Further training makes it a model again (Gelberg et al. 2026, *DroPE*).
+
+    Raises:
+        GptlabError: the model is a blend.
+    """
+    if model.config.position == "blend":
+        raise GptlabError("a blend is on its way to rotary positions; convert the model that it came from")
+    config = dataclasses.replace(model.config, position="none", rope=None)
+    source = _folded(model) if model.config.position == "learned" else model
+    kept = {name: tensor.clone() for name, tensor in source.tensors().items() if name != "wpe.weight"}
+    return assemble(config, kept, training=model.training)
 
 
 def _check(model: GPT, method: str, rows: Tensor | Sequence[Tensor] | None) -> None:

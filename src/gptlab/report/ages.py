@@ -22,7 +22,12 @@ def by_age(study: Study) -> list[Block]:
     ages = study.results.ages
     if not ages:
         return []
-    columns = [VARIANT, *(Column(f"{millions(age.tokens)} tokens") for age in ages)]
+    seeds = [max((len(own.by_run) for own in age.quality.values()), default=0) for age in ages]
+    columns = [VARIANT]
+    for age, n in zip(ages, seeds, strict=True):
+        columns.append(
+            Column(f"{millions(age.tokens)} tokens" + (f", {n} seed{'s' * (n > 1)}" * (len(set(seeds)) > 1)))
+        )
     gaps = {name: [age.differences.get(name) for age in ages] for name in study.variants}
     rows = [[f"**{study.label(study.base_name)}**", *(_loss(age, study.base_name) for age in ages)]]
     rows += [

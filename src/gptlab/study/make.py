@@ -87,8 +87,8 @@ class Made:
     """One variant with one seed.
 
     Attributes:
-        run: its training, None where it has none.
-        model: its final model, None where it failed.
+        run: its training, None where it has none, or none of the last age.
+        model: its final model, None where it failed or ends at an earlier age.
         checkpoints: of a conversion: its models by share of the pre-training, 0 right after it.
         ages: of one that is trained: its models by tokens, where the study has ages.
         steps: of a conversion, in words.
@@ -127,7 +127,7 @@ def make(plan: Plan, report: Report) -> dict[tuple[str, int], Made]:
             made[entry.name, seed] = one
             if one.model is None and one.run is not None:
                 report({"event": "note", "text": f"{entry.name}, seed {seed} failed: {one.run.error}"})
-    if all(one.model is None for one in made.values()):
+    if all(one.model is None and not one.ages for one in made.values()):
         errors = [one.run.error for one in made.values() if one.run is not None]
         raise GptlabError(f"no variant could be trained: {errors[0]}")
     return made
@@ -186,6 +186,8 @@ def _make_ages(plan: Plan, entry: Entry, seed: int, tell: Report) -> Made:
     ages, length = plan.study.ages, _recipe(entry).length(entry.config)
     models: dict[int, Model] = {}
     for tokens in ages:
+        if tokens == ages[-1] and seed not in plan.oldest_seeds:
+            return Made(ages=models)
         where, recipe = run_directory(plan, entry, seed, tokens), with_seed(of_age(_recipe(entry), tokens), seed)
         run, model = train_age(recipe, _dataset(plan), where, ages, length, device=str(plan.device), report=tell)
         if model is None:
@@ -266,7 +268,8 @@ def forecast(plan: Plan) -> dict[str, Any]:
                     runs += len(decays)
                     part = round(age * recipe.schedule.decay_share)
                     missing += [(entry, recipe, part)] * decays.count(False)
-                done = [finished(run_directory(plan, entry, seed)) is not None for seed in entry.seeds]
+                seeds = [seed for seed in entry.seeds if seed in plan.oldest_seeds]
+                done = [finished(run_directory(plan, entry, seed)) is not None for seed in seeds]
                 tokens = entry.tokens or 0
             case Converted(uptraining=Uptraining(recipe=recipe)):
                 steps = [milestone.step for milestone in entry.milestones[1:]]

@@ -105,6 +105,11 @@ class Plan:
         """The variant that others change."""
         return self.entries[0]
 
+    @property
+    def oldest_seeds(self) -> tuple[int, ...]:
+        """Those that are trained to the last of the study's ages, or to the end where it has none."""
+        return self.seeds[: self.study.oldest_seeds]
+
     def base_seed(self, seed: int) -> int:
         """Return the seed of the base that a variant of this seed is made from."""
         return seed if isinstance(self.base.variant, Trained) else 0

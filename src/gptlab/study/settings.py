@@ -189,6 +189,7 @@ class StudySettings(_Section):
         rates: learning rates to search: every variant that is trained from scratch is trained with each of them.
         ages: tokens after which to compare the variants that are trained from scratch, ascending. Each is the end of a
             run of its own; their beginning, up to where the schedule ``wsd`` begins its decay, is trained once.
+        oldest_seeds: how many of the seeds, the first, go on to the last of the ages; None is all of them.
         uptrain: how variants that are made by conversion are uptrained; None leaves them as they were converted.
         evaluate: what is asked of every model.
         measure: what is timed.
@@ -211,6 +212,7 @@ class StudySettings(_Section):
     cell: dict[str, CellSettings] = Field(default_factory=dict)
     rates: list[float] = Field(default_factory=list)
     ages: list[int] = Field(default_factory=list)
+    oldest_seeds: int | None = Field(None, ge=1)
     uptrain: UptrainSettings | None = None
     evaluate: EvaluationSettings = EvaluationSettings()
     measure: MeasurementSettings = MeasurementSettings()
@@ -254,6 +256,8 @@ def make_study(values: Mapping[str, Any]) -> StudySettings:
         raise GptlabError(f"uptrain.shares must lie between 0 and 1, got {study.uptrain.shares}")
     if study.ages != sorted(set(study.ages)) or any(tokens < 1 for tokens in study.ages):
         raise GptlabError(f"ages of study {study.name} must be numbers of tokens that ascend, got {study.ages}")
+    if study.oldest_seeds is not None and len(study.ages) < 2:
+        raise GptlabError(f"oldest_seeds of study {study.name} has no effect without two ages; leave it out")
     if len(set(study.rates)) < len(study.rates) or any(rate <= 0 for rate in study.rates):
         raise GptlabError(f"rates of study {study.name} must be different numbers above 0, got {study.rates}")
     for own in study.claim:
