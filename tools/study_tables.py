@@ -80,10 +80,10 @@ def ages(study: Study) -> str:
     assert quality is not None
     rows.append(
         f"\nNats per token on {quality.tokens:,} tokens of {quality.documents} whole documents of {study.text}, for the"
-        f" test alone; {study.model_words}. In italics: effects, averaged over the other change, and what both do together"
-        " beyond the sum; 95% intervals with the residual variance of all variants, over documents where there is one"
-        f" seed. Each age is the end of a run of its own, with a decay of its rate. Chance for an induction score:"
-        f" {_chance(study):.3f}. [All of it](appendix/{results.study.name}.md)."
+        f" test alone; {study.model_words}. In italics: effects, averaged over the other change, and what both do"
+        " together beyond the sum; 95% intervals with the residual variance of all variants, over documents where one"
+        f" seed was trained. Each age is the end of a run of its own, with a decay of its rate. Chance for an"
+        f" induction score: {_chance(study):.3f}. [All of it](appendix/{results.study.name}.md)."
     )
     return "\n".join(rows)
 
@@ -110,8 +110,9 @@ def rates(study: Study) -> str:
         rows.append(f"| {label or name} | {' | '.join(cells)} |")
     quality = next(v.quality for v in study.variants.values() if v.quality is not None)
     rows.append(
-        f"\nNats per token on {quality.tokens:,} tokens of {quality.documents} documents of {study.text}, none of which a"
-        f" study reports on; {study.trained_words}; the best in bold. [All of it](appendix/{study.results.study.name}.md)."
+        f"\nNats per token on {quality.tokens:,} tokens of {quality.documents} documents of {study.text}, none of which"
+        f" a study reports on; {study.trained_words}; the best in bold."
+        f" [All of it](appendix/{study.results.study.name}.md)."
     )
     return "\n".join(rows)
 

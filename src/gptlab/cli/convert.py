@@ -40,7 +40,7 @@ def convert(
     ] = None,
     position: Annotated[
         str | None,
-        typer.Option(help="rope; blend: rope at the end of further training (gptlab train uptrain); or none."),
+        typer.Option(help="rope, none, or blend: rope after gptlab train uptrain."),
     ] = None,
     rotary: Annotated[
         str | None, typer.Option(help="How positions become rotary: fit, gauge or abrupt (default: the best).")

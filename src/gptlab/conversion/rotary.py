@@ -160,7 +160,8 @@ def finish_blend(model: GPT) -> GPT:
 def without_positions(model: GPT) -> GPT:
     """Return a new model without positions: a table is deleted but for its mean, or nothing is rotated any more.
 
-    The causal mask alone then tells tokens apart. Further training makes it a model again (Gelberg et al. 2026, *DroPE*).
+    The causal mask alone then tells tokens apart; further training brings back what was lost (Gelberg et al. 2026,
+    *DroPE*).
 
     Raises:
         GptlabError: the model is a blend.
