@@ -4,7 +4,7 @@
 
 #include "numbers.h"
 
-constexpr int BLOCK = 256;  // slots; what blocks of one head find is merged afterwards, so threads can share a long text
+constexpr int BLOCK = 512;  // slots; what blocks of one head find is merged afterwards, so threads can share a long text
 
 struct Slots {  // the cache of one sequence in one layer: gptlab.model.cache
     void *k, *v;          // (n_kv_head, stride, head_dim)
