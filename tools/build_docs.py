@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import re
+import statistics
 import sys
 import textwrap
 from collections.abc import Callable
@@ -266,6 +267,32 @@ def conversion_heads() -> str:
     return "\n".join(rows)
 
 
+def positional_heads() -> str:
+    if not (ROOT / "docs/results/positional_heads.json").exists():
+        return ""
+    values = results("positional_heads")
+    layers, built_in = values["distance"], values["built_in"]
+    rows = [f"| layer | {' | '.join(map(str, range(len(layers))))} |", "|---|" + "---:|" * len(layers)]
+    for title, row in (
+        ("GPT-2's heads, mean", [statistics.fmean(layer) for layer in layers]),
+        ("its least", [min(layer) for layer in layers]),
+        ("its most", [max(layer) for layer in layers]),
+        ("random queries and keys", values["control_by_layer"]),
+    ):
+        rows.append(f"| {title} | {' | '.join(f'{value:.2f}' for value in row)} |")
+    found = {method: built_in[method]["rank_correlation"] for method in ("abrupt", "fit")}
+    rows.append(
+        f"\nShare of distance: {values['work']}. What rotation can compute falls short of it by"
+        f" at most {values['rotary_short_of_distance_at_most']:.4f} in any head. {100 * values['control_above']:.0f}% of random"
+        f" heads have more than GPT-2's median. In `{built_in['model']}`, {sum(map(len, built_in['distance']))} heads: rank"
+        " correlation of the share with what a conversion does to a head's attention (mean KL over"
+        f" {built_in['rows']} texts of {built_in['length']} tokens) {found['abrupt']:.2f} after `abrupt`,"
+        f" {found['fit']:.2f} after `fit`. `python benchmarks/positional_heads.py gpt2-attention`,"
+        " [positional_heads.json](results/positional_heads.json)."
+    )
+    return "\n".join(rows)
+
+
 def llama_sizes() -> str:
     from gptlab.config import ModelConfig
     from gptlab.model import cost
@@ -462,6 +489,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "peers": peers,
     "precisions": precisions,
     "conversion heads": conversion_heads,
+    "positional heads": positional_heads,
     "conversion table": conversion_table,
     "conversion digest": conversion_digest,
     "conversion headline": conversion_headline,

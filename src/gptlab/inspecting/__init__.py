@@ -5,6 +5,7 @@ from gptlab.inspecting.attention import attention_maps, visible
 from gptlab.inspecting.costs import Costs, costs
 from gptlab.inspecting.losses import head_effects, token_losses
 from gptlab.inspecting.positions import PositionScores, Shift, position_scores, shifted
+from gptlab.inspecting.relative import RelativeShares, relative_shares
 from gptlab.inspecting.sharing import CircuitErrors, Sharing, share_keys
 from gptlab.inspecting.sites import Site, sites
 from gptlab.inspecting.steps import Candidate, GenerationStep, generation_steps
@@ -15,6 +16,7 @@ __all__ = [
     "Costs",
     "GenerationStep",
     "PositionScores",
+    "RelativeShares",
     "Sharing",
     "Shift",
     "Site",
@@ -25,6 +27,7 @@ __all__ = [
     "head_effects",
     "patched",
     "position_scores",
+    "relative_shares",
     "share_keys",
     "shifted",
     "sites",
