@@ -283,8 +283,9 @@ def positional_heads() -> str:
     found = {method: built_in[method]["rank_correlation"] for method in ("abrupt", "fit")}
     rows.append(
         f"\nShare of distance: {values['work']}. What rotation can compute falls short of it by"
-        f" at most {values['rotary_short_of_distance_at_most']:.4f} in any head. {100 * values['control_above']:.0f}% of random"
-        f" heads have more than GPT-2's median. In `{built_in['model']}`, {sum(map(len, built_in['distance']))} heads: rank"
+        f" at most {values['rotary_short_of_distance_at_most']:.4f} in any head."
+        f" {100 * values['control_above']:.0f}% of random heads have more than GPT-2's median."
+        f" In `{built_in['model']}`, {sum(map(len, built_in['distance']))} heads: rank"
         " correlation of the share with what a conversion does to a head's attention (mean KL over"
         f" {built_in['rows']} texts of {built_in['length']} tokens) {found['abrupt']:.2f} after `abrupt`,"
         f" {found['fit']:.2f} after `fit`. `python benchmarks/positional_heads.py gpt2-attention`,"
