@@ -391,6 +391,12 @@ def measured(change: str) -> str:
     return measured(change, viewed("standard"), cards())
 
 
+def predicted() -> str:
+    from study_tables import predicted
+
+    return predicted(viewed("standard"))
+
+
 def shown(name: str) -> str:
     """The table of a study of ages or of rates, which `study_tables` has a function of the same name for."""
     import study_tables
@@ -503,6 +509,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "rates table": lambda: shown("rates"),
     "small models": small_models,
     "gpt2 sizes": gpt2_sizes,
+    "predicted": predicted,
     **{f"measured {change}": functools.partial(measured, change) for change in ("rope", "gqa", "swa")},
     **{name: functools.partial(study, name) for name in STUDIES},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gptlab import roofline
 from gptlab.config import ModelConfig
 from gptlab.formatting import count, memory, millions
 from gptlab.model import cost
@@ -49,6 +50,30 @@ def ladder(results: Results) -> str:
         f" {millions(results.study.tokens)} tokens trained, seeds {' and '.join(map(str, results.study.seeds))}, one"
         " learning rate for all. Intervals and verdicts: over seeds, with the residual variance of all variants pooled,"
         " corrected for the number of claims. [All of it](appendix/modern.md)."
+    )
+    return "\n".join(rows)
+
+
+def predicted(study: Study) -> str:
+    """Return Markdown: the share of the predicted limit that decoding one sequence reaches, by variant and context."""
+    machine = study.machine
+    assert machine is not None
+    at = {
+        name: {point.context: point.milliseconds for point in timed.decode if point.batch == 1}
+        for name in study.configs
+        if (timed := study.timed(name))
+    }
+    contexts = sorted({context for row in at.values() for context in row})
+    rows = [f"| | {' | '.join(f'{context:,}' for context in contexts)} |", "|---|" + "---:|" * len(contexts)]
+    for name, row in at.items():
+        cells = []
+        for context in contexts:
+            step = roofline.predict(study.configs[name], machine, context=context, batch=1, dtype=study.dtype)
+            cells.append(f"{1e5 * step.seconds / row[context]:.0f}%" if context in row else "")
+        rows.append(f"| {study.label(name)} | {' | '.join(cells)} |")
+    rows.append(
+        f"\nShare of the predicted limit that a step reaches, one sequence, by tokens of context; {study.dtype},"
+        f" {study.model_words}, {study.machine_words}; memory read at {machine.bandwidth / 1e9:.1f} GB/s in the same run."
     )
     return "\n".join(rows)
 
