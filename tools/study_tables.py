@@ -73,7 +73,7 @@ def predicted(study: Study) -> str:
         rows.append(f"| {study.label(name)} | {' | '.join(cells)} |")
     rows.append(
         f"\nShare of the predicted limit that a step reaches, one sequence, by tokens of context; {study.dtype},"
-        f" {study.model_words}, {study.machine_words}; memory read at {machine.bandwidth / 1e9:.1f} GB/s in the same run."
+        f" {study.model_words}, {study.machine_words}; memory read at {machine.bandwidth / 1e9:.1f} GB/s in that run."
     )
     return "\n".join(rows)
 
