@@ -17,7 +17,7 @@ from gptlab import GPT, GptlabError, ModelConfig
 from gptlab.conversion.circuits import circuit_errors
 from gptlab.conversion.heads import group_heads, permute_heads, regroup, repeat_heads
 from gptlab.conversion.layers import Heads, read_heads, rebuild
-from gptlab.conversion.statistics import assumed_statistics, collect_statistics
+from gptlab.conversion.statistics import Moments, assumed_statistics, collect_statistics, visit_inputs
 
 BOTH_POSITIONS = pytest.mark.parametrize("position", ["learned", "rope"])
 PAPER = ["mean", "first", "random"]
@@ -139,7 +139,7 @@ def test_repeated_heads_compute_the_same(n_kv_head: int, changes: dict[str, Any]
     "changes",
     [{}, {"bias": False}, {"position": "none"}, {"window": 7, "sinks": 2, "dilation": 2}, {"tie_embeddings": False}],
 )
-@pytest.mark.parametrize("method", ["svd", "procrustes"])
+@pytest.mark.parametrize("method", ["svd", "uncentred", "activations", "procrustes"])
 def test_the_same_number_of_heads_in_another_gauge(method: Any, changes: dict[str, Any]) -> None:
     model = noisy(**changes)
     ids = random_ids(model)
@@ -148,12 +148,57 @@ def test_the_same_number_of_heads_in_another_gauge(method: Any, changes: dict[st
         assert apart(model, new, ids) < 1e-5
         if method == "svd":
             assert not torch.isclose(new.blocks[0].attn.c_attn.weight, model.blocks[0].attn.c_attn.weight).all(1).any()
-        if "bias" not in changes:
+        if "bias" not in changes and method in ("svd", "procrustes"):
             for layer in (0, 1):
                 _, k, v = qkv(new, layer)
                 assert torch.equal(k[..., -1], torch.zeros(4, 8))
                 assert torch.equal(v[..., -1], torch.zeros(4, 8))
                 assert not torch.equal(new.blocks[layer].attn.c_proj.bias, model.blocks[layer].attn.c_proj.bias)
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2])
+def test_activations_is_the_truncated_svd_of_the_keys_and_values_of_a_text(n_kv_head: int) -> None:
+    model = noisy()
+    read: list[Tensor] = []
+    visit_inputs(model, random_ids(model, 8, 40), lambda layer, z: read.append(z.flatten(0, 1).double()))
+    centred = [z - z.mean(0) for z in read]
+    moments = [Moments(z.mean(0), c.T @ c / len(z), len(z)) for z, c in zip(read, centred, strict=True)]
+    new = regroup(model, n_kv_head, method="activations", statistics=moments)
+    for layer, z in enumerate(read):
+        z = torch.cat([z, z.new_ones(len(z), 1)], 1)
+        (q, k, v), (new_q, new_k, new_v) = qkv(model, layer), qkv(new, layer)
+        o, new_o = (read_heads(one.blocks[layer].attn).o for one in (model, new))
+        group = 4 // n_kv_head
+        for g in range(n_kv_head):
+            heads = range(g * group, (g + 1) * group)
+            for rows, shared, use, new_use in ((k, new_k, q, new_q), (v, new_v, o.mT, new_o.mT)):
+                activations = torch.cat([z @ rows[h].double().T for h in heads], 1)  # (T, group D)
+                u, sizes, vh = torch.linalg.svd(activations, full_matrices=False)
+                kept = (u[:, :8] * sizes[:8]) @ vh[:8]
+                for i, h in enumerate(heads):
+                    expected = kept[:, i * 8 : i * 8 + 8] @ use[h].double()
+                    actual = (z @ shared[g].double().T) @ new_use[h].double()
+                    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
+def test_centring_and_use_are_worth_something() -> None:
+    model = noisy()
+    statistics = collect_statistics(model, random_ids(model, 8, 40))
+    lost = {}
+    for method in ("svd", "uncentred", "activations"):
+        new = regroup(model, 1, method=method, grouping="contiguous", statistics=statistics)  # type: ignore[arg-type]
+        pairs = zip(model.blocks, new.blocks, statistics, strict=True)
+        lost[method] = [circuit_errors(read_heads(a.attn), read_heads(b.attn), one) for a, b, one in pairs]
+    for layer in (0, 1):
+        for circuit in (0, 1):
+            others = (lost[method][layer][circuit] for method in ("uncentred", "activations"))
+            assert lost["svd"][layer][circuit] <= min(others) + 1e-9
+
+
+@pytest.mark.parametrize("method", ["svd", "uncentred", "activations"])
+def test_methods_that_mix_channels_refuse_rotated_keys(method: Any) -> None:
+    with pytest.raises(GptlabError, match=f"method '{method}' mixes the channels of a key freely"):
+        regroup(noisy(position="rope"), 1, method=method)
 
 
 @pytest.mark.parametrize("changes", [{"position": "rope"}, LLAMA], ids=["rope", "llama"])

@@ -33,7 +33,10 @@ def convert(
         int | None, typer.Option("--n-kv-head", help="Key/value heads: fewer by sharing, more by repetition.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="How heads share: svd, procrustes, mean, first or random (default: the best).")
+        str | None,
+        typer.Option(
+            help="How heads share: svd, uncentred, activations, procrustes, mean, first or random (default: the best)."
+        ),
     ] = None,
     grouping: Annotated[
         str | None, typer.Option(help="Which heads share: fitted or contiguous (default: goes with the method).")

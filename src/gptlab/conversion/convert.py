@@ -21,7 +21,7 @@ from torch import Tensor
 from gptlab.config import ModelConfig, RopeConfig
 from gptlab.conversion.changes import Changes, target
 from gptlab.conversion.context import extend_context, rescale
-from gptlab.conversion.heads import best_grouping, best_method, regroup, repeat_heads
+from gptlab.conversion.heads import FACTORISED, LOOKING, best_grouping, best_method, regroup, repeat_heads
 from gptlab.conversion.refit import refit_outputs
 from gptlab.conversion.rotary import (
     RotaryMethod,
@@ -162,8 +162,10 @@ def _heads(config: ModelConfig, changes: Changes, rows: Sequence[Tensor] | None,
     method = changes.method or best_method(config)
     grouping = changes.grouping or best_grouping(method)
     # The paper's three look at nothing but the weights, except to find groups.
-    looks = calibrated and (method in ("svd", "procrustes") or grouping == "fitted")
+    looks = calibrated and (method in LOOKING or grouping == "fitted")
     exact = "queries and outputs of the heads" if method in ("mean", "first", "random") else ""
+    if method in FACTORISED:
+        exact = "the order of heads may be any" if grouping == "fitted" else ""
     if method in ("svd", "procrustes"):
         kept = ["the order of heads may be any"] if grouping == "fitted" else []
         kept += ["value biases go into those of c_proj"] if config.bias else []

@@ -27,10 +27,14 @@ from gptlab.conversion.statistics import Moments, assumed_statistics
 from gptlab.errors import GptlabError, nearest
 from gptlab.model.gpt import GPT
 
-Method = Literal["svd", "procrustes", "mean", "first", "random"]
+Method = Literal["svd", "uncentred", "activations", "procrustes", "mean", "first", "random"]
 """How heads come to share a key and a value:
 
 - ``svd``: joint truncated factorisation of their circuits; not where positions rotate the keys.
+- ``uncentred``: the same without what the softmax and biases make exact, as in closed forms of QK and OV that do not
+  centre (A3, arXiv 2505.12942; KQ-SVD, 2512.05916). For comparison; nor does it go with rotated keys.
+- ``activations``: the singular vectors of the keys, and of the values, that a text gives, whatever their use (Yu et al.
+  2024, arXiv 2406.07056). For comparison; nor does it go with rotated keys.
 - ``procrustes``: each head rotated to its group, then the mean. With rotary positions one rotation and scale for each
   pair of channels is all that a key may undergo, and the best of those is taken; values, which no position rotates, are
   factorised as ``svd`` does.
@@ -38,6 +42,12 @@ Method = Literal["svd", "procrustes", "mean", "first", "random"]
 """
 Grouping = Literal["fitted", "contiguous"]
 """Which heads share: those that fit, or neighbours, as in the paper."""
+
+
+FACTORISED: tuple[Method, ...] = ("svd", "uncentred", "activations")
+"""Methods that mix the channels of a key freely."""
+LOOKING: tuple[Method, ...] = (*FACTORISED, "procrustes")
+"""Methods that look at what layers read; the paper's three look at weights alone."""
 
 
 def rotates_keys(config: ModelConfig) -> bool:
@@ -97,8 +107,8 @@ def regroup(
                 heads._replace(k=k[:, 0], v=v[:, 0]) if method == "first" else heads._replace(k=k.mean(1), v=v.mean(1))
             )
         heads = _share_keys(heads, n_kv_head, method, moments[layer], rotated=rotates_keys(config))
-        aligned = method == "procrustes" and not rotates_keys(config)
-        return _share_values(heads, n_kv_head, moments[layer], aligned=aligned, bias=config.bias)
+        by = "svd" if method == "procrustes" and rotates_keys(config) else method
+        return _share_values(heads, n_kv_head, by, moments[layer], bias=config.bias)
 
     return rebuild(model, change, **settings)
 
@@ -108,6 +118,8 @@ def _share_keys(heads: Heads, n_groups: int, method: Method, moments: Moments, *
     if rotated:
         # A rotated key bias is not the same for all keys: it is one of the things to be kept.
         k, mix = factorise_pairs(heads.k, use, moments.uncentred, n_groups)
+    elif method in ("uncentred", "activations"):
+        k, mix = factorise(heads.k, use if method == "uncentred" else _any_use(use), moments.uncentred, n_groups)
     else:
         if method == "svd":
             k, mix = factorise(heads.k, use, moments.centred, n_groups)
@@ -117,14 +129,21 @@ def _share_keys(heads: Heads, n_groups: int, method: Method, moments: Moments, *
     return heads._replace(q=mix @ heads.q, k=k)
 
 
-def _share_values(heads: Heads, n_groups: int, moments: Moments, *, aligned: bool, bias: bool) -> Heads:
-    moment = moments.centred if bias else moments.uncentred
-    if aligned:
+def _any_use(use: Tensor) -> Tensor:
+    """Uses (H, D, D) that tell no direction and no head from another, of the same mean size."""
+    return torch.eye(use.shape[-1], dtype=use.dtype).expand_as(use) * use.diagonal(dim1=1, dim2=2).mean()
+
+
+def _share_values(heads: Heads, n_groups: int, method: Method, moments: Moments, *, bias: bool) -> Heads:
+    folded = bias and method not in ("uncentred", "activations")
+    moment = moments.centred if folded else moments.uncentred
+    use = heads.o.mT @ heads.o
+    if method == "procrustes":
         v, mix = align(heads.v, moment, n_groups)
     else:
-        v, mix = factorise(heads.v, heads.o.mT @ heads.o, moment, n_groups)
+        v, mix = factorise(heads.v, _any_use(use) if method == "activations" else use, moment, n_groups)
     o = heads.o @ mix.mT
-    if not bias:
+    if not folded:
         return heads._replace(v=v, o=o)
     v[..., -1] = 0.0
     # What the mean input gives is the same for all tokens: let it be what it was.
@@ -223,10 +242,10 @@ def check_method(config: ModelConfig, method: str) -> None:
         raise GptlabError(
             f"method must be one of {', '.join(get_args(Method))}, got {method!r}{nearest(method, get_args(Method))}"
         )
-    if method == "svd" and rotates_keys(config):
+    if method in FACTORISED and rotates_keys(config):
         raise GptlabError(
-            "method 'svd' mixes the channels of a key freely, which rotary positions do not allow; use 'procrustes',"
-            " or convert the heads of the model before its positions"
+            f"method {method!r} mixes the channels of a key freely, which rotary positions do not allow; use"
+            " 'procrustes', or convert the heads of the model before its positions"
         )
 
 
@@ -244,7 +263,7 @@ def check_grouping(grouping: str) -> None:
 
 def best_grouping(method: Method) -> Grouping:
     """Return the grouping that goes with a method where none is asked for."""
-    return "fitted" if method in ("svd", "procrustes") else "contiguous"
+    return "fitted" if method in ("svd", "uncentred", "procrustes") else "contiguous"
 
 
 def permute_heads(model: GPT, orders: Sequence[Sequence[int]]) -> GPT:
