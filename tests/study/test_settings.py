@@ -46,7 +46,19 @@ def test_the_base_comes_first_then_the_grid_then_the_rest_as_in_the_file() -> No
 
 
 def test_every_study_of_the_package_is_possible() -> None:
-    names = ["ages", "convert", "convert-8m", "gpt2-small", "heads", "modern", "papers", "quick", "rates", "real", "standard"]
+    names = [
+        "ages",
+        "convert",
+        "convert-8m",
+        "gpt2-small",
+        "heads",
+        "modern",
+        "papers",
+        "quick",
+        "rates",
+        "real",
+        "standard",
+    ]
     assert study_names() == names
     for name in study_names():
         study = read_study(name)

@@ -28,7 +28,7 @@ def study(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="quick, standard, papers, rates, ages, convert, heads, real, gpt2-small, or a .toml file; none with --resume."
+            help="quick, standard, papers, rates, ages, convert, heads, real, ..., or a .toml file; none with --resume."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the study (default studies/NAME).")] = None,
