@@ -193,7 +193,7 @@ def test_the_report_of_a_study(file: Path, tmp_path: Path) -> None:
 REFUSALS = [
     (
         ["study"],
-        r"no study is named; give a .toml file or one of ages, convert, convert-8m, gpt2-small, heads, modern, papers, quick",
+        r"no study is named; give a .toml file or one of ages, convert, convert-8m, gpt2-small, heads, modern, papers",
     ),
     (["study", "qick"], r"no study 'qick' \(did you mean 'quick'\?\)"),
     (["study", "--resume"], r"--resume needs the directory of the study; name it by --out"),
