@@ -200,3 +200,46 @@ def gpt2_sizes(study: Study, real: Study, cards: dict[str, dict[str, Any]]) -> s
         f" tokenizer: {_recall(real, real.base_name)}."
     )
     return "\n".join(rows)
+
+
+def heads(study: Study) -> str:
+    """Return Markdown: what fewer key heads add to the loss, by method, and what of it was claimed beforehand."""
+    results = study.results
+    base = results.variants[study.base_name].quality
+    assert base is not None
+    methods = {
+        "svd": "`svd`",
+        "uncentred": "closed form, not centred",
+        "activations-fitted": "singular vectors of activations, fitted groups",
+        "activations": "singular vectors of activations, neighbours (Yu et al. 2024)",
+        "mean": "mean, neighbours (Ainslie et al. 2023)",
+    }
+    columns = [(n, "", 0.0) for n in (3, 2, 1)] + [(n, rate, 0.05) for n in (2, 1) for rate in ("", "-fast")]
+
+    def added(name: str, share: float) -> str:
+        about = results.variants[name].conversion if name in results.variants else None
+        losses = {point.share: point.nats_per_token for point in about.checkpoints} if about else {}
+        return f"{losses[share] - base.nats_per_token:+.3f}".replace("-", "−") if share in losses else ""
+
+    titles = [f"{n} key heads" if n > 1 else "1 key head" for n, _, _ in columns]
+    titles = [
+        f"{title}, {f'{share:.0%}' if share else 'at once'}{', three times the rate' if rate else ''}"
+        for title, (_, rate, share) in zip(titles, columns, strict=True)
+    ]
+    rows = [f"| | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
+    for method, words in methods.items():
+        cells = (added(f"heads-{n}-{method}{rate}", share) for n, rate, share in columns)
+        rows.append(f"| {words} | {' | '.join(cells)} |")
+    continued = added("longer", 0.05)
+    rows.append(
+        f"\nNats per token added to the {base.nats_per_token:.3f} of `pocket` on {base.tokens:,} tokens of"
+        f" {base.documents} held-out articles, which nothing was chosen on; after training for 5% of its pre-training"
+        f" (AdamW at 1e-4, attention ten times that; or three times both). Its own training continued in the same way:"
+        f" {continued}. One seed. [All of it](appendix/heads.md)."
+    )
+    rows.append("\n| claimed beforehand | found | 95% interval | |\n|---|---:|---|---|")
+    for claim in results.claims:
+        if claim.interval is not None:
+            verdict = {True: "holds", False: "does not hold", None: "not decided"}[claim.holds]
+            rows.append(f"| {claim.claim} | {nats(claim.interval)} | {span(claim.interval)} | {verdict} |")
+    return "\n".join(rows)
