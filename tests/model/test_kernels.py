@@ -306,7 +306,13 @@ def test_nothing_that_compiles_is_chosen_elsewhere(
     keeps = device == "cpu" and dtype == torch.bfloat16 and training  # the weights, where there are few
     assert chosen_on(device, **changes) == ("unfused" if keeps else "banded")
     assert chosen_on(device, **changes, known={}) == "sdpa"
-    assert chosen_on(device, **changes, rule=Visibility()) == ("unfused" if keeps and length == 600 else "sdpa")
+    assert chosen_on(device, **changes, rule=Visibility()) == "sdpa"
+
+
+@pytest.mark.parametrize(("length", "name"), [(512, "unfused"), (513, "sdpa")])
+def test_weights_are_kept_for_short_sequences_alone(length: int, name: str) -> None:
+    assert chosen_on("cpu", length=length, rule=Visibility(), training=True) == name
+    assert chosen_on("cpu", length=length, rule=Visibility()) == "sdpa"
 
 
 @pytest.mark.parametrize("name", kernels.SPECIAL)

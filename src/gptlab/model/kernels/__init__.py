@@ -48,8 +48,8 @@ SPECIAL: dict[str, Kernel] = {"flex": flex, "varlen": varlen}
 LONG = 2
 """From this many spans of a window on, `banded` is faster than a masked `sdpa`."""
 
-SHORT = 1024
-"""Up to this many keys for a query `unfused` trains fastest, in bfloat16 on a CPU; it keeps all weights in memory."""
+SHORT = 512
+"""Up to this many keys for a query `unfused` trains fastest, in bfloat16 on a CPU; it keeps six bytes a weight in memory."""
 
 _forced: str | None = None  # a plain global: torch.compile cannot trace a ContextVar
 _log = logging.getLogger(__name__)
