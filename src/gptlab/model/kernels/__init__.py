@@ -49,7 +49,7 @@ LONG = 2
 """From this many spans of a window on, `banded` is faster than a masked `sdpa`."""
 
 SHORT = 512
-"""Up to this many keys for a query `unfused` trains fastest, in bfloat16 on a CPU; it keeps six bytes a weight in memory."""
+"""Up to this many keys for a query `unfused` trains fastest in bfloat16 on a CPU; it keeps six bytes a weight."""
 
 _forced: str | None = None  # a plain global: torch.compile cannot trace a ContextVar
 _log = logging.getLogger(__name__)
