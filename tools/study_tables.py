@@ -48,8 +48,9 @@ def ladder(results: Results) -> str:
     rows.append(
         f"\nNats per token on {quality.tokens:,} tokens of {quality.documents} documents of {quality.text};"
         f" {millions(results.study.tokens)} tokens trained, seeds {' and '.join(map(str, results.study.seeds))}, one"
-        " learning rate for all. Intervals and verdicts: over seeds, with the residual variance of all variants pooled,"
-        " corrected for the number of claims. [All of it](appendix/modern.md)."
+        " learning rate for all. Intervals: over seeds, with the residual variance of all variants pooled,"
+        " uncorrected; verdicts by p-values corrected for the number of claims, where 'nothing' is less than 0.02."
+        " [All of it](appendix/modern.md)."
     )
     return "\n".join(rows)
 
