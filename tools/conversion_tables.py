@@ -72,7 +72,8 @@ def headline(results: Results, name: str = "all-fit-distilled-faster") -> str:
         f" tokens in place of {sizes[0]:.2f}. Loss added, in nats per token: {_with_interval(first.difference)} right"
         f" after the conversion; {_untouched(results, name)} after continued training for {100 * last.share:g}% of its"
         f" pre-training{how}; {_with_interval(last.difference)} against the original after as many tokens of"
-        " continued training at one rate. 95% intervals over 57 pieces of 16 articles, one seed ([results](docs/conversion_results.md))."
+        " continued training at one rate. 95% intervals over 57 pieces of 16 articles, one seed"
+        " ([results](docs/conversion_results.md))."
     )
 
 
