@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gptlab.study.results import Results
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDIES = ("standard", "papers", "modern", "rates", "ages", "heads", "convert", "convert-8m", "real")
+STUDIES = ("standard", "papers", "modern", "rates", "ages", "convert", "convert-8m", "real")
 """Those whose results the docs show, where a page has a place for them; tools/keep_results.py puts them there."""
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)*src/[\w/]+\.py)(#\w*)?\)")
 
@@ -507,7 +507,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "modern ladder": modern_ladder,
     "ages table": lambda: shown("ages"),
     "rates table": lambda: shown("rates"),
-    "heads table": lambda: shown("heads"),
     "small models": small_models,
     "gpt2 sizes": gpt2_sizes,
     "predicted": predicted,
