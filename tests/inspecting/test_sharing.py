@@ -50,7 +50,8 @@ def test_sharing_is_the_conversion_with_its_errors(changes: dict[str, Any], n_kv
     assert shared.model.config == dataclasses.replace(model.config, n_kv_head=n_kv_head)
     if n_kv_head == model.config.kv_heads:
         assert same_state(shared.model, model)
-        assert not any(errors.any() for errors in (*shared.errors, *shared.layer_errors))
+        # Equal matrices multiplied in another place of a batch may differ in the last bit, depending on the processor.
+        assert all(errors.abs().max() < 1e-12 for errors in (*shared.errors, *shared.layer_errors))
     else:
         expected = regroup(model, n_kv_head, statistics=statistics)
         close(shared.losses_after, token_losses(expected, ids), 2e-5)

@@ -230,7 +230,7 @@ def test_the_headline_of_conversions(
     assert "in place of 1.50. Loss added, in nats per token: +2.200 (+2.194 to +2.206) right after" in text
     # Two upper ends are a bound of the sum: of this difference, 0.206, and of the reference's to the base, 0.006.
     assert "; +0.190 (at most +0.212) after continued training for 5% of its pre-training; " in text
-    assert f"{said} against the original after the same training." in text
+    assert f"{said} against the original after as many tokens of continued training at one rate." in text
 
 
 @pytest.mark.parametrize(
