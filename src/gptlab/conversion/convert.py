@@ -21,7 +21,7 @@ from torch import Tensor
 from gptlab.config import ModelConfig, RopeConfig
 from gptlab.conversion.changes import Changes, target
 from gptlab.conversion.context import extend_context, rescale
-from gptlab.conversion.heads import FACTORISED, LOOKING, best_grouping, best_method, regroup, repeat_heads
+from gptlab.conversion.heads import LOOKING, best_grouping, best_method, regroup, repeat_heads
 from gptlab.conversion.refit import refit_outputs
 from gptlab.conversion.rotary import (
     RotaryMethod,
@@ -164,12 +164,11 @@ def _heads(config: ModelConfig, changes: Changes, rows: Sequence[Tensor] | None,
     # The paper's three look at nothing but the weights, except to find groups.
     looks = calibrated and (method in LOOKING or grouping == "fitted")
     exact = "queries and outputs of the heads" if method in ("mean", "first", "random") else ""
-    if method in FACTORISED:
-        exact = "the order of heads may be any" if grouping == "fitted" else ""
-    if method in ("svd", "procrustes"):
+    if method in LOOKING:
         kept = ["the order of heads may be any"] if grouping == "fitted" else []
-        kept += ["value biases go into those of c_proj"] if config.bias else []
-        kept += ["the softmax does not see key biases"] if config.bias and not config.has_rotation else []
+        folds = config.bias and method in ("svd", "procrustes")
+        kept += ["value biases go into those of c_proj"] if folds else []
+        kept += ["the softmax does not see key biases"] if folds and not config.has_rotation else []
         exact = ", ".join(kept)
     which = "those that fit share" if grouping == "fitted" else "neighbours share"
     by = "the calibration text" if looks else "the weights alone"
